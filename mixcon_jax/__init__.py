@@ -1,0 +1,1 @@
+"""MixCon-JAX: pretrain hybrid sequence models of attention, Conba and experts."""

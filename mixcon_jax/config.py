@@ -1,18 +1,12 @@
-"""Every option of MixCon-JAX, once: its default, its meaning and the values it may take.
+"""Configurations: ``default()`` to start from, ``load()`` an experiment file, ``validate()`` before anything compiles.
 
-``default()`` gives the ``ml_collections.ConfigDict`` that experiment files start from, ``load()`` reads an experiment
-file with its command-line overrides, and ``validate()`` refuses what cannot run before anything compiles.
+The options themselves, each with its default and meaning, stand in ``mixcon_jax.options``.
 """
 
 import difflib
-import importlib.util
-import inspect
 import json
-import math
-import numbers
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,207 +14,264 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from mixcon_jax.errors import UserError
+from mixcon_jax.options import OPTIONS, Option, leaves
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A configuration that cannot run; the message is one line and names the key."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """What an option's value must satisfy, as a test and in words."""
+def default() -> ml_collections.ConfigDict:
+    """Returns a new configuration in which every option has its default."""
 
-    holds: Callable[[Any], bool]
-    words: str
+    def build(options: Mapping[str, Any]) -> ml_collections.ConfigDict:
+        return ml_collections.ConfigDict(
+            {name: node.default if isinstance(node, Option) else build(node) for name, node in options.items()}
+        )
 
-
-@dataclass(frozen=True)
-class Option:
-    """One leaf of the configuration."""
-
-    default: Any
-    meaning: str
-    check: Check | None = None
-    element: type | None = None  # the type of a tuple's elements
+    return build(OPTIONS)
 
 
-def at_least(low: float) -> Check:
-    return Check(lambda value: value >= low, f'at least {low}')
+def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """Reads an experiment file and applies overrides.
+
+    Args:
+      path: ``file.py`` or ``file.py:argument``; the file defines ``get_config(arg=None)``.
+      overrides: ``key=value`` with dotted keys, as on the command line without ``--config.``.
+
+    Raises:
+      ConfigError: the file is missing or fails, or a key or value is wrong.
+    """
+    file = path.split(':')[0]
+    if not os.path.isfile(file):
+        raise ConfigError(f'experiment file {file} does not exist; give the path of a Python file with get_config()')
+    for override in overrides:
+        key = override.split('=')[0]
+        if '=' not in override:
+            raise ConfigError(f'override {override!r} has no value; write {key}=VALUE')
+        _option(key)
+    argv = ['mixcon', f'--config={path}', *(f'--config.{override}' for override in overrides)]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        config = values.config
+    except UserError:
+        raise
+    except flags.Error as error:
+        raise ConfigError(_first_line(error)) from error
+    except Exception as error:  # whatever the experiment file itself raises
+        raise ConfigError(f'experiment file {path}: {type(error).__name__}: {_first_line(error)}') from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f'experiment file {path}: get_config() must return a ConfigDict, not {type(config).__name__}')
+    return canonical(config)
 
 
-def above(low: float) -> Check:
-    return Check(lambda value: value > low, f'greater than {low}')
+def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a copy with numbers and tuples in their option's type: ``1`` for a float is ``1.0``, ``'a,b'`` splits."""
+    config = ml_collections.ConfigDict(config.to_dict())
+    for key, option in leaves():
+        value = get(config, key, None)
+        if isinstance(option.default, float) and type(value) is int:
+            put(config, key, float(value))
+        elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
+            items = [value] if isinstance(value, str) else list(value)
+            if option.element is str:
+                items = [part.strip() for item in items for part in str(item).split(',') if part.strip()]
+            if option.element is float:
+                items = [float(item) if type(item) is int else item for item in items]
+            put(config, key, tuple(items))
+    return config
 
 
-def between(low: float, high: float) -> Check:
-    return Check(lambda value: low <= value <= high, f'between {low} and {high}')
+def get(config: ml_collections.ConfigDict, key: str, *default: Any) -> Any:
+    """Returns the value at a dotted key."""
+    node: Any = config
+    for name in key.split('.'):
+        if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+            if default:
+                return default[0]
+            raise ConfigError(f'option {key} is missing; start from mixcon_jax.config.default()')
+        node = node[name]
+    return node
 
 
-def one_of(*choices: str) -> Check:
-    return Check(lambda value: value in choices, 'one of ' + ', '.join(choices))
+def put(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Sets the value at a dotted key, whatever its old type was."""
+    *path, last = key.split('.')
+    node = config
+    for name in path:
+        node = node[name]
+    with node.ignore_type():
+        node[last] = value
 
 
-POSITIVE, COUNT, FRACTION = at_least(1), at_least(0), between(0.0, 1.0)
-PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), 'two numbers in [0, 1)')
-DTYPE = one_of('float32', 'bfloat16')
-
-OPTIONS: dict[str, Any] = {
-    'name': Option('', 'Name of the run, shown in its logs.'),
-    'seed': Option(0, 'Seed of initial values, data order and noise.', COUNT),
-    'model': {
-        'vocab_size': Option(2048, 'Rows of the embedding; at least the tokenizer\'s vocabulary.', POSITIVE),
-        'dim': Option(128, 'Width D of the residual stream.', POSITIVE),
-        'num_blocks': Option(1, 'How often the pattern repeats.', POSITIVE),
-        'pattern': Option(
-            ('conba+mlp', 'conba+moe', 'attention+mlp', 'conba+moe'),
-            'Layers of one block: "mixer", "mixer+ffn" (two residual steps) or "mixer|ffn" (parallel).',
-            Check(lambda value: len(value) > 0, 'at least one layer'),
-            element=str,
-        ),
-        'norm_eps': Option(1e-6, 'Epsilon of every RMSNorm.', above(0.0)),
-        'tie_embeddings': Option(False, 'Use the embedding as the output head.'),
-        'init_std': Option(0.02, 'Standard deviation of initial weights; output projections divide it by sqrt(2 layers).', above(0.0)),
-        'dtype': Option('float32', 'Compute type; parameters and recurrent states stay float32.', DTYPE),
-        'remat': Option(
-            'none', 'What the backward pass recomputes: nothing, everything in a block, or all but matrix products.',
-            one_of('none', 'block', 'dots'),
-        ),
-        'attention': {
-            'num_heads': Option(4, 'Query heads.', POSITIVE),
-            'num_kv_heads': Option(2, 'Key and value heads; divides num_heads.', POSITIVE),
-            'head_dim': Option(0, 'Width of a head; 0 means dim / num_heads.', COUNT),
-            'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
-            'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
-            'block_size': Option(256, 'Queries and keys a tile of the portable blockwise attention.', POSITIVE),
-        },
-        'ssm': {
-            'd_state': Option(16, 'States N per channel, of Mamba and Conba.', POSITIVE),
-            'd_conv': Option(4, 'Width of the short causal convolution.', POSITIVE),
-            'expand': Option(2, 'Inner width d_in as a multiple of dim.', POSITIVE),
-            'dt_rank': Option(0, 'Rank of the step-size projection; 0 means ceil(dim / 16).', COUNT),
-            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0)),
-            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
-            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
-            'implementation': Option(
-                '', 'Selective scan: "" picks the best here.', one_of('', 'reference', 'associative', 'chunked'),
-            ),
-            'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
-        },
-        'mamba': {
-            'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.'),
-        },
-        'conba': {
-            'state_scaling': Option('output', 'Where the states are scaled (eq. 7).', one_of('none', 'output', 'readout')),
-            'delay': Option(
-                'taps', 'Delayed states (eq. 6): past outputs, one tap inside the loop, or a map of the state.',
-                one_of('none', 'taps', 'companion', 'state'),
-            ),
-            'taps': Option(
-                (1, 2, 4, 8), 'Delays of delay="taps", in tokens.',
-                Check(lambda value: len(value) > 0 and all(v >= 1 for v in value) and len(set(value)) == len(value),
-                      'distinct delays of at least 1'), element=int,
-            ),
-            'control': Option('matrix', 'Adaptive feedback gain (eq. 11).', one_of('none', 'slow', 'diag', 'matrix')),
-            'head_dim': Option(32, 'Channels P that share one gain.', POSITIVE),
-            'reference': Option('diag', 'Desired output y_d (eq. 10): per-channel, zero, or a full projection.', one_of('zero', 'diag', 'proj')),
-            'kappa': Option('free', 'Output mix of the gain: unconstrained, or a sigmoid.', one_of('free', 'bounded')),
-            'feedback_iters': Option(0, 'Passes of true feedback onto the scan\'s input.', between(0, 8)),
-            'gate': Option('full', 'Output gate: full SwiGLU (eq. 12) or Mamba\'s SiLU.', one_of('full', 'mamba')),
-            'process_noise': Option(0.0, 'Standard deviation of w_k (eq. 13), training only.', at_least(0.0)),
-            'observation_noise': Option(0.0, 'Standard deviation of v_k (eq. 14), training only.', at_least(0.0)),
-            'gain_chunk': Option(32, 'Tokens a chunk of the matrix gain.', POSITIVE),
-        },
-        'mlp': {
-            'hidden_dim': Option(0, 'Width of the SwiGLU; 0 means 8/3 dim, rounded up to a multiple of 16.', COUNT),
-        },
-        'moe': {
-            'num_experts': Option(4, 'Experts.', POSITIVE),
-            'top_k': Option(2, 'Experts a token uses.', POSITIVE),
-            'hidden_dim': Option(0, 'Width of one expert; 0 means the mlp\'s width / top_k.', COUNT),
-            'renormalize': Option(False, 'Scale the chosen weights to sum to one, as Mixtral does.'),
-            'balance': Option('loss', 'How load is balanced: by a loss, by a bias on the routing, or not.', one_of('none', 'loss', 'bias')),
-            'balance_coef': Option(1e-2, 'Weight of the balance loss.', at_least(0.0)),
-            'router_z_coef': Option(0.0, 'Weight of the router\'s z-loss.', at_least(0.0)),
-            'bias_rate': Option(1e-3, 'Step of the routing bias with balance="bias".', at_least(0.0)),
-            'implementation': Option(
-                '', 'Expert products: "" picks; dense runs every expert, grouped sorts tokens.', one_of('', 'dense', 'grouped'),
-            ),
-            'group_block': Option(128, 'Rows a block of the grouped product.', POSITIVE),
-        },
-    },
-    'data': {
-        'sources': Option(
-            ('stdlib',),
-            'Text: "stdlib", "files:GLOB" (.txt .jsonl .parquet, also .gz .zst), "huggingface:NAME[/SUBSET]".',
-            Check(lambda value: len(value) > 0, 'at least one source'), element=str,
-        ),
-        'weights': Option((), 'Sampling weight of each source; empty means by size.', element=float),
-        'text_field': Option('text', 'Field that holds the text in JSONL, Parquet and Hugging Face records.'),
-        'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.'),
-        'tokenizer': Option('bpe', '"bpe" trains one on the sources; otherwise the path of a tokenizer.json.'),
-        'tokenizer_vocab_size': Option(2048, 'Vocabulary of a trained tokenizer.', at_least(257)),
-        'heldout_fraction': Option(0.05, 'Share of documents that is held out.', Check(lambda v: 0 < v < 1, 'between 0 and 1, exclusive')),
-        'seq_len': Option(256, 'Tokens T a row.', at_least(2)),
-        'packing': Option(True, 'Pack several documents into a row; off gives each row one document.'),
-        'prefetch': Option(8, 'Batches prepared ahead.', COUNT),
-        'num_threads': Option(2, 'Threads that read rows.', POSITIVE),
-    },
-    'optim': {
-        'name': Option('adamw', 'Optimizer.', one_of('adamw', 'muon', 'lion', 'adafactor')),
-        'learning_rate': Option(4e-3, 'Peak learning rate.', above(0.0)),
-        'schedule': Option('cosine', 'Shape after warm-up: cosine, warm-up-stable-decay, or linear.', one_of('cosine', 'wsd', 'linear', 'constant')),
-        'warmup_steps': Option(30, 'Steps of linear warm-up.', COUNT),
-        'decay_fraction': Option(0.2, 'Share of the steps that decay, with schedule="wsd".', FRACTION),
-        'final_fraction': Option(0.1, 'Last learning rate as a share of the peak.', FRACTION),
-        'betas': Option((0.9, 0.95), 'Decay rates of the moments.', PAIR, element=float),
-        'eps': Option(1e-8, 'Epsilon of Adam.', above(0.0)),
-        'momentum': Option(0.95, 'Momentum of Muon.', between(0.0, 1.0)),
-        'weight_decay': Option(0.1, 'Decoupled weight decay, on weight matrices only.', at_least(0.0)),
-        'clip_norm': Option(1.0, 'Global gradient norm to clip to; 0 is off.', at_least(0.0)),
-        'muon_learning_rate': Option(0.02, 'Peak learning rate of the matrices under Muon.', above(0.0)),
-    },
-    'train': {
-        'steps': Option(600, 'Optimizer steps.', POSITIVE),
-        'batch_size': Option(4, 'Rows of the global batch.', POSITIVE),
-        'accum_steps': Option(1, 'Microbatches a step.', POSITIVE),
-        'loss_chunk': Option(1024, 'Tokens a chunk of the cross-entropy.', POSITIVE),
-        'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
-        'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE),
-        'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.'),
-        'seed_noise': Option(0, 'Added to the seed of Conba\'s noise.', COUNT),
-    },
-    'eval': {
-        'every': Option(200, 'Steps between held-out evaluations; 0 evaluates at the end only.', COUNT),
-        'batch_size': Option(0, 'Rows of an evaluation batch; 0 means train.batch_size.', COUNT),
-        'max_rows': Option(0, 'Held-out rows scored during the run; 0 means all. The end always scores all.', COUNT),
-    },
-    'checkpoint': {
-        'every': Option(200, 'Steps between checkpoints; the end always saves.', POSITIVE),
-        'keep_last': Option(2, 'Newest checkpoints kept.', POSITIVE),
-        'keep_best': Option(1, 'Checkpoints kept by held-out loss.', COUNT),
-    },
-    'log': {
-        'every': Option(10, 'Steps between lines of metrics.jsonl.', POSITIVE),
-        'tensorboard': Option(True, 'Write TensorBoard events.'),
-        'wandb': Option(False, 'Log to Weights & Biases (needs the wandb extra).'),
-        'peak_flops': Option(0.0, 'Peak FLOP/s of one device, for MFU; 0 looks it up.', at_least(0.0)),
-        'profile_start': Option(0, 'First step of a profiler trace; 0 is off.', COUNT),
-        'profile_steps': Option(3, 'Steps a profiler trace covers.', POSITIVE),
-    },
-    'mesh': {
-        'data': Option(-1, 'Devices along data; -1 takes what the other axes leave.', Check(lambda v: v == -1 or v >= 1, '-1 or at least 1')),
-        'fsdp': Option(1, 'Devices that shard parameters and batch.', POSITIVE),
-        'expert': Option(1, 'Devices along experts.', POSITIVE),
-        'context': Option(1, 'Devices along the sequence.', POSITIVE),
-        'tensor': Option(1, 'Devices along heads and widths.', POSITIVE),
-        'cpu_devices': Option(0, 'On CPU, how many XLA devices to make; 0 leaves JAX\'s default.', COUNT),
-    },
-}  # fmt: skip
-
-
-def leaves(options: Mapping[str, Any] = OPTIONS, prefix: str = '') -> Iterator[tuple[str, Option]]:
-    """Yields ``(dotted key, option)`` for every option."""
-    for name, option in options.items():
-        if isinstance(option, Option):
-            yield prefix + name, option
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns ``{dotted key: value}``."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f'{name}.{key}': leaf for key, leaf in flatten(value).items()}
         else:
-            yield from leaves(option, f'{prefix}{name}.')
+            flat[name] = value
+    return flat
+
+
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Returns ``{dotted key: (old value, new value)}`` wherever the two differ."""
+    a, b = flatten(canonical(old)), flatten(canonical(new))
+    return {key: (a.get(key), b.get(key)) for key in sorted(a | b) if a.get(key) != b.get(key)}
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the resolved configuration as indented JSON."""
+    return json.dumps(config.to_dict(), indent=2) + '\n'
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """Reads ``to_json``'s form; options that are newer than the text take their defaults."""
+    config = default()
+    for key, value in flatten(ml_collections.ConfigDict(json.loads(text))).items():
+        _option(key)
+        put(config, key, value)
+    return canonical(config)
+
+
+def read(path: str | Path) -> ml_collections.ConfigDict:
+    """Reads a run directory's ``config.json``."""
+    try:
+        return from_json(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f'{path} is not a readable configuration: {_first_line(error)}') from error
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a copy in which every 0 that means "derive it" is spelled out."""
+    config = canonical(config)
+    model = config.model
+    model.attention.head_dim = model.attention.head_dim or model.dim // model.attention.num_heads
+    model.ssm.dt_rank = model.ssm.dt_rank or -(-model.dim // 16)
+    model.mlp.hidden_dim = model.mlp.hidden_dim or -(-8 * model.dim // 48) * 16
+    model.moe.hidden_dim = model.moe.hidden_dim or max(1, model.mlp.hidden_dim // model.moe.top_k)
+    config.eval.batch_size = config.eval.batch_size or config.train.batch_size
+    return config
+
+
+def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) -> ml_collections.ConfigDict:
+    """Checks names, types, ranges and divisibility; returns the resolved configuration.
+
+    Args:
+      config: what to check; it is not changed.
+      num_devices: devices of the whole job; given, the mesh and the batch are checked against it.
+
+    Raises:
+      ConfigError: names the key and says what would be right.
+    """
+    config = canonical(config)
+    for key in flatten(config):
+        _option(key)
+    for key, option in leaves():
+        _check_leaf(key, get(config, key), option)
+    _check_model(config.model)
+    _check_data(config.data)
+    if config.optim.warmup_steps > config.train.steps:
+        raise ConfigError(
+            f'optim.warmup_steps={config.optim.warmup_steps} exceeds train.steps={config.train.steps}; warm up for fewer'
+        )
+    _check_mesh(config, num_devices)
+    return resolve(config)
+
+
+def _check_leaf(key: str, value: Any, option: Option) -> None:
+    expected = type(option.default)
+    if type(value) is not expected:
+        raise ConfigError(f'{key}={value!r} is a {type(value).__name__}; it must be a {expected.__name__}')
+    if option.element is not None:
+        for item in value:
+            if type(item) is not option.element:
+                raise ConfigError(f'{key}={value!r}: its elements must be {option.element.__name__}s')
+    if option.check is not None and not option.check.holds(value):
+        raise ConfigError(f'{key}={value!r} must be {option.check.words}')
+
+
+def _check_model(model: ml_collections.ConfigDict) -> None:
+    from mixcon_jax.models.block import parse_layer
+
+    for layer in model.pattern:
+        try:
+            mixer, ffn, _ = parse_layer(layer)
+        except ValueError as error:
+            raise ConfigError(f'model.pattern: {error}') from error
+        if mixer.startswith('conba') and model.conba.control != 'none':
+            _divides('model.conba.head_dim', model.conba.head_dim, 'the inner width', model.ssm.expand * model.dim)
+        if mixer == 'attention':
+            _divides('model.attention.num_kv_heads', model.attention.num_kv_heads,
+                     'model.attention.num_heads', model.attention.num_heads)  # fmt: skip
+            if not model.attention.head_dim:
+                _divides('model.attention.num_heads', model.attention.num_heads, 'model.dim', model.dim)
+            head_dim = model.attention.head_dim or model.dim // model.attention.num_heads
+            if model.attention.rope and head_dim % 2:
+                raise ConfigError(f'model.attention.head_dim={head_dim} must be even when model.attention.rope is on')
+        if ffn == 'moe' and model.moe.top_k > model.moe.num_experts:
+            raise ConfigError(
+                f'model.moe.top_k={model.moe.top_k} exceeds model.moe.num_experts={model.moe.num_experts}; choose at most all'
+            )
+    if model.ssm.dt_min > model.ssm.dt_max:
+        raise ConfigError(f'model.ssm.dt_min={model.ssm.dt_min} exceeds model.ssm.dt_max={model.ssm.dt_max}')
+    if model.conba.delay == 'companion' and model.conba.feedback_iters:
+        raise ConfigError('model.conba.feedback_iters needs model.conba.delay other than "companion"')
+
+
+def _check_data(data: ml_collections.ConfigDict) -> None:
+    if data.weights and len(data.weights) != len(data.sources):
+        raise ConfigError(
+            f'data.weights has {len(data.weights)} numbers for {len(data.sources)} data.sources; give one each, or none'
+        )
+    if data.weights and (min(data.weights) < 0 or sum(data.weights) <= 0):
+        raise ConfigError(f'data.weights={data.weights} must be non-negative with a positive sum')
+
+
+def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
+    mesh, batch = config.mesh, config.train.batch_size
+    _divides('train.accum_steps', config.train.accum_steps, 'train.batch_size', batch)
+    for axis in ('expert', 'context', 'tensor'):
+        if mesh[axis] != 1:
+            raise ConfigError(f'mesh.{axis}={mesh[axis]} is not supported yet; use 1 and spread over mesh.data or mesh.fsdp')
+    data = mesh.data
+    if num_devices is not None:
+        rest = mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
+        if data == -1:
+            _divides('the product of mesh.fsdp, expert, context and tensor', rest, 'the number of devices', num_devices)
+            data = num_devices // rest
+        if data * rest != num_devices:
+            raise ConfigError(
+                f'the mesh takes {data * rest} devices (mesh.data={data}, mesh.fsdp={mesh.fsdp}), but there are {num_devices}'
+            )
+    if data != -1:
+        shards = data * mesh.fsdp
+        _divides('mesh.data x mesh.fsdp', shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)
+        _divides('mesh.data x mesh.fsdp', shards, 'eval.batch_size', config.eval.batch_size or batch)
+
+
+def _divides(name: str, value: int, whole_name: str, whole: int) -> None:
+    if whole % value:
+        raise ConfigError(f'{name}={value} must divide {whole_name}={whole}')
+
+
+def _option(key: str) -> Option:
+    known = dict(leaves())
+    if key in known:
+        return known[key]
+    inside = [name for name in known if name.startswith(key + '.')]
+    if inside:
+        raise ConfigError(f'{key} is a group of options; set one of them, such as {inside[0]}')
+    # A key that is right but for its group is more likely meant than one that merely looks alike.
+    last = key.split('.')[-1]
+    same = [name for name in known if name.split('.')[-1] == last]
+    close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    raise ConfigError(f'unknown option {key}; did you mean {close[0]}?')
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,44 @@
+"""The paper's own model: 4 blocks of 8 layers, attention:Conba 2:6, 16 experts (top-2) on odd layers, 256K vocabulary.
+
+52.88B parameters, 13.42B active, before Conba's own additions. The widths are those of the released configuration;
+the paper prints none, and 2 KV heads are what its 2 GB cache at 256K tokens implies. Optimizer, data and schedule are
+not reported: the ones below are placeholders of the usual size. It needs a cluster: parameters and AdamW's moments
+alone take 0.6 TB. `mixcon config --config experiments/mixcon/paper.py` prints all of it.
+"""
+
+from mixcon_jax.config import default
+from mixcon_jax.models.presets import conba, hybrid
+
+
+def get_config(arg=None):
+    """Returns the configuration; the argument names a Conba preset (``conba``, ``conba_paper``, ``conba_code``)."""
+    config = default()
+    config.name = 'mixcon-paper'
+
+    model = config.model
+    model.vocab_size = 262144
+    model.dim = 4096
+    model.num_blocks = 4
+    model.pattern = hybrid(attention=2, conba=6, moe_every=2)
+    model.dtype = 'bfloat16'
+    model.remat = 'block'
+    model.attention.num_heads = 32
+    model.attention.num_kv_heads = 2
+    model.mlp.hidden_dim = 14336
+    model.moe.num_experts = 16
+    model.moe.top_k = 2
+    model.moe.hidden_dim = 14336
+    model.moe.balance_coef = 1e-3
+    model.moe.router_z_coef = 1e-3
+    model.conba.update(conba(arg or 'conba'))
+
+    config.data.tokenizer_vocab_size = 262144
+    config.data.seq_len = 4096
+    config.optim.learning_rate = 3e-4
+    config.optim.warmup_steps = 2000
+    config.train.steps = 250000
+    config.train.batch_size = 1024
+    config.mesh.fsdp = 128
+    config.checkpoint.every = 1000
+    config.eval.every = 1000
+    return config

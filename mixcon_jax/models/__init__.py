@@ -1,0 +1,1 @@
+"""Models: a decoder of stacked pattern blocks, whose layers are mixers and FFNs."""

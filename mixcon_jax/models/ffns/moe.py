@@ -1,0 +1,111 @@
+"""Mixture of SwiGLU experts: softmax router, top-k, dropless."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul import grouped_matmul
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.ffns.mlp import mlp_hidden_dim
+from mixcon_jax.models.layers import Aux, Buffer, Parameters, State, masked_mean, normal, output_std
+
+DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
+
+
+class MoE(nnx.Module):
+    """y = sum over the k chosen experts of p_e E_e(x) (Shazeer et al., 2017; Fedus et al., 2021, for the losses).
+
+    The weights are the router's probabilities, not renormalised unless asked. No token is dropped. With
+    ``balance='bias'`` a bias that no gradient trains is added to the scores for the choice alone (Wang et al., 2024).
+    """
+
+    def __init__(self, config, params: Parameters, num_layers: int) -> None:
+        self.options = options = config.moe
+        experts, dim = options.num_experts, config.dim
+        width = options.hidden_dim or max(1, mlp_hidden_dim(config) // options.top_k)
+        init = normal(config.init_std)
+        self.router = params('router', (dim, experts), ('embed', 'experts'), init)
+        self.w_gate = params('w_gate', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
+        self.w_up = params('w_up', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
+        self.w_down = params(
+            'w_down', (experts, width, dim), ('experts', 'mlp', 'embed'), normal(output_std(config.init_std, num_layers))
+        )
+        if options.balance == 'bias':
+            self.router_bias = Buffer(jnp.zeros((experts,)), logical_axes=('experts',))
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        del batch, max_len
+        return {}
+
+    def __call__(
+        self, x: Float[Array, 'b t d'], context: Context, state: State | None
+    ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
+        options = self.options
+        logits = x.astype(jnp.promote_types(x.dtype, jnp.float32)) @ self.router[...]
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
+        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), options.top_k)
+        weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
+        if options.renormalize:
+            weights = weights / weights.sum(-1, keepdims=True)
+        weights = jnp.where(context.mask[..., None], weights, 0)
+
+        tokens = x.shape[0] * x.shape[1]
+        dense = options.implementation == 'dense' or (not options.implementation and tokens <= DENSE_TOKENS)
+        y = self._dense(x, chosen, weights) if dense else self._grouped(x, chosen, weights, context)
+        return y, state, self._aux(logits, probabilities, chosen, context)
+
+    def _dense(
+        self, x: Float[Array, 'b t d'], chosen: Int[Array, 'b t k'], weights: Float[Array, 'b t k']
+    ) -> Float[Array, 'b t d']:
+        """Runs every expert on every token: the smallest form, for few tokens and as an oracle."""
+        one_hot = jax.nn.one_hot(chosen, self.options.num_experts, dtype=weights.dtype)
+        mix = jnp.einsum('btk,btke->bte', weights, one_hot).astype(x.dtype)
+        gate = jnp.einsum('btd,edf->btef', x, self.w_gate.astype(x.dtype))
+        up = jnp.einsum('btd,edf->btef', x, self.w_up.astype(x.dtype))
+        return jnp.einsum('btef,bte,efd->btd', jax.nn.silu(gate) * up, mix, self.w_down.astype(x.dtype))
+
+    def _grouped(
+        self, x: Float[Array, 'b t d'], chosen: Int[Array, 'b t k'], weights: Float[Array, 'b t k'], context: Context
+    ) -> Float[Array, 'b t d']:
+        """Sorts (token, choice) pairs by expert and multiplies each group by its expert; padding sorts last."""
+        batch, length, dim = x.shape
+        experts, k = self.options.num_experts, self.options.top_k
+        owner = jnp.where(context.mask[..., None], chosen, experts).reshape(-1)
+        order = jnp.argsort(owner, stable=True)
+        sizes = jnp.bincount(owner, length=experts)
+        rows = x.reshape(-1, dim)[order // k]
+
+        def product(rows: Float[Array, 'm i'], weight: nnx.Param) -> Float[Array, 'm o']:
+            return grouped_matmul(rows, weight.astype(x.dtype), sizes, block=self.options.group_block)
+
+        hidden = jax.nn.silu(product(rows, self.w_gate)) * product(rows, self.w_up)
+        rows = product(hidden, self.w_down) * weights.reshape(-1)[order].astype(x.dtype)[:, None]
+        # Undoing the sort by a gather keeps the sum over choices deterministic, where a scatter-add need not be.
+        return rows[jnp.argsort(order)].reshape(batch, length, k, dim).sum(axis=2)
+
+    def _aux(
+        self, logits: Float[Array, 'b t e'], probabilities: Float[Array, 'b t e'], chosen: Int[Array, 'b t k'], context: Context
+    ) -> Aux:
+        """Losses and statistics over the real tokens.
+
+        Balance loss: E sum_i f_i p_i with f_i the share of (token, choice) pairs that went to expert i and p_i its mean
+        probability; it is 1 when balanced. z-loss: mean of logsumexp(logits)^2.
+        """
+        experts, mask = self.options.num_experts, context.mask[..., None]
+        count = jnp.maximum(context.mask.sum(), 1)
+        picks = jax.nn.one_hot(chosen, experts, dtype=probabilities.dtype).sum(axis=2)
+        load = jnp.sum(jnp.where(mask, picks, 0), axis=(0, 1)) / (count * self.options.top_k)
+        mean = jnp.sum(jnp.where(mask, probabilities, 0), axis=(0, 1)) / count
+        entropy = -jnp.sum(probabilities * jnp.log(jnp.maximum(probabilities, 1e-30)), axis=-1)
+        stats = {
+            'moe_load': load,
+            'moe_entropy': masked_mean(entropy, context),
+            'moe_dropped': jnp.zeros(()),  # dropless
+        }
+        losses = {
+            'balance': experts * jnp.sum(jax.lax.stop_gradient(load) * mean),
+            'router_z': masked_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, context),
+        }
+        return {'losses': losses, 'stats': jax.tree.map(jax.lax.stop_gradient, stats)}

@@ -1,0 +1,150 @@
+"""What the layers share: named parameters, RMSNorm, and a causal window over past tokens that respects documents."""
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mixcon_jax.models.context import Context
+
+Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
+Axes = tuple[str, ...]
+State = dict[str, Any]
+Aux = dict[str, dict[str, Array]]
+
+
+class Buffer(nnx.Variable):
+    """State of a layer that no gradient trains, such as a routing bias."""
+
+
+class Parameters:
+    """Makes parameters whose initial values are keyed by their names alone.
+
+    Two architectures therefore start from the same values wherever they name a parameter alike, which pairs the arms
+    of an ablation.
+    """
+
+    def __init__(self, key: PRNGKeyArray) -> None:
+        self._key = key
+
+    def scope(self, name: str | int | Int[Array, '']) -> 'Parameters':
+        """Returns the maker for a named (or numbered, possibly traced) part."""
+        return Parameters(self._fold(name))
+
+    def __call__(self, name: str, shape: Sequence[int], axes: Axes, init: Initializer) -> nnx.Param:
+        """Returns a float32 parameter; ``axes`` names each of its dimensions for sharding and optimizer groups."""
+        if len(shape) != len(axes):
+            raise ValueError(f'parameter {name} has shape {tuple(shape)} but axes {axes}; name every dimension')
+        return nnx.Param(init(self._fold(name), tuple(shape)), logical_axes=axes)
+
+    def _fold(self, name: str | int | Int[Array, '']) -> PRNGKeyArray:
+        return jax.random.fold_in(self._key, zlib.crc32(name.encode()) if isinstance(name, str) else name)
+
+
+def normal(std: float) -> Initializer:
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def uniform(bound: float) -> Initializer:
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def constant(value: float) -> Initializer:
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+zeros, ones = constant(0.0), constant(1.0)
+
+
+def output_std(init_std: float, num_layers: int) -> float:
+    """Standard deviation of projections back onto the residual stream (two residual steps a layer)."""
+    return init_std / math.sqrt(2 * num_layers)
+
+
+def rms_normalize(x: Float[Array, '*b d'], eps: float) -> Float[Array, '*b d']:
+    """Divides by the root mean square over the last axis, in at least float32; keeps x's dtype."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, params: Parameters, eps: float, axis: str = 'norm') -> None:
+        self.scale = params('scale', (width,), (axis,), ones)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
+        return rms_normalize(x, self.eps) * self.scale.astype(x.dtype)
+
+
+def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
+    """Multiplies by a weight matrix in x's dtype."""
+    return x @ weight[...].astype(x.dtype)
+
+
+class Window:
+    """The last tokens before, and the tokens of, a call: what causal taps read.
+
+    Args:
+      x: `[B, T, C]`, this call's tokens.
+      context: their documents; a tap never reads across a document's start.
+      state: `[B, K, C]`, the last K real tokens before this call, or None to start fresh.
+      length: K, the longest lag that will be read.
+    """
+
+    def __init__(self, x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b k c'] | None, length: int) -> None:
+        past = jnp.zeros((x.shape[0], length, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
+        self._values = jnp.concatenate([past, x], axis=1)
+        self._context = context
+        self._length = length
+
+    def lagged(self, lag: int) -> Float[Array, 'b t c']:
+        """Returns each token's predecessor by ``lag`` tokens, zero where that lies before its document."""
+        tokens = self._context.positions.shape[1]
+        first = self._length - lag
+        past = self._values[:, first : first + tokens]
+        if lag == 0:
+            return past
+        return jnp.where((self._context.positions >= lag)[..., None], past, 0)
+
+    def state(self) -> Float[Array, 'b k c']:
+        """Returns the last K real tokens, skipping padding after them."""
+        tokens = self._context.positions.shape[1]
+        if tokens == 1:
+            return jnp.where(self._context.mask[..., None], self._values[:, 1:], self._values[:, :-1])
+        ends = jnp.max(jnp.where(self._context.mask, jnp.arange(1, tokens + 1), 0), axis=1)
+        index = ends[:, None] + jnp.arange(self._length)
+        return jnp.take_along_axis(self._values, index[..., None], axis=1)
+
+
+class ShortConv(nnx.Module):
+    """Causal depthwise convolution as a sum of shifted tokens; ``weight[-1]`` meets the current token."""
+
+    def __init__(self, width: int, channels: int, params: Parameters) -> None:
+        self.width = width
+        self.weight = params('weight', (width, channels), ('conv', 'inner'), uniform(width**-0.5))
+        self.bias = params('bias', (channels,), ('inner',), zeros)
+
+    def init_state(self, batch: int, dtype: Any) -> Float[Array, 'b k c']:
+        return jnp.zeros((batch, self.width - 1, self.weight.shape[1]), dtype)
+
+    def __call__(
+        self, x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b k c'] | None
+    ) -> tuple[Float[Array, 'b t c'], Float[Array, 'b k c'] | None]:
+        window = Window(x, context, state, self.width - 1)
+        weight = self.weight[...].astype(x.dtype)
+        y = sum((window.lagged(self.width - 1 - j) * weight[j] for j in range(self.width)), self.bias.astype(x.dtype))
+        return y, None if state is None else window.state()
+
+
+def masked_mean(x: Float[Array, 'b t *c'], context: Context) -> Float[Array, '']:
+    """Mean over the real tokens and everything behind them."""
+    mask = context.mask.reshape(context.mask.shape + (1,) * (x.ndim - 2))
+    count = jnp.maximum(context.mask.sum(), 1) * math.prod(x.shape[2:])
+    return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32)) / count

@@ -1,0 +1,87 @@
+"""Grouped-query attention with document masks, no positional encoding by default."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.attention import attention
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+
+
+class Attention(nnx.Module):
+    """Causal attention (Ainslie et al., 2023, for the grouped heads); its state is a preallocated cache.
+
+    Args:
+      config: ``config.model``.
+      params: makes the parameters.
+      num_layers: layers of the whole model, for the scale of the output projection.
+    """
+
+    def __init__(self, config, params: Parameters, num_layers: int) -> None:
+        self.config = options = config.attention
+        self.head_dim = options.head_dim or config.dim // options.num_heads
+        self.dtype = jnp.dtype(config.dtype)
+        q_width, kv_width = options.num_heads * self.head_dim, options.num_kv_heads * self.head_dim
+        init = normal(config.init_std)
+        self.q_proj = params('q_proj', (config.dim, q_width), ('embed', 'heads'), init)
+        self.k_proj = params('k_proj', (config.dim, kv_width), ('embed', 'kv_heads'), init)
+        self.v_proj = params('v_proj', (config.dim, kv_width), ('embed', 'kv_heads'), init)
+        self.o_proj = params(
+            'o_proj', (q_width, config.dim), ('heads', 'embed'), normal(output_std(config.init_std, num_layers))
+        )
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """Returns an empty cache of ``max_len`` tokens a row."""
+        shape = (batch, max_len, self.config.num_kv_heads, self.head_dim)
+        return {
+            'k': jnp.zeros(shape, self.dtype),
+            'v': jnp.zeros(shape, self.dtype),
+            'segment_ids': jnp.zeros((batch, max_len), jnp.int32),
+            'length': jnp.zeros((), jnp.int32),
+        }
+
+    def __call__(
+        self, x: Float[Array, 'b t d'], context: Context, state: State | None
+    ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
+        """Attends to this call's tokens and, with a state, to all before them; the cache must have room for T more."""
+        q = self._heads(project(x, self.q_proj), self.config.num_heads)
+        k = self._heads(project(x, self.k_proj), self.config.num_kv_heads)
+        v = self._heads(project(x, self.v_proj), self.config.num_kv_heads)
+        if self.config.rope:
+            q, k = (rotate(value, context.positions, self.config.rope_theta) for value in (q, k))
+        if state is None:
+            y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.config.block_size)
+        else:
+            start = state['length']
+            write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+            state = {
+                'k': write(state['k'], k),
+                'v': write(state['v'], v),
+                'segment_ids': write(state['segment_ids'], context.segment_ids),
+                'length': start + x.shape[1],
+            }
+            y = attention(
+                q,
+                state['k'],
+                state['v'],
+                segment_ids=context.segment_ids,
+                kv_segment_ids=state['segment_ids'],
+                q_offset=start,
+                block_size=self.config.block_size,
+            )
+        return project(y.reshape(*x.shape[:2], -1).astype(x.dtype), self.o_proj), state, {}
+
+    def _heads(self, x: Float[Array, 'b t w'], count: int) -> Float[Array, 'b t h p']:
+        return x.reshape(*x.shape[:2], count, self.head_dim)
+
+
+def rotate(x: Float[Array, 'b t h p'], positions: Int[Array, 'b t'], theta: float) -> Float[Array, 'b t h p']:
+    """Rotary position embedding (Su et al., 2021), the two halves of a head rotated against each other."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

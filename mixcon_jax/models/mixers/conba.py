@@ -1,0 +1,238 @@
+"""Conba: the selective state space with state scaling, delayed states and an adaptive feedback gain.
+
+MixCon (ECAI 2024), equations 5 to 14, in the parallel reading of docs/conba.md: gates and taps are functions of past
+tokens, so that the recurrence stays linear in the state and runs as a scan.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels_pallas.adaptive_gain import diagonal_gain, matrix_gain
+from kernels_pallas.selective_scan import selective_scan
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import (
+    Aux,
+    Parameters,
+    State,
+    Window,
+    constant,
+    masked_mean,
+    normal,
+    ones,
+    project,
+    zeros,
+)
+from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
+
+UNIT_SWISH = 1.2784645427610738  # swish(1 + W(1/e)) = 1: a scaling that starts as the identity
+
+
+class Conba(SelectiveSSM):
+    """Selective state space in a control loop; with the initial values it equals Jamba's Mamba mixer.
+
+    Every mechanism is an option of ``config.model.conba``: ``state_scaling`` (eq. 7), ``delay`` (eq. 6), ``control``
+    (eqs 10 and 11), ``gate`` (eq. 12) and noise (eqs 13 and 14).
+    """
+
+    def __init__(self, config, params: Parameters, num_layers: int) -> None:
+        super().__init__(config, params, num_layers, norms=True)
+        self.options = options = config.conba
+        inner, d_state = self.inner, self.d_state
+        if options.state_scaling == 'output':
+            self.scale_weight = params('scale_weight', (inner,), ('inner',), zeros)
+            self.scale_bias = params('scale_bias', (inner,), ('inner',), constant(UNIT_SWISH))
+        elif options.state_scaling == 'readout':
+            self.readout_weight = params('readout_weight', (d_state, d_state), ('state', 'state'), zeros)
+            self.readout_bias = params('readout_bias', (d_state,), ('state',), constant(UNIT_SWISH))
+        if options.delay == 'taps':
+            self.taps = params('taps', (len(options.taps), inner), ('conv', 'inner'), zeros)
+        elif options.delay == 'companion':
+            self.companion_logit = params('companion_logit', (inner,), ('inner',), constant(-8.0))
+        elif options.delay == 'state':
+            self.delay_weight = params('delay_weight', (d_state, d_state), ('state', 'state'), zeros)
+        if options.control != 'none':
+            self.control = Control(config, inner, params.scope('control'))
+        if options.gate == 'full':
+            self.gate_output = params('gate_output', (inner,), ('inner',), zeros)
+            self.gate_linear = params('gate_linear', (inner,), ('inner',), zeros)
+        if options.observation_noise:
+            self.observation_scale = params('observation_scale', (inner,), ('inner',), ones)
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """Returns the constant-size state; ``max_len`` is not needed."""
+        state = super().init_state(batch, max_len)
+        passes, scan = self.options.feedback_iters, state['scan']
+        if self.options.delay == 'companion':
+            scan = jnp.stack([scan, scan], axis=1)
+        # Every feedback pass runs its own scan; all but the last also run their own gain.
+        state['scan'] = jnp.stack([scan] * (passes + 1), axis=1)
+        if self.options.delay == 'taps':
+            state['taps'] = jnp.zeros((batch, max(self.options.taps), self.inner), jnp.float32)
+        if self.options.control in ('diag', 'matrix'):
+            state['gain'] = self.control.init_state(batch, passes or 1)
+        return state
+
+    def __call__(
+        self, x: Float[Array, 'b t d'], context: Context, state: State | None
+    ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
+        options, old = self.options, state
+        inputs = self.inputs(x, context, None if old is None else old['conv'])
+        scans, gains, stats = [], [], {}
+        u = inputs.u
+        law = self.control.law(x, inputs.u, context) if options.control != 'none' else None
+
+        # Feedback (Fig. 1): each pass measures the a-priori error, which is strictly causal, and corrects the drive.
+        for i in range(options.feedback_iters):
+            _, final, prior = self._scan(inputs, u, context, old, i, prior=True)
+            correction, gain, stats = self.control.correction(prior, law, context, None if old is None else old['gain'], i)
+            u = inputs.u - correction.astype(u.dtype)
+            scans.append(final)
+            gains.append(gain)
+        y, final = self._scan(inputs, u, context, old, options.feedback_iters)
+        scans.append(final)
+
+        if context.train and context.rng is not None and options.observation_noise:
+            noise = jax.random.normal(context.fold(1).rng, y.shape, y.dtype)
+            y = y + options.observation_noise * self.observation_scale[...] * noise
+        if options.state_scaling == 'output':
+            y = y * jax.nn.silu(self.scale_weight[...] * y + self.scale_bias[...])
+        if options.delay == 'taps':
+            window = Window(y, context, None if old is None else old['taps'], max(options.taps))
+            y = y + sum(window.lagged(lag) * self.taps[i] for i, lag in enumerate(options.taps))
+        if options.control != 'none' and not options.feedback_iters:
+            correction, gain, stats = self.control.correction(y, law, context, None if old is None else old.get('gain'), 0)
+            gains.append(gain)
+            y = y - correction
+        y = y.astype(x.dtype)
+        if options.gate == 'full':
+            gate = jax.nn.silu(self.gate_output.astype(x.dtype) * y + inputs.z)
+            y = gate * (y + self.gate_linear.astype(x.dtype) * inputs.z)
+        else:
+            y = y * jax.nn.silu(inputs.z)
+
+        if old is not None:
+            state = {'conv': inputs.conv_state, 'scan': jnp.stack(scans, axis=1)}
+            if options.delay == 'taps':
+                state['taps'] = window.state()
+            if 'gain' in old:
+                state['gain'] = jnp.stack(gains, axis=1)
+        return project(y, self.out_proj), state, {'stats': stats} if stats else {}
+
+    def _scan(
+        self, inputs: ScanInputs, u: Float[Array, 'b t i'], context: Context, state: State | None, i: int, prior: bool = False
+    ):
+        """Runs pass ``i``: the selective scan of drive ``u`` with every in-loop option."""
+        options = self.options
+        extra = {'prior': True} if prior else {}
+        if options.state_scaling == 'readout':
+            delay = self.delay_weight[...] if options.delay == 'state' else None
+            extra['readout'] = (self.readout_weight[...], self.readout_bias[...], delay)
+        elif options.delay == 'state':
+            identity = (jnp.zeros((self.d_state, self.d_state)), jnp.full((self.d_state,), UNIT_SWISH))
+            extra['readout'] = (*identity, self.delay_weight[...])
+        if options.delay == 'companion':
+            extra['delay'] = jax.nn.sigmoid(self.companion_logit[...])
+        if context.train and context.rng is not None and options.process_noise:
+            # The same draw in every pass: the loop is one system seen several times.
+            extra['process_noise'] = (context.fold(0).rng, options.process_noise)
+        return selective_scan(
+            u,
+            inputs.dt,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            D=self.D[...],
+            reset=context.reset,
+            initial_state=None if state is None else state['scan'][:, i],
+            **extra,
+            **self.scan_options,
+        )
+
+
+class Law(NamedTuple):
+    """What a gain needs besides the error: desired output, step sizes and forgetting."""
+
+    reference: Float[Array, 'b t h p'] | float
+    alpha: Float[Array, 'b t h'] | None
+    log_decay: Float[Array, 'b t h'] | None
+
+
+class Control(nnx.Module):
+    """The feedback gain K and its update by the tracking error (eqs 10 and 11), for heads of P channels.
+
+    With e = y - y_d and its direction phi, K forgets by lambda and learns phi by a step alpha:
+    ``K+ = lambda K (I - alpha phi phi^T) + alpha phi phi^T``; the correction is ``kappa K e``.
+    """
+
+    def __init__(self, config, inner: int, params: Parameters) -> None:
+        self.options = options = config.conba
+        self.chunk = options.gain_chunk
+        self.head_dim = options.head_dim
+        self.heads = inner // options.head_dim
+        dim, heads = config.dim, (self.heads,)
+        if options.reference == 'diag':
+            self.reference_weight = params('reference_weight', (inner,), ('inner',), zeros)
+            self.reference_bias = params('reference_bias', (inner,), ('inner',), zeros)
+        elif options.reference == 'proj':
+            self.reference_proj = params('reference_proj', (dim, inner), ('embed', 'inner'), normal(config.init_std))
+        if options.control == 'slow':
+            shape = (self.heads, self.head_dim, self.head_dim)
+            self.gain = params('gain', shape, ('gain', 'state', 'state'), zeros)
+            return
+        self.alpha_proj = params('alpha_proj', (dim, self.heads), ('embed', 'gain'), zeros)
+        self.alpha_bias = params('alpha_bias', heads, ('gain',), constant(-2.0))
+        self.decay_proj = params('decay_proj', (dim, self.heads), ('embed', 'gain'), zeros)
+        self.decay_bias = params('decay_bias', heads, ('gain',), constant(-5.0))
+        self.kappa = params('kappa', heads, ('gain',), constant(-5.0 if options.kappa == 'bounded' else 0.0))
+
+    def init_state(self, batch: int, passes: int) -> Float[Array, 'b i h *p']:
+        """Returns the gains of every pass: `[B, passes, H, P, P]`, or `[B, passes, H, P]` when diagonal."""
+        width = (self.head_dim,) * (2 if self.options.control == 'matrix' else 1)
+        return jnp.zeros((batch, passes, self.heads, *width), jnp.float32)
+
+    def law(self, x: Float[Array, 'b t d'], u: Float[Array, 'b t i'], context: Context) -> Law:
+        """Computes the desired output and the gain's step sizes; a padded token leaves the gain as it was."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        reference: Float[Array, 'b t h p'] | float = 0.0
+        if self.options.reference == 'diag':
+            reference = self._heads(self.reference_weight[...] * u.astype(wide) + self.reference_bias[...])
+        elif self.options.reference == 'proj':
+            reference = self._heads(project(x, self.reference_proj).astype(wide))
+        if self.options.control == 'slow':
+            return Law(reference, None, None)
+        mask = context.mask[..., None]
+        alpha = jax.nn.sigmoid(project(x, self.alpha_proj).astype(wide) + self.alpha_bias[...])
+        log_decay = -jax.nn.softplus(project(x, self.decay_proj).astype(wide) + self.decay_bias[...])
+        return Law(reference, jnp.where(mask, alpha, 0), jnp.where(mask, log_decay, 0))
+
+    def correction(self, y: Float[Array, 'b t i'], law: Law, context: Context, gains: Array | None, i: int):
+        """Returns ``kappa K e`` `[B, T, d_in]`, pass ``i``'s final gain and statistics."""
+        error = self._heads(y) - law.reference
+        if self.options.control == 'slow':
+            applied = jnp.einsum('bthp,hqp->bthq', error, self.gain[...].astype(error.dtype))
+            return applied.reshape(y.shape), None, {}
+        initial = None if gains is None else gains[:, i]
+        if self.options.control == 'matrix':
+            applied, gain = matrix_gain(
+                error, law.alpha, law.log_decay, reset=context.reset, initial_gain=initial, chunk=self.chunk
+            )
+        else:
+            applied, gain = diagonal_gain(error, law.alpha, law.log_decay, reset=context.reset, initial_gain=initial)
+        kappa = jax.nn.sigmoid(self.kappa[...]) if self.options.kappa == 'bounded' else self.kappa[...]
+        correction = (kappa[:, None] * applied).reshape(y.shape)
+        power = masked_mean(y * y, context) + jnp.finfo(jnp.float32).tiny
+        stats = {
+            'kappa': jnp.mean(kappa),
+            'alpha': masked_mean(law.alpha, context),
+            'decay': masked_mean(jnp.exp(law.log_decay), context),
+            'gain_norm': jnp.mean(jnp.sqrt(jnp.sum(gain * gain, axis=tuple(range(2, gain.ndim))))),
+            'correction': jnp.sqrt(masked_mean(correction * correction, context) / power),
+        }
+        return correction, gain, jax.tree.map(jax.lax.stop_gradient, stats)
+
+    def _heads(self, x: Float[Array, 'b t i']) -> Float[Array, 'b t h p']:
+        return x.reshape(*x.shape[:2], self.heads, self.head_dim)

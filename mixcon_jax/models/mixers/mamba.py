@@ -1,0 +1,35 @@
+"""Mamba's mixer (S6), with or without Jamba's norms on dt, B and C."""
+
+import jax
+from jaxtyping import Array, Float
+
+from kernels_pallas.selective_scan import selective_scan
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import Aux, Parameters, State, project
+from mixcon_jax.models.mixers.ssm import SelectiveSSM
+
+
+class Mamba(SelectiveSSM):
+    """y = selective_scan(u) gated by SiLU(z) (Gu and Dao, 2023, §3.4)."""
+
+    def __init__(self, config, params: Parameters, num_layers: int) -> None:
+        super().__init__(config, params, num_layers, norms=config.mamba.norms)
+
+    def __call__(
+        self, x: Float[Array, 'b t d'], context: Context, state: State | None
+    ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
+        inputs = self.inputs(x, context, None if state is None else state['conv'])
+        y, final = selective_scan(
+            inputs.u,
+            inputs.dt,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            D=self.D[...],
+            reset=context.reset,
+            initial_state=None if state is None else state['scan'],
+            **self.scan_options,
+        )
+        if state is not None:
+            state = {'conv': inputs.conv_state, 'scan': final}
+        return project(y.astype(x.dtype) * jax.nn.silu(inputs.z), self.out_proj), state, {}

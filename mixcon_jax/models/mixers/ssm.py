@@ -1,0 +1,108 @@
+"""The selective state space (S6) that Mamba and Conba share: projections, short convolution, step sizes."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import (
+    Parameters,
+    RMSNorm,
+    ShortConv,
+    State,
+    normal,
+    ones,
+    output_std,
+    project,
+    uniform,
+)
+
+
+class ScanInputs(NamedTuple):
+    """Everything the selective scan takes, and the gate branch."""
+
+    u: Float[Array, 'b t i']
+    z: Float[Array, 'b t i']
+    dt: Float[Array, 'b t i']
+    A: Float[Array, 'i n']
+    B: Float[Array, 'b t n']
+    C: Float[Array, 'b t n']
+    conv_state: Float[Array, 'b k i'] | None
+
+
+class SelectiveSSM(nnx.Module):
+    """Input-dependent diagonal state space (Gu and Dao, 2023); subclasses run the scan and the gate.
+
+    Args:
+      config: ``config.model``.
+      params: makes the parameters.
+      num_layers: layers of the whole model, for the scale of the output projection.
+      norms: put an RMSNorm on dt, B and C each, as Jamba does.
+    """
+
+    def __init__(self, config, params: Parameters, num_layers: int, norms: bool) -> None:
+        options = config.ssm
+        self.inner = options.expand * config.dim
+        self.d_state = options.d_state
+        self.dt_rank = options.dt_rank or -(-config.dim // 16)
+        self.scan_options = {'implementation': options.implementation or None, 'chunk': options.chunk or None}
+        self.dtype = jnp.dtype(config.dtype)
+        init = normal(config.init_std)
+        self.in_proj = params('in_proj', (config.dim, 2 * self.inner), ('embed', 'inner'), init)
+        self.conv = ShortConv(options.d_conv, self.inner, params.scope('conv'))
+        self.x_proj = params('x_proj', (self.inner, self.dt_rank + 2 * self.d_state), ('inner', 'dt_rank'), init)
+        self.dt_proj = params('dt_proj', (self.dt_rank, self.inner), ('dt_rank', 'inner'), uniform(self.dt_rank**-0.5))
+        self.dt_bias = params('dt_bias', (self.inner,), ('inner',), _step_sizes(options))
+        self.A_log = params('A_log', (self.inner, self.d_state), ('inner', 'state'), _state_decays)
+        self.D = params('D', (self.inner,), ('inner',), ones)
+        self.out_proj = params(
+            'out_proj', (self.inner, config.dim), ('inner', 'embed'), normal(output_std(config.init_std, num_layers))
+        )
+        self.norms = norms
+        if norms:
+            self.dt_norm = RMSNorm(self.dt_rank, params.scope('dt_norm'), config.norm_eps)
+            self.B_norm = RMSNorm(self.d_state, params.scope('B_norm'), config.norm_eps)
+            self.C_norm = RMSNorm(self.d_state, params.scope('C_norm'), config.norm_eps)
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """Returns the constant-size state; ``max_len`` is not needed."""
+        del max_len
+        return {
+            'conv': self.conv.init_state(batch, self.dtype),
+            'scan': jnp.zeros((batch, self.inner, self.d_state), jnp.float32),
+        }
+
+    def inputs(self, x: Float[Array, 'b t d'], context: Context, conv_state: Any) -> ScanInputs:
+        """Projects tokens to the scan's inputs; a padded token gets dt = 0, which leaves the state as it was."""
+        u, z = jnp.split(project(x, self.in_proj), 2, axis=-1)
+        u, conv_state = self.conv(u, context, conv_state)
+        u = jax.nn.silu(u)
+        dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
+        if self.norms:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+        # Step sizes set the decay over thousands of tokens: softplus and beyond stay in full precision.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        dt = jax.nn.softplus(project(dt, self.dt_proj).astype(wide) + self.dt_bias[...])
+        dt = jnp.where(context.mask[..., None], dt, 0)
+        return ScanInputs(u, z, dt, -jnp.exp(self.A_log[...]), B, C, conv_state)
+
+
+def _step_sizes(options):
+    """Biases whose softplus is log-uniform in [dt_min, dt_max] (Gu and Dao, 2023, §3.6)."""
+
+    def init(key, shape):
+        low, high = math.log(options.dt_min), math.log(options.dt_max)
+        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), options.dt_floor)
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return init
+
+
+def _state_decays(key, shape):
+    """A = -(1..N) for every channel, the real S4D initialisation."""
+    del key
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=jnp.float32)), shape)

@@ -1,0 +1,206 @@
+"""The table of options: every leaf of the configuration with its default, its meaning and the values it may take."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """What an option's value must satisfy, as a test and in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One leaf of the configuration."""
+
+    default: Any
+    meaning: str
+    check: Check | None = None
+    element: type | None = None  # the type of a tuple's elements
+
+
+def at_least(low: float) -> Check:
+    return Check(lambda value: value >= low, f'at least {low}')
+
+
+def above(low: float) -> Check:
+    return Check(lambda value: value > low, f'greater than {low}')
+
+
+def between(low: float, high: float) -> Check:
+    return Check(lambda value: low <= value <= high, f'between {low} and {high}')
+
+
+def one_of(*choices: str) -> Check:
+    return Check(lambda value: value in choices, 'one of ' + ', '.join(choices))
+
+
+POSITIVE, COUNT, FRACTION = at_least(1), at_least(0), between(0.0, 1.0)
+PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), 'two numbers in [0, 1)')
+DTYPE = one_of('float32', 'bfloat16')
+
+OPTIONS: dict[str, Any] = {
+    'name': Option('', 'Name of the run, shown in its logs.'),
+    'seed': Option(0, 'Seed of initial values, data order and noise.', COUNT),
+    'model': {
+        'vocab_size': Option(2048, 'Rows of the embedding; at least the tokenizer\'s vocabulary.', POSITIVE),
+        'dim': Option(128, 'Width D of the residual stream.', POSITIVE),
+        'num_blocks': Option(1, 'How often the pattern repeats.', POSITIVE),
+        'pattern': Option(
+            ('conba+mlp', 'conba+moe', 'attention+mlp', 'conba+moe'),
+            'Layers of one block: "mixer", "mixer+ffn" (two residual steps) or "mixer|ffn" (parallel).',
+            Check(lambda value: len(value) > 0, 'at least one layer'),
+            element=str,
+        ),
+        'norm_eps': Option(1e-6, 'Epsilon of every RMSNorm.', above(0.0)),
+        'tie_embeddings': Option(False, 'Use the embedding as the output head.'),
+        'init_std': Option(0.02, 'Standard deviation of initial weights; output projections divide it by sqrt(2 layers).', above(0.0)),
+        'dtype': Option('float32', 'Compute type; parameters and recurrent states stay float32.', DTYPE),
+        'remat': Option(
+            'none', 'What the backward pass recomputes: nothing, everything in a block, or all but matrix products.',
+            one_of('none', 'block', 'dots'),
+        ),
+        'attention': {
+            'num_heads': Option(4, 'Query heads.', POSITIVE),
+            'num_kv_heads': Option(2, 'Key and value heads; divides num_heads.', POSITIVE),
+            'head_dim': Option(0, 'Width of a head; 0 means dim / num_heads.', COUNT),
+            'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
+            'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
+            'block_size': Option(256, 'Queries and keys a tile of the portable blockwise attention.', POSITIVE),
+        },
+        'ssm': {
+            'd_state': Option(16, 'States N per channel, of Mamba and Conba.', POSITIVE),
+            'd_conv': Option(4, 'Width of the short causal convolution.', POSITIVE),
+            'expand': Option(2, 'Inner width d_in as a multiple of dim.', POSITIVE),
+            'dt_rank': Option(0, 'Rank of the step-size projection; 0 means ceil(dim / 16).', COUNT),
+            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0)),
+            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
+            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
+            'implementation': Option(
+                '', 'Selective scan: "" picks the best here.', one_of('', 'reference', 'associative', 'chunked'),
+            ),
+            'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
+        },
+        'mamba': {
+            'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.'),
+        },
+        'conba': {
+            'state_scaling': Option('output', 'Where the states are scaled (eq. 7).', one_of('none', 'output', 'readout')),
+            'delay': Option(
+                'taps', 'Delayed states (eq. 6): past outputs, one tap inside the loop, or a map of the state.',
+                one_of('none', 'taps', 'companion', 'state'),
+            ),
+            'taps': Option(
+                (1, 2, 4, 8), 'Delays of delay="taps", in tokens.',
+                Check(lambda value: len(value) > 0 and all(v >= 1 for v in value) and len(set(value)) == len(value),
+                      'distinct delays of at least 1'), element=int,
+            ),
+            'control': Option('matrix', 'Adaptive feedback gain (eq. 11).', one_of('none', 'slow', 'diag', 'matrix')),
+            'head_dim': Option(32, 'Channels P that share one gain.', POSITIVE),
+            'reference': Option('diag', 'Desired output y_d (eq. 10): per-channel, zero, or a full projection.', one_of('zero', 'diag', 'proj')),
+            'kappa': Option('free', 'Output mix of the gain: unconstrained, or a sigmoid.', one_of('free', 'bounded')),
+            'feedback_iters': Option(0, 'Passes of true feedback onto the scan\'s input.', between(0, 8)),
+            'gate': Option('full', 'Output gate: full SwiGLU (eq. 12) or Mamba\'s SiLU.', one_of('full', 'mamba')),
+            'process_noise': Option(0.0, 'Standard deviation of w_k (eq. 13), training only.', at_least(0.0)),
+            'observation_noise': Option(0.0, 'Standard deviation of v_k (eq. 14), training only.', at_least(0.0)),
+            'gain_chunk': Option(32, 'Tokens a chunk of the matrix gain.', POSITIVE),
+        },
+        'mlp': {
+            'hidden_dim': Option(0, 'Width of the SwiGLU; 0 means 8/3 dim, rounded up to a multiple of 16.', COUNT),
+        },
+        'moe': {
+            'num_experts': Option(4, 'Experts.', POSITIVE),
+            'top_k': Option(2, 'Experts a token uses.', POSITIVE),
+            'hidden_dim': Option(0, 'Width of one expert; 0 means the mlp\'s width / top_k.', COUNT),
+            'renormalize': Option(False, 'Scale the chosen weights to sum to one, as Mixtral does.'),
+            'balance': Option('loss', 'How load is balanced: by a loss, by a bias on the routing, or not.', one_of('none', 'loss', 'bias')),
+            'balance_coef': Option(1e-2, 'Weight of the balance loss.', at_least(0.0)),
+            'router_z_coef': Option(0.0, 'Weight of the router\'s z-loss.', at_least(0.0)),
+            'bias_rate': Option(1e-3, 'Step of the routing bias with balance="bias".', at_least(0.0)),
+            'implementation': Option(
+                '', 'Expert products: "" picks; dense runs every expert, grouped sorts tokens.', one_of('', 'dense', 'grouped'),
+            ),
+            'group_block': Option(128, 'Rows a block of the grouped product.', POSITIVE),
+        },
+    },
+    'data': {
+        'sources': Option(
+            ('stdlib',),
+            'Text: "stdlib", "files:GLOB" (.txt .jsonl .parquet, also .gz .zst), "huggingface:NAME[/SUBSET]".',
+            Check(lambda value: len(value) > 0, 'at least one source'), element=str,
+        ),
+        'weights': Option((), 'Sampling weight of each source; empty means by size.', element=float),
+        'text_field': Option('text', 'Field that holds the text in JSONL, Parquet and Hugging Face records.'),
+        'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.'),
+        'tokenizer': Option('bpe', '"bpe" trains one on the sources; otherwise the path of a tokenizer.json.'),
+        'tokenizer_vocab_size': Option(2048, 'Vocabulary of a trained tokenizer.', at_least(257)),
+        'heldout_fraction': Option(0.05, 'Share of documents that is held out.', Check(lambda v: 0 < v < 1, 'between 0 and 1, exclusive')),
+        'seq_len': Option(256, 'Tokens T a row.', at_least(2)),
+        'packing': Option(True, 'Pack several documents into a row; off gives each row one document.'),
+        'prefetch': Option(8, 'Batches prepared ahead.', COUNT),
+        'num_threads': Option(2, 'Threads that read rows.', POSITIVE),
+    },
+    'optim': {
+        'name': Option('adamw', 'Optimizer.', one_of('adamw', 'muon', 'lion', 'adafactor')),
+        'learning_rate': Option(4e-3, 'Peak learning rate.', above(0.0)),
+        'schedule': Option('cosine', 'Shape after warm-up: cosine, warm-up-stable-decay, or linear.', one_of('cosine', 'wsd', 'linear', 'constant')),
+        'warmup_steps': Option(30, 'Steps of linear warm-up.', COUNT),
+        'decay_fraction': Option(0.2, 'Share of the steps that decay, with schedule="wsd".', FRACTION),
+        'final_fraction': Option(0.1, 'Last learning rate as a share of the peak.', FRACTION),
+        'betas': Option((0.9, 0.95), 'Decay rates of the moments.', PAIR, element=float),
+        'eps': Option(1e-8, 'Epsilon of Adam.', above(0.0)),
+        'momentum': Option(0.95, 'Momentum of Muon.', between(0.0, 1.0)),
+        'weight_decay': Option(0.1, 'Decoupled weight decay, on weight matrices only.', at_least(0.0)),
+        'clip_norm': Option(1.0, 'Global gradient norm to clip to; 0 is off.', at_least(0.0)),
+        'muon_learning_rate': Option(0.02, 'Peak learning rate of the matrices under Muon.', above(0.0)),
+    },
+    'train': {
+        'steps': Option(600, 'Optimizer steps.', POSITIVE),
+        'batch_size': Option(4, 'Rows of the global batch.', POSITIVE),
+        'accum_steps': Option(1, 'Microbatches a step.', POSITIVE),
+        'loss_chunk': Option(1024, 'Tokens a chunk of the cross-entropy.', POSITIVE),
+        'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
+        'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE),
+        'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.'),
+        'seed_noise': Option(0, 'Added to the seed of Conba\'s noise.', COUNT),
+    },
+    'eval': {
+        'every': Option(200, 'Steps between held-out evaluations; 0 evaluates at the end only.', COUNT),
+        'batch_size': Option(0, 'Rows of an evaluation batch; 0 means train.batch_size.', COUNT),
+        'max_rows': Option(0, 'Held-out rows scored during the run; 0 means all. The end always scores all.', COUNT),
+    },
+    'checkpoint': {
+        'every': Option(200, 'Steps between checkpoints; the end always saves.', POSITIVE),
+        'keep_last': Option(2, 'Newest checkpoints kept.', POSITIVE),
+        'keep_best': Option(1, 'Checkpoints kept by held-out loss.', COUNT),
+    },
+    'log': {
+        'every': Option(10, 'Steps between lines of metrics.jsonl.', POSITIVE),
+        'tensorboard': Option(True, 'Write TensorBoard events.'),
+        'wandb': Option(False, 'Log to Weights & Biases (needs the wandb extra).'),
+        'peak_flops': Option(0.0, 'Peak FLOP/s of one device, for MFU; 0 looks it up.', at_least(0.0)),
+        'profile_start': Option(0, 'First step of a profiler trace; 0 is off.', COUNT),
+        'profile_steps': Option(3, 'Steps a profiler trace covers.', POSITIVE),
+    },
+    'mesh': {
+        'data': Option(-1, 'Devices along data; -1 takes what the other axes leave.', Check(lambda v: v == -1 or v >= 1, '-1 or at least 1')),
+        'fsdp': Option(1, 'Devices that shard parameters and batch.', POSITIVE),
+        'expert': Option(1, 'Devices along experts.', POSITIVE),
+        'context': Option(1, 'Devices along the sequence.', POSITIVE),
+        'tensor': Option(1, 'Devices along heads and widths.', POSITIVE),
+        'cpu_devices': Option(0, 'On CPU, how many XLA devices to make; 0 leaves JAX\'s default.', COUNT),
+    },
+}  # fmt: skip
+
+
+def leaves(options: Mapping[str, Any] = OPTIONS, prefix: str = '') -> Iterator[tuple[str, Option]]:
+    """Yields ``(dotted key, option)`` for every option."""
+    for name, option in options.items():
+        if isinstance(option, Option):
+            yield prefix + name, option
+        else:
+            yield from leaves(option, f'{prefix}{name}.')

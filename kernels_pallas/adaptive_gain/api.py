@@ -1,0 +1,103 @@
+"""Entry points of the adaptive gain: check shapes, form the error features, pick an implementation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kernels_pallas.adaptive_gain import reference, xla
+
+IMPLEMENTATIONS = ('reference', 'chunked')
+EPS = 1e-6
+
+
+def matrix_gain(
+    e: Float[Array, 'b t h p'],
+    alpha: Float[Array, 'b t h'],
+    log_decay: Float[Array, 'b t h'],
+    *,
+    reset: Bool[Array, 'b t'] | None = None,
+    initial_gain: Float[Array, 'b h p p'] | None = None,
+    implementation: str | None = None,
+    chunk: int = 32,
+) -> tuple[Float[Array, 'b t h p'], Float[Array, 'b h p p']]:
+    """Reads `K_k e_k`, then moves K by one descent step on the corrected error (SCIENCE 1.5).
+
+    `K_{k+1} = lam_k K_k (I - alpha_k phi_k phi_k^T) + alpha_k phi_k phi_k^T`, with `phi = e / sqrt(|e|^2 + 1e-6)` and
+    `lam = exp(log_decay)`. Computed in float32, or in float64 if any input is float64.
+
+    Args:
+      e: tracking error [B, T, H, P], any float type, T >= 1.
+      alpha: step in (0, 1) [B, T, H]. Padding: alpha = 0 and log_decay = 0 leave the gain as it is.
+      log_decay: log of the decay [B, T, H], <= 0.
+      reset: bool [B, T]; the gain is zero before a token where it is True, so that this token already reads zero.
+      initial_gain: [B, H, P, P]; zeros if None. Differentiable.
+      implementation: None picks for the platform; 'reference' (sequential) or 'chunked' (WY form, parallel in a chunk).
+      chunk: tokens a chunk.
+
+    Returns:
+      `(K e [B, T, H, P], final gain [B, H, P, P])`; the final gain continues the scan as initial_gain.
+
+    Raises:
+      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
+    """
+    _known(implementation)
+    e, alpha, log_decay, reset, gain = _check('matrix_gain', e, alpha, log_decay, reset, initial_gain, 2)
+    phi = e / jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + EPS)
+    if implementation == 'reference':
+        return reference.matrix(e, phi, alpha, log_decay, reset_array(reset, e), gain)
+    if chunk < 1:
+        raise ValueError(f'matrix_gain: chunk must be at least 1, got {chunk}')
+    return xla.matrix(e, phi, alpha, log_decay, reset, gain, chunk)
+
+
+def diagonal_gain(
+    e: Float[Array, 'b t h p'],
+    alpha: Float[Array, 'b t h'],
+    log_decay: Float[Array, 'b t h'],
+    *,
+    reset: Bool[Array, 'b t'] | None = None,
+    initial_gain: Float[Array, 'b h p'] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, 'b t h p'], Float[Array, 'b h p']]:
+    """The same gain kept diagonal: `K_{k+1} = lam (K_k (1 - alpha n_k) + alpha n_k)`, read before written (SCIENCE 1.7).
+
+    `n = min(1, e^2 / (mean over the head of e^2 + 1e-6))`, so K stays in [0, 1] if it starts there. Arguments, result
+    and errors as for `matrix_gain`, with gains [B, H, P].
+    """
+    _known(implementation)
+    e, alpha, log_decay, reset, gain = _check('diagonal_gain', e, alpha, log_decay, reset, initial_gain, 1)
+    square = e * e
+    share = jnp.minimum(1, square / (jnp.mean(square, -1, keepdims=True) + EPS))
+    if implementation == 'reference':
+        return reference.diagonal(e, share, alpha, log_decay, reset_array(reset, e), gain)
+    return xla.diagonal(e, share, alpha, log_decay, reset, gain)
+
+
+def reset_array(reset: jax.Array | None, e: jax.Array) -> jax.Array:
+    return jnp.zeros(e.shape[:2], bool) if reset is None else reset
+
+
+def _known(implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f'adaptive gain has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
+        )
+
+
+def _check(function, e, alpha, log_decay, reset, initial_gain, gain_rank):
+    if e.ndim != 4 or e.shape[1] < 1:
+        raise ValueError(f'{function}: e has shape {tuple(e.shape)}, expected [batch, time >= 1, heads, width]')
+    batch, length, heads, width = e.shape
+    gain_shape = (batch, heads) + (width,) * gain_rank
+    for name, value, shape in (
+        ('alpha', alpha, (batch, length, heads)),
+        ('log_decay', log_decay, (batch, length, heads)),
+        ('reset', reset, (batch, length)),
+        ('initial_gain', initial_gain, gain_shape),
+    ):
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f'{function}: {name} has shape {tuple(value.shape)}, expected {shape}')
+    dtype = jnp.promote_types(jnp.result_type(e, alpha, log_decay), jnp.float32)
+    gain = jnp.zeros(gain_shape, dtype) if initial_gain is None else initial_gain.astype(dtype)
+    reset = None if reset is None else reset.astype(bool)
+    return e.astype(dtype), alpha.astype(dtype), log_decay.astype(dtype), reset, gain

@@ -1,0 +1,5 @@
+"""Causal grouped-query attention over packed documents."""
+
+from kernels_pallas.attention.api import attention
+
+__all__ = ['attention']

@@ -1,0 +1,23 @@
+"""What holds for every test: the CPU with eight devices, cached compilations, and checked shapes and types.
+
+Environment variables are set before JAX is imported and are inherited by the processes that tests start.
+"""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+import jaxtyping  # after the environment
+
+# Annotations of our own packages are checked at run time: the only place where that is switched on. It costs time only
+# while functions are traced. MIXCON_TYPECHECK=0 leaves it out, to see an error without its frames.
+if os.environ.get('MIXCON_TYPECHECK', '1') != '0':
+    jaxtyping.install_import_hook(['mixcon_jax', 'kernels_pallas'], 'beartype.beartype')

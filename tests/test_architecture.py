@@ -1,0 +1,139 @@
+"""Imports between our modules point one way, as the map of the house draws them (docs/explanation/architecture.md)."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ('mixcon_jax', 'kernels_pallas', 'launch', 'experiments')
+
+# Whatever may be imported by everyone: they import nothing of ours but each other.
+FOUNDATION = {'mixcon_jax.errors', 'mixcon_jax.options', 'mixcon_jax.config'}
+# What starts runs; only launchers and one another may import it.
+TOP = {'mixcon_jax.train', 'mixcon_jax.cli', 'mixcon_jax.__main__', 'launch'}
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """The dotted name of every module of ours, with its file."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob('*.py')):
+            parts = path.relative_to(ROOT).with_suffix('').parts
+            found['.'.join(parts[:-1] if parts[-1] == '__init__' else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, *, lazy: bool = True) -> set[str]:
+    """Every module that module `name` imports, as dotted names; inside functions too when `lazy`.
+
+    `from a import b` counts as `a.b` when that is a module of ours and as `a` otherwise.
+    """
+    tree = ast.parse(MODULES[name].read_text())
+    nodes = list(ast.walk(tree))
+    if not lazy:
+        inside = {
+            child
+            for node in nodes
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            for child in ast.walk(node)
+        }
+        nodes = [node for node in nodes if node not in inside]
+    is_package = MODULES[name].name == '__init__.py'
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ''
+            if node.level:
+                parents = name.split('.')
+                parents = parents[: len(parents) - node.level + is_package]
+                base = '.'.join([*parents, base] if base else parents)
+            for alias in node.names:
+                full = f'{base}.{alias.name}'
+                found.add(full if full in MODULES else base)
+    return found
+
+
+def ours(name: str) -> set[str]:
+    return {other for other in imports(name) if other.split('.')[0] in PACKAGES}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + '.')
+
+
+def any_within(name: str, packages: set[str]) -> bool:
+    return any(within(name, package) for package in packages)
+
+
+@pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'kernels_pallas')])
+def test_kernels_import_only_jax(name: str):
+    """Kernels stand alone: JAX, NumPy and annotations. Kernel libraries only lazily, only in <kernel>/tokamax.py."""
+    allowed = {'jax', 'jaxlib', 'numpy', 'jaxtyping', 'kernels_pallas', *sys.stdlib_module_names}
+    foreign = {other.split('.')[0] for other in imports(name)} - allowed
+    if name.endswith('.tokamax'):
+        assert not {other.split('.')[0] for other in imports(name, lazy=False)} - allowed
+        foreign -= {'tokamax'}
+    assert not foreign, f'{name} imports {sorted(foreign)}'
+
+
+@pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'mixcon_jax.models')])
+def test_models_import_only_kernels_and_the_foundation(name: str):
+    allowed = {'mixcon_jax.models', 'kernels_pallas', *FOUNDATION}
+    wrong = {other for other in ours(name) if not any_within(other, allowed)}
+    assert not wrong, f'{name} imports {sorted(wrong)}'
+
+
+@pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'mixcon_jax.data')])
+def test_data_knows_no_model(name: str):
+    wrong = {other for other in ours(name) if not any_within(other, {'mixcon_jax.data', *FOUNDATION})}
+    assert not wrong, f'{name} imports {sorted(wrong)}'
+
+
+@pytest.mark.parametrize('name', [m for m in MODULES if not any_within(m, TOP)])
+def test_nothing_imports_what_starts_runs(name: str):
+    wrong = {other for other in ours(name) if any_within(other, TOP)}
+    assert not wrong, f'{name} imports {sorted(wrong)}'
+
+
+def test_only_the_command_line_and_launchers_import_train():
+    importers = {name for name in MODULES if 'mixcon_jax.train' in ours(name)}
+    assert all(any_within(name, {'mixcon_jax.cli', 'mixcon_jax.__main__', 'launch'}) for name in importers), importers
+
+
+@pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'mixcon_jax.step')])
+def test_step_knows_neither_data_nor_files(name: str):
+    """loss, train_step and eval_step are pure functions of arrays."""
+    forbidden = {'mixcon_jax.data', 'mixcon_jax.checkpoints', 'mixcon_jax.metrics', 'mixcon_jax.generate'}
+    wrong = {other for other in ours(name) if any_within(other, forbidden)}
+    assert not wrong, f'{name} imports {sorted(wrong)}'
+
+
+@pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'experiments')])
+def test_experiments_are_data(name: str):
+    """An experiment file only describes: reading it must start nothing and load no accelerator."""
+    allowed = {'experiments', 'mixcon_jax.models.presets', *FOUNDATION}
+    assert all(any_within(other, allowed) for other in ours(name)), ours(name)
+    assert not {other for other in imports(name) if other.split('.')[0] in ('jax', 'flax', 'optax', 'orbax')}
+
+
+def test_imports_have_no_circle():
+    """Depth-first search over the imports, those inside functions included; a package stands for its __init__.py."""
+    graph = {name: {other for other in ours(name) if other in MODULES and other != name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, ' -> '.join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())

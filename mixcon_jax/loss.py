@@ -1,0 +1,104 @@
+"""Cross-entropy in chunks of tokens: no array of all tokens times the vocabulary, forward or backward."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mixcon_jax.sharding import constrain
+
+
+def cross_entropy(
+    hidden: Float[Array, 'b t d'],
+    head: Float[Array, 'd v'],
+    targets: Int[Array, 'b t'],
+    mask: Bool[Array, 'b t'],
+    *,
+    chunk: int,
+    z_coef: float = 0.0,
+    shards: int = 1,
+) -> tuple[Float[Array, ''], Float[Array, ''], Float[Array, '']]:
+    """Sums of the cross-entropy over the masked tokens.
+
+    Products run in the type of ``hidden`` and accumulate in float32, the type of logits and logsumexp. Gradients are
+    formed in the forward pass, while a chunk's logits exist: that takes three products with the head a token, where
+    computing the logits again would take four.
+
+    Args:
+      hidden: `[B, T, D]` features; B is a multiple of ``shards``.
+      head: `[D, V]` output weights.
+      targets: `[B, T]` ids below V.
+      mask: `[B, T]`, the tokens to score.
+      chunk: tokens at a time on each device.
+      z_coef: weight of the z-loss, logsumexp(logits)^2 (PaLM, Chowdhery et al., 2022).
+      shards: into how many parts the devices split the rows; each goes through chunks of its own.
+
+    Returns:
+      The sum to differentiate, nll + z_coef * z; then nll (nats) and z (logsumexp squared), which carry no gradient.
+    """
+    batch, length = targets.shape
+    tokens = batch // shards * length
+    num_chunks = math.ceil(tokens / chunk)
+    size = math.ceil(tokens / num_chunks)
+
+    def split(x: Array) -> Array:
+        x = x.reshape(shards, tokens, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, num_chunks * size - tokens)) + ((0, 0),) * (x.ndim - 2))
+        x = jnp.moveaxis(x.reshape(shards, num_chunks, size, *x.shape[2:]), 1, 0)
+        return constrain(x, None, 'batch', *[None] * (x.ndim - 2))
+
+    # Gathered here, once, rather than inside the loop, once a chunk.
+    head = constrain(head.astype(hidden.dtype), None, 'vocab')
+    return _sums(split(hidden), head, split(targets), split(mask), z_coef)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sums(h: Array, head: Array, targets: Array, mask: Array, z_coef: float) -> tuple[Array, Array, Array]:
+    """The sums over chunks of tokens `[chunks, shards, size, ...]`, without gradients."""
+
+    def body(sums: Array, xs: tuple) -> tuple[Array, None]:
+        h, targets, mask = xs
+        return sums + _chunk_sums(h, head, targets, mask)[0], None
+
+    zeros = jnp.zeros((2,), jnp.promote_types(h.dtype, jnp.float32))
+    (nll, z), _ = jax.lax.scan(body, zeros, (h, targets, mask))
+    return nll + z_coef * z, nll, z
+
+
+def _chunk_sums(h: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    """One chunk's (nll, z), and what its gradient is made of: logits, their logsumexp, the targets' places."""
+    logits = jnp.einsum('scd,dv->scv', h, head, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    nll = lse - jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    return jnp.stack([jnp.sum(jnp.where(mask, value, 0)) for value in (nll, lse * lse)]), (logits, lse, hit)
+
+
+def _sums_forward(h: Array, head: Array, targets: Array, mask: Array, z_coef: float) -> tuple[tuple, tuple]:
+    """The sums, with the gradients of ``nll + z_coef * z`` as residuals."""
+    shards, wide = h.shape[1], jnp.promote_types(h.dtype, jnp.float32)
+
+    def body(carry: tuple, xs: tuple) -> tuple[tuple, Array]:
+        sums, d_head = carry
+        h, targets, mask = xs
+        more, (logits, lse, hit) = _chunk_sums(h, head, targets, mask)
+        d_lse = (1 + 2 * z_coef * lse)[..., None]
+        d_logits = jnp.where(mask[..., None], jnp.exp(logits - lse[..., None]) * d_lse - hit, 0).astype(h.dtype)
+        d_head = d_head + jnp.einsum('scd,scv->sdv', h, d_logits, preferred_element_type=wide)
+        return (sums + more, d_head), jnp.einsum('scv,dv->scd', d_logits, head)
+
+    # Every shard adds up a gradient of its own; they meet once, after the loop.
+    d_head = constrain(jnp.zeros((shards, *head.shape), wide), 'batch', None, 'vocab')
+    (sums, d_head), d_h = jax.lax.scan(body, (jnp.zeros((2,), wide), d_head), (h, targets, mask))
+    return (sums[0] + z_coef * sums[1], sums[0], sums[1]), (d_h, d_head.sum(axis=0).astype(head.dtype))
+
+
+def _sums_backward(z_coef: float, residuals: tuple[Array, Array], cotangents: tuple) -> tuple:
+    d_h, d_head = residuals
+    scale = cotangents[0]
+    return (d_h * scale).astype(d_h.dtype), (d_head * scale).astype(d_head.dtype), None, None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)

@@ -1,0 +1,119 @@
+"""The device mesh, and where parameters, optimizer state and batches lie on it.
+
+Five axes: ``data`` splits the batch and replicates parameters, ``fsdp`` splits both, ``expert`` splits experts,
+``context`` the sequence, ``tensor`` heads and widths. Every parameter names its dimensions (``logical_axes``); one
+table maps those names to mesh axes, and XLA inserts the communication.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import ml_collections
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from mixcon_jax.config import ConfigError
+from mixcon_jax.trees import Tree, map_named, named_leaves
+
+AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
+BATCH_AXES = ('data', 'fsdp')  # the mesh axes that share out the rows of a batch
+
+# Logical axis -> mesh axes. A name that is absent stays whole on every device.
+RULES: dict[str, tuple[str, ...]] = {
+    'batch': BATCH_AXES,
+    'embed': ('fsdp',),
+    'mlp': ('tensor',),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'inner': ('tensor',),
+    'vocab': ('tensor',),
+    'experts': ('expert',),
+}
+
+
+def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of ``config.mesh`` over all devices; ``data=-1`` takes what the other axes leave.
+
+    Raises:
+      ConfigError: the axes' product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: config[axis] for axis in AXES}
+    if sizes['data'] == -1:
+        rest = math.prod(sizes[axis] for axis in AXES[1:])
+        sizes['data'] = max(1, len(devices) // rest)
+    if math.prod(sizes.values()) != len(devices):
+        keys = ' * '.join(f'mesh.{axis} ({config[axis]})' for axis in AXES)
+        raise ConfigError(f'{keys} must be the number of devices, {len(devices)}')
+    shape = tuple(sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def partition_spec(
+    logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """The spec of one array; a dimension that its mesh axes do not divide stays replicated.
+
+    A mesh axis splits one dimension at most: the first that asks for it.
+    """
+    spec: list[tuple[str, ...] | None] = []
+    used: set[str] = set()
+    for name, size in zip(logical_axes, shape, strict=True):
+        axes = tuple(axis for axis in RULES.get(name, ()) if mesh.shape[axis] > 1 and axis not in used)
+        splits = bool(axes) and size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        spec.append(axes if splits else None)
+        used.update(axes if splits else ())
+    return PartitionSpec(*spec)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows [B, ...] over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def param_shardings(params: Tree, logical_axes: Mapping[str, Sequence[str | None]], mesh: Mesh) -> Tree:
+    """A sharding for every parameter, given (abstract) parameters and their axis names."""
+    return map_named(lambda name, x: NamedSharding(mesh, partition_spec(logical_axes[name], x.shape, mesh)), params)
+
+
+def opt_state_shardings(opt_state: Tree, params: Tree, shardings: Tree, mesh: Mesh) -> Tree:
+    """Shardings of an optimizer's state: a leaf shaped like its parameter lies like it, all else is replicated.
+
+    A leaf belongs to the parameter whose name ends the leaf's path, or stands inside it when the optimizer keeps
+    several values per parameter.
+    """
+    layouts = {name: (x.shape, s) for (name, x), s in zip(named_leaves(params).items(), jax.tree.leaves(shardings))}
+    longest_first = sorted(layouts, key=len, reverse=True)
+
+    def layout(path: str, leaf: Array) -> NamedSharding:
+        owner = next((name for name in longest_first if f'/{name}/' in f'/{path}/'), None)
+        if owner is not None and layouts[owner][0] == leaf.shape:
+            return layouts[owner][1]
+        return replicated(mesh)
+
+    return map_named(layout, opt_state)
+
+
+def constrain(x: Array, *logical_axes: str | None) -> Array:
+    """Asks XLA to lay ``x`` out by the logical names of its dimensions, rows being ``'batch'``.
+
+    Only inside a step (``jax.sharding.use_abstract_mesh``) of more than one device; elsewhere ``x`` comes back as it
+    is. Under fsdp the same devices split parameters and rows: naming the rows' layout at the entry of a block makes
+    XLA gather weights, rather than split activations by width and add up partial sums.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = partition_spec(logical_axes, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -1,0 +1,352 @@
+"""The training and evaluation steps: pure functions of state and batch, jitted once.
+
+``make_steps`` ties them to a configuration and a mesh. The functions below it are the mathematics: the loss of a
+microbatch, its sum over microbatches, one update, one evaluation.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from mixcon_jax import optim, sharding
+from mixcon_jax.config import ConfigError
+from mixcon_jax.errors import UserError
+from mixcon_jax.loss import cross_entropy
+from mixcon_jax.models import decoder
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import Buffer
+from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state
+
+BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step.
+
+    Attributes:
+      step: steps taken, skipped ones included: the number of batches consumed, and the schedule's clock.
+      params: trained parameters, float32, nested dicts (see trees.py).
+      buffers: untrained state of the model (routing biases), nested dicts; empty when there is none.
+      opt_state: the optimizer's.
+      bad_steps: consecutive steps, up to now, whose loss or gradient was not finite.
+      skipped: all such steps so far.
+    """
+
+    step: Int[Array, '']
+    params: Tree
+    buffers: Tree
+    opt_state: Tree
+    bad_steps: Int[Array, '']
+    skipped: Int[Array, '']
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The compiled steps of one configuration on one mesh, and what others need to hold their arguments.
+
+    Attributes:
+      mesh: the device mesh.
+      graphdef: the model's structure; with a state, ``model(state)`` puts it together.
+      abstract_state: the TrainState's shapes, types and shardings, to restore checkpoints into.
+      logical_axes: axis names of every parameter, by name.
+      groups: optimizer group and decay of every parameter, by name.
+      init_state: makes the state of step 0, each device only its own part; the same on every mesh.
+      train_step: ``(state, batch) -> (state, metrics)``, jitted; the old state's buffers are reused.
+      eval_step: ``(state, batch) -> {'nll', 'tokens'}``, jitted: nats and number of the scored tokens.
+      put: makes a global batch on the devices from this process's rows.
+      model: ``state -> Decoder`` with the state's parameters.
+    """
+
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    abstract_state: TrainState
+    logical_axes: dict[str, tuple[str, ...]]
+    groups: dict[str, optim.Group]
+    init_state: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Batch], dict[str, Array]]
+    put: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
+    model: Callable[[TrainState], nnx.Module]
+
+
+def make_steps(
+    config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[..., nnx.Module] = decoder.create
+) -> Steps:
+    """Builds the steps of a whole, validated configuration.
+
+    Args:
+      config: the experiment.
+      mesh: from ``sharding.make_mesh``.
+      create: ``(config.model, seed) -> model``, the Decoder unless a test wants another.
+
+    Raises:
+      ConfigError: the batch does not split evenly over devices and microbatches.
+    """
+    shards, accum = sharding.batch_shards(mesh), config.train.accum_steps
+    if config.train.batch_size % (shards * accum):
+        raise ConfigError(
+            f'train.batch_size {config.train.batch_size} must be a multiple of mesh.data * mesh.fsdp *'
+            f' train.accum_steps = {shards} * {accum}'
+        )
+
+    # ----- the model, taken apart: structure, parameters, buffers -----
+    abstract_model = nnx.eval_shape(lambda: create(config.model, config.seed))
+    graphdef, param_template, buffer_template = nnx.split(abstract_model, nnx.Param, Buffer)
+    axes = logical_axes(param_template)
+    optimizer = optim.make_optimizer(config.optim, axes)
+
+    def build(params: Tree, buffers: Tree) -> nnx.Module:
+        return nnx.merge(graphdef, to_state(params, param_template), to_state(buffers, buffer_template))
+
+    def init_state() -> TrainState:
+        _, params, buffers = nnx.split(create(config.model, config.seed), nnx.Param, Buffer)
+        params, zero = from_state(params), jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, from_state(buffers), optimizer.init(params), zero, zero)
+
+    # ----- where everything lies -----
+    abstract = jax.eval_shape(init_state)
+    everywhere, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    param_shardings = sharding.param_shardings(abstract.params, axes, mesh)
+    layout = dataclasses.replace(
+        jax.tree.map(lambda _: everywhere, abstract),
+        params=param_shardings,
+        opt_state=sharding.opt_state_shardings(abstract.opt_state, abstract.params, param_shardings, mesh),
+    )
+
+    # ----- the steps -----
+    share = optim.schedule(config.optim, config.train.steps)
+
+    def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(config, build, optimizer, share, shards, param_shardings, state, batch)
+
+    def evaluate(state: TrainState, batch: Batch) -> dict[str, Array]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return eval_step(config, build(state.params, state.buffers), shards, batch)
+
+    def put(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        rows = len(batch['tokens']) * jax.process_count()
+        if rows % shards:
+            raise ConfigError(f'a batch of {rows} rows does not split over mesh.data * mesh.fsdp = {shards} devices')
+        return {key: jax.make_array_from_process_local_data(by_row, np.asarray(batch[key])) for key in BATCH_KEYS}
+
+    return Steps(
+        mesh=mesh,
+        graphdef=graphdef,
+        abstract_state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout),
+        logical_axes=axes,
+        groups=optim.describe_groups(config.optim.name, axes),
+        init_state=jax.jit(init_state, out_shardings=layout),
+        train_step=jax.jit(train, in_shardings=(layout, by_row), out_shardings=(layout, everywhere), donate_argnums=0),
+        eval_step=jax.jit(evaluate, in_shardings=(layout, by_row), out_shardings=everywhere),
+        put=put,
+        model=lambda state: build(state.params, state.buffers),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------------------------
+def microbatch_loss(
+    config: ml_collections.ConfigDict,
+    model: nnx.Module,
+    batch: Batch,
+    rng: Array,
+    tokens: Float[Array, ''],
+    shards: int,
+) -> tuple[Float[Array, ''], Metrics]:
+    """A microbatch's share of the step's loss: the sum over microbatches is the loss, and so with the metrics.
+
+    Args:
+      tokens: number of scored tokens in the whole step, all microbatches and processes together.
+
+    Returns:
+      The loss to differentiate, in nats per token plus weighted auxiliary losses, and metrics: ``loss`` (the
+      cross-entropy alone), ``z_loss``, the auxiliary losses unweighted, and the model's ``stats``.
+    """
+    context = Context(batch['segment_ids'], batch['positions'], rng=rng, train=True)
+    hidden, _, aux = model(batch['tokens'], context)
+    total, nll, z = cross_entropy(
+        hidden,
+        model.head(),
+        batch['targets'],
+        batch['loss_mask'],
+        chunk=config.train.loss_chunk,
+        z_coef=config.train.z_loss_coef,
+        shards=shards,
+    )
+    part = 1.0 / config.train.accum_steps
+    losses = {name: value * part for name, value in aux['losses'].items()}
+    loss = total / tokens + sum(loss_coefficient(config, name) * value for name, value in losses.items())
+    stats = jax.tree.map(lambda value: value * part, aux['stats'])
+    return loss, {'loss': nll / tokens, 'z_loss': z / tokens, 'stats': stats, **losses}
+
+
+def loss_coefficient(config: ml_collections.ConfigDict, name: str) -> float:
+    """The weight of one of the model's auxiliary losses."""
+    moe = config.model.moe
+    match name:
+        case 'balance':
+            return moe.balance_coef if moe.balance == 'loss' else 0.0
+        case 'router_z':
+            return moe.router_z_coef
+        case _:
+            raise ValueError(f'the model reports an auxiliary loss {name!r} that has no coefficient')
+
+
+def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_steps: int) -> Tree:
+    """The sum of ``function(microbatch, its index)`` over the microbatches of a batch.
+
+    Microbatch i holds rows i, i + accum_steps, ...: every device cuts its own rows, none move.
+    """
+    split = {
+        key: sharding.constrain(jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0), None, 'batch', None)
+        for key, x in batch.items()
+    }
+    if accum_steps == 1:
+        return function({key: x[0] for key, x in split.items()}, jnp.zeros((), jnp.int32))
+
+    def body(total: Tree, xs: tuple[Batch, Array]) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, function(*xs)), None
+
+    xs = (split, jnp.arange(accum_steps, dtype=jnp.int32))
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zeros, xs)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------------------------------
+def train_step(
+    config: ml_collections.ConfigDict,
+    build: Callable[[Tree, Tree], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    share: Callable[[Array], Array],
+    shards: int,
+    param_shardings: Tree,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update, or none when loss or gradient are not finite.
+
+    A skipped step still counts in ``step``, since its batch is spent and the schedule goes on; parameters, buffers and
+    the optimizer's state, its own count included, stay as they were.
+
+    Returns:
+      The new state, and metrics: ``loss`` (nats per token, without auxiliary terms), ``z_loss``, ``balance`` and
+      ``router_z`` where there are experts (all unweighted), ``grad_norm`` (before clipping), ``learning_rate``,
+      ``tokens`` (scored), ``bad``, ``bad_steps``, ``skipped``, and ``stats``, the model's own.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed + config.train.seed_noise), state.step)
+    tokens = jnp.sum(batch['loss_mask'], dtype=jnp.int32)
+    divisor = jnp.maximum(tokens, 1).astype(jnp.float32)
+
+    # ----- gradients -----
+    def gradients(microbatch: Batch, index: Array) -> tuple[Array, Metrics, Tree]:
+        def loss(params: Tree) -> tuple[Array, Metrics]:
+            model = build(params, state.buffers)
+            return microbatch_loss(config, model, microbatch, jax.random.fold_in(key, index), divisor, shards)
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return value, metrics, jax.lax.with_sharding_constraint(grads, param_shardings)
+
+    loss, metrics, grads = accumulate(gradients, batch, config.train.accum_steps)
+
+    # ----- update -----
+    grad_norm = optax.global_norm(grads)
+    if config.optim.clip_norm:
+        factor = config.optim.clip_norm / jnp.maximum(grad_norm, config.optim.clip_norm)
+        grads = jax.tree.map(lambda g: g * factor, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rate = share(state.step)
+    params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
+    buffers = update_buffers(config.model.moe.bias_rate, state.buffers, metrics['stats'])
+
+    # ----- unless it went wrong -----
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(bad, o, n), old, new)
+    state = TrainState(
+        step=state.step + 1,
+        params=keep(state.params, params),
+        buffers=keep(state.buffers, buffers),
+        opt_state=keep(state.opt_state, opt_state),
+        bad_steps=jnp.where(bad, state.bad_steps + 1, 0),
+        skipped=state.skipped + bad,
+    )
+    metrics |= {
+        'grad_norm': grad_norm,
+        'learning_rate': config.optim.learning_rate * rate,
+        'tokens': tokens,
+        'bad': bad,
+        'bad_steps': state.bad_steps,
+        'skipped': state.skipped,
+    }
+    return state, metrics
+
+
+def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tree:
+    """Moves each routing bias towards the experts that got less than their share (Wang et al., 2024).
+
+    Args:
+      rate: step of the bias, ``model.moe.bias_rate``.
+      buffers: leaves ``blocks/layers/{j}/ffn/router_bias`` `[num_blocks, E]`.
+      stats: holds ``layer_{j}/moe_load`` `[num_blocks, E]`, the mean over microbatches.
+    """
+
+    def update(name: str, value: Array) -> Array:
+        *_, layer, _, kind = name.split('/')
+        if kind != 'router_bias':
+            return value
+        load = stats[f'layer_{layer}/moe_load']
+        return value + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+
+    return map_named(update, buffers)
+
+
+def eval_step(
+    config: ml_collections.ConfigDict, model: nnx.Module, shards: int, batch: Batch
+) -> dict[str, Float[Array, '']]:
+    """Sums over a batch's scored tokens: ``nll`` in nats, and their number ``tokens``."""
+    context = Context(batch['segment_ids'], batch['positions'], train=False)
+    hidden, _, _ = model(batch['tokens'], context)
+    mask = batch['loss_mask']
+    _, nll, _ = cross_entropy(
+        hidden, model.head(), batch['targets'], mask, chunk=config.train.loss_chunk, shards=shards
+    )
+    return {'nll': nll, 'tokens': jnp.sum(mask, dtype=jnp.float32)}
+
+
+def load_params_into(state: TrainState, params: Tree) -> TrainState:
+    """The state with other parameters, laid out like its own; all else stays.
+
+    Raises:
+      UserError: a parameter is missing, unexpected or of another shape; the first such is named.
+    """
+    ours, theirs = named_leaves(state.params), named_leaves(params)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs:
+            raise UserError(f'the model has a parameter {name} that the loaded weights lack; use their model config')
+        if name not in ours:
+            raise UserError(f'the loaded weights have a parameter {name} that the model lacks; use their model config')
+        if ours[name].shape != theirs[name].shape:
+            raise UserError(
+                f'parameter {name} has shape {theirs[name].shape} in the loaded weights but {ours[name].shape} in the'
+                ' model; use their model config'
+            )
+    place = lambda name, old: jax.device_put(jnp.asarray(theirs[name], old.dtype), old.sharding)
+    return dataclasses.replace(state, params=map_named(place, state.params))

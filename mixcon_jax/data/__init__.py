@@ -1,0 +1,20 @@
+"""Text to batches: sources, tokenizers, token stores, and packed, sharded, resumable batches."""
+
+from mixcon_jax.data.loader import HeldoutBatches, TrainBatches, heldout_from_texts
+from mixcon_jax.data.prepare import PreparedStore, baselines, prepare, require_tokenizer
+from mixcon_jax.data.sources import open_source
+from mixcon_jax.data.store import TokenStore
+from mixcon_jax.data.tokenizer import Tokenizer
+
+__all__ = [
+    'HeldoutBatches',
+    'PreparedStore',
+    'TokenStore',
+    'Tokenizer',
+    'TrainBatches',
+    'baselines',
+    'heldout_from_texts',
+    'open_source',
+    'prepare',
+    'require_tokenizer',
+]

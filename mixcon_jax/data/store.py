@@ -1,0 +1,280 @@
+"""Token stores: the tokens of a corpus in TensorStore zarr3 arrays, with the bounds, bytes and split of its documents.
+
+A store is a folder, or a URL that TensorStore reads (``gs://``, ``s3://``, ``https://``):
+
+    metadata.json    version, counts, checksums, the source's and the tokenizer's fingerprints
+    tokenizer.json
+    tokens/          uint16 or uint32 [tokens], documents end to end, without end-of-text
+    offsets/         int64 [documents + 1], where each begins
+    bytes/           int64 [documents], UTF-8 bytes of the original text
+    split/           uint8 [documents], 0 train, 1 held out
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int, Integer
+
+from mixcon_jax.data.documents import SPLITS
+from mixcon_jax.errors import UserError
+
+VERSION = 1
+SHARD = 1 << 25  # tokens a file: the writer's buffer, 64 or 128 MiB
+CHUNK = 1 << 15  # tokens a chunk: what reading one token costs
+MEMORY_LIMIT = 256 << 20  # bytes of tokens up to which a store is held in memory, and of cached chunks above it
+ARRAYS = {'tokens': None, 'offsets': 'int64', 'bytes': 'int64', 'split': 'uint8'}
+
+
+def _array_spec(dtype: str) -> dict[str, Any]:
+    """Metadata of a growing zarr3 array; every chunk carries a checksum that reading verifies."""
+    inner = [{'name': 'zstd', 'configuration': {'level': 1}}, {'name': 'crc32c'}]
+    raw = {'name': 'bytes', 'configuration': {'endian': 'little'}} if dtype != 'uint8' else {'name': 'bytes'}
+    shards = {
+        'chunk_shape': [CHUNK],
+        'codecs': [raw, *inner],
+        'index_codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
+    }
+    return {
+        'shape': [0],
+        'data_type': dtype,
+        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [SHARD]}},
+        'codecs': [{'name': 'sharding_indexed', 'configuration': shards}],
+    }
+
+
+class _Appender:
+    """Writes an array whose length is not known, one shard at a time."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        spec = {
+            'driver': 'zarr3',
+            'kvstore': {'driver': 'file', 'path': f'{path}/'},
+            'metadata': _array_spec(dtype.name),
+        }
+        self._array = ts.open(spec, create=True).result()
+        self._dtype, self._parts, self._waiting = dtype, [], 0
+        self.sha256, self.size = hashlib.sha256(), 0
+
+    def append(self, values: Integer[np.ndarray, 'n']) -> None:
+        self._parts.append(np.asarray(values, self._dtype))
+        self._waiting += len(values)
+        while self._waiting >= SHARD:
+            joined = np.concatenate(self._parts)
+            self._write(joined[:SHARD])
+            self._parts, self._waiting = [joined[SHARD:]], joined.size - SHARD
+
+    def finish(self) -> None:
+        if self._waiting:
+            self._write(np.concatenate(self._parts))
+        self._parts, self._waiting = [], 0
+
+    def _write(self, values: Integer[np.ndarray, 'n']) -> None:
+        start, self.size = self.size, self.size + values.size
+        self._array = self._array.resize(exclusive_max=[self.size], expand_only=True).result()
+        self._array[start : self.size].write(values).result()
+        self.sha256.update(_little(values))
+
+
+def _little(values: np.ndarray) -> bytes:
+    return values.astype(values.dtype.newbyteorder('<'), copy=False).tobytes()
+
+
+class StoreWriter:
+    """Writes a store into a folder, document by document; it is one only after ``finish``."""
+
+    def __init__(self, path: str | os.PathLike[str], dtype: np.dtype) -> None:
+        self.path = Path(path)
+        self.path.mkdir()
+        self._tokens = _Appender(self.path / 'tokens', np.dtype(dtype))
+        self._offsets, self._bytes, self._split = [0], [], []
+
+    @property
+    def num_tokens(self) -> int:
+        return self._offsets[-1]
+
+    def add(self, tokens: Integer[np.ndarray, 'n'], num_bytes: int, heldout: bool) -> None:
+        self._tokens.append(tokens)
+        self._offsets.append(self._offsets[-1] + len(tokens))
+        self._bytes.append(num_bytes)
+        self._split.append(heldout)
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """Writes what remains, and metadata.json with the counts and checksums."""
+        self._tokens.finish()
+        digests = {'tokens': self._tokens.sha256.hexdigest()}
+        columns = {'offsets': self._offsets, 'bytes': self._bytes, 'split': self._split}
+        for name, values in columns.items():
+            appender = _Appender(self.path / name, np.dtype(ARRAYS[name]))
+            appender.append(np.array(values, ARRAYS[name]))
+            appender.finish()
+            digests[name] = appender.sha256.hexdigest()
+        heldout = np.array(self._split, bool)
+        sizes = {
+            'tokens': np.diff(self._offsets),
+            'bytes': np.array(self._bytes),
+            'documents': np.ones_like(self._bytes),
+        }
+        counts = {
+            split: {name: int(values[heldout == side].sum()) for name, values in sizes.items()}
+            for side, split in enumerate(SPLITS)
+        }
+        record = {'version': VERSION, **metadata, 'counts': counts, 'sha256': digests}
+        (self.path / 'metadata.json').write_text(json.dumps(record, indent=1) + '\n')
+
+
+def _kvstore(path: str) -> Any:
+    """TensorStore's description of a folder: a URL as it is, a path on the local disk otherwise."""
+    return path.rstrip('/') + '/' if '://' in path else {'driver': 'file', 'path': os.path.abspath(path) + '/'}
+
+
+def read_file(path: str, name: str) -> str:
+    """The text of a file of a store.
+
+    Raises:
+      UserError: There is no such file, so ``path`` is no store.
+    """
+    try:
+        result = ts.KvStore.open(_kvstore(path)).result().read(name).result()
+    except Exception as error:  # TensorStore maps every kind of failure of every kind of storage to some exception
+        raise UserError(f'{path}: cannot be read ({str(error).splitlines()[0]})') from error
+    if result.state != 'value':
+        raise UserError(f'{path}: not a token store: it has no {name}')
+    return result.value.decode()
+
+
+def read_metadata(path: str) -> dict[str, Any]:
+    """metadata.json of a store.
+
+    Raises:
+      UserError: ``path`` is no store, or one of another version of the format.
+    """
+    try:
+        metadata = json.loads(read_file(path, 'metadata.json'))
+        version = metadata['version']
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: damaged token store: metadata.json is not readable; prepare it again') from error
+    if version != VERSION:
+        raise UserError(f'{path}: token store of format {version}; this version reads {VERSION}; prepare it again')
+    return metadata
+
+
+class TokenStore:
+    """The documents of one split of a store; reading is thread-safe.
+
+    Attributes:
+      path: The store's folder, or a name for a store in memory.
+      starts, lengths: int64 [documents], where each document's tokens begin, and their number n.
+      num_documents, num_tokens, num_bytes: Documents, their tokens without end-of-text, bytes of their original text.
+      num_targets: Tokens to predict: n + 1 of each document, its tokens and end-of-text.
+      eot_id, tokenizer_fingerprint: Of the tokenizer that made the tokens.
+    """
+
+    def __init__(
+        self,
+        tokens: Any,
+        starts: Int[np.ndarray, 'documents'],
+        lengths: Int[np.ndarray, 'documents'],
+        num_bytes: int,
+        eot_id: int,
+        tokenizer_fingerprint: str = '',
+        path: str = 'memory',
+    ) -> None:
+        self._tokens = tokens  # an array in memory, or a TensorStore
+        self.starts, self.lengths, self.num_bytes = starts, lengths, num_bytes
+        self.eot_id, self.tokenizer_fingerprint, self.path = eot_id, tokenizer_fingerprint, path
+        self.num_documents, self.num_tokens = int(lengths.size), int(lengths.sum())
+        self.num_targets = self.num_tokens + self.num_documents
+
+    def __repr__(self) -> str:
+        return f'TokenStore({self.path!r}, documents={self.num_documents}, tokens={self.num_tokens})'
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], split: str, memory_limit: int = MEMORY_LIMIT) -> 'TokenStore':
+        """Opens a split of a store; the checksums of everything that is read into memory are verified.
+
+        Args:
+          path: Folder or URL of the store.
+          split: 'train' or 'heldout'.
+          memory_limit: Bytes of tokens up to which the store is held in memory.
+
+        Raises:
+          UserError: ``path`` is no store, or a damaged one.
+        """
+        path = os.fspath(path)
+        metadata = read_metadata(path)
+        try:
+            side, eot_id, fingerprint = SPLITS.index(split), metadata['eot_id'], metadata['tokenizer']
+            offsets, num_bytes, sides = (_load(path, name, metadata) for name in ('offsets', 'bytes', 'split'))
+            tokens = _open_array(path, 'tokens')
+            if not offsets.size == num_bytes.size + 1 == sides.size + 1 or tokens.shape[0] != offsets[-1]:
+                raise UserError(f'{path}: damaged token store: its arrays disagree in length; prepare it again')
+        except KeyError as error:
+            raise UserError(f'{path}: damaged token store: metadata.json lacks {error}; prepare it again') from error
+        if tokens.shape[0] * tokens.dtype.numpy_dtype.itemsize <= memory_limit:
+            tokens = _load(path, 'tokens', metadata)
+        mine = sides == side
+        starts, lengths = offsets[:-1][mine], np.diff(offsets)[mine]
+        return cls(tokens, starts, lengths, int(num_bytes[mine].sum()), eot_id, fingerprint, path)
+
+    @classmethod
+    def from_documents(
+        cls, documents: Sequence[Integer[np.ndarray, '_']], num_bytes: int, eot_id: int, fingerprint: str = ''
+    ) -> 'TokenStore':
+        """A store in memory of documents given as token ids."""
+        lengths = np.array([len(document) for document in documents], np.int64)
+        tokens = np.concatenate([np.zeros(0, np.uint32), *documents]).astype(np.uint32)
+        return cls(tokens, np.cumsum(lengths) - lengths, lengths, num_bytes, eot_id, fingerprint)
+
+    def read(self, start: int, stop: int) -> Integer[np.ndarray, 'n']:
+        """Tokens [start, stop) of the store; documents lie at ``starts`` and are ``lengths`` long."""
+        return self.read_many([start], [stop])[0]
+
+    def read_many(
+        self, starts: Sequence[int] | Int[np.ndarray, 's'], stops: Sequence[int] | Int[np.ndarray, 's']
+    ) -> list[Integer[np.ndarray, '_']]:
+        """``read`` of many ranges at once: all reads of a store on disk are under way before the first is awaited."""
+        bounds = zip(np.asarray(starts).tolist(), np.asarray(stops).tolist(), strict=True)
+        if isinstance(self._tokens, np.ndarray):
+            return [self._tokens[start:stop] for start, stop in bounds]
+        try:
+            return [future.result() for future in [self._tokens[start:stop].read() for start, stop in bounds]]
+        except Exception as error:
+            raise _damaged(self.path, 'tokens', error) from error
+
+
+def _open_array(path: str, name: str) -> Any:
+    kvstore = _kvstore(path)
+    kvstore = f'{kvstore}{name}/' if isinstance(kvstore, str) else {**kvstore, 'path': f'{kvstore["path"]}{name}/'}
+    context = ts.Context({'cache_pool': {'total_bytes_limit': MEMORY_LIMIT}})
+    spec = {'driver': 'zarr3', 'kvstore': kvstore, 'recheck_cached_data': False}
+    try:
+        return ts.open(spec, open=True, read=True, context=context).result()
+    except Exception as error:
+        raise _damaged(path, name, error) from error
+
+
+def _load(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
+    """A whole array of a store, its checksum verified."""
+    array = _open_array(path, name)
+    try:
+        values = array.read().result()
+    except Exception as error:
+        raise _damaged(path, name, error) from error
+    if hashlib.sha256(_little(values)).hexdigest() != metadata['sha256'][name]:
+        raise UserError(
+            f'{path}: damaged token store: {name} differs from its checksum; delete the folder and prepare again'
+        )
+    return values
+
+
+def _damaged(path: str, name: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f'{path}: damaged token store: {name} cannot be read ({reason}); delete the folder and prepare again'
+    )

@@ -1,0 +1,209 @@
+"""Byte-pair tokenizers: training, loading, encoding on all cores, and decoding one token at a time."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from jaxtyping import Integer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mixcon_jax.errors import UserError
+
+END_OF_TEXT = '<|endoftext|>'
+# What widely used tokenizers call the token that ends a document, in the order of preference.
+END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    '<|end_of_text|>',
+    '</s>',
+    '<eos>',
+    '<|eos|>',
+    '<|im_end|>',
+    '[EOS]',
+    '<|end▁of▁sentence|>',
+)
+SAMPLE_BYTES = 64 << 20  # a tokenizer learns little more from further text
+PIECE = 1 << 20  # characters encoded at once
+
+
+class Tokenizer:
+    """A Hugging Face ``tokenizers.Tokenizer`` with an end-of-text token.
+
+    Attributes:
+      vocab_size: Largest token id + 1.
+      eot_id: Id of the token that begins and ends every document.
+      eot: That token.
+      fingerprint: sha256 of the tokenizer.json, in canonical form.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str = 'tokenizer') -> None:
+        """Wraps ``backend``, which it changes: truncation and padding are switched off.
+
+        Raises:
+          UserError: No end-of-text token is known to it.
+        """
+        vocab = backend.get_vocab(with_added_tokens=True)
+        eot = next((token for token in END_OF_TEXT_NAMES if token in vocab), None)
+        if eot is None:
+            raise UserError(f'{name}: no end-of-text token; add one of {" ".join(END_OF_TEXT_NAMES)} to its vocabulary')
+        backend.no_truncation()
+        backend.no_padding()
+        self.eot, self.eot_id = eot, vocab[eot]
+        self.vocab_size = max(vocab.values()) + 1
+        self._json = backend.to_str()
+        self.fingerprint = hashlib.sha256(json.dumps(json.loads(self._json), sort_keys=True).encode()).hexdigest()
+        # A document that contains '<|endoftext|>' is about that token: encoding it as the token would cut the document.
+        backend.encode_special_tokens = True
+        self._backend = backend
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned type of a token store: uint16 up to 65536 tokens, else uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, without end-of-text; special tokens in it are plain text."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, 'n']]:
+        """Encodes texts on all cores.
+
+        A text longer than about a million characters is encoded in pieces, cut before line ends where there are any,
+        which bounds memory and spreads one long document over the cores.
+        """
+        pieces, counts = [], []
+        for text in texts:
+            cut = list(split_long(text))
+            pieces += cut
+            counts.append(len(cut))
+        encoded = iter(self._backend.encode_batch_fast(pieces, add_special_tokens=False))
+        result = []
+        for count in counts:
+            parts = [np.array(next(encoded).ids, self.dtype) for _ in range(count)]
+            result.append(parts[0] if count == 1 else np.concatenate([np.zeros(0, self.dtype), *parts]))
+        return result
+
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, 'n'], skip_special: bool = False) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def stream(self, skip_special: bool = True) -> 'StreamDecoder':
+        """A decoder for tokens that arrive one by one."""
+        return StreamDecoder(self, skip_special)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes tokenizer.json, atomically."""
+        path = Path(path)
+        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        try:
+            with open(temporary, 'w', encoding='utf-8') as file:
+                file.write(self._json)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class StreamDecoder:
+    """Decodes tokens as they arrive; what ``push`` and ``flush`` return adds up to the text of all tokens.
+
+    A character may take several tokens, so text is held back while it ends in a character that is not yet complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._context: list[int] = []  # tokens already shown; some decoders treat the first token of a text differently
+        self._pending: list[int] = []
+        self._shown = 0  # characters of the pending tokens that have been returned
+
+    def push(self, token: int) -> str:
+        """Adds a token and returns the text that became certain, possibly empty."""
+        self._pending.append(int(token))
+        text = self._new_text()
+        if text.endswith('\ufffd'):  # perhaps the beginning of a longer character
+            certain = text[self._shown : -1]
+            self._shown = len(text) - 1
+            return certain
+        certain = text[self._shown :]
+        self._context, self._pending, self._shown = self._pending, [], 0
+        return certain
+
+    def flush(self) -> str:
+        """Returns what is held back; call it after the last token."""
+        rest = self._new_text()[self._shown :]
+        self._context, self._pending, self._shown = [], [], 0
+        return rest
+
+    def _new_text(self) -> str:
+        decode = self._tokenizer.decode
+        before = decode(self._context, self._skip_special)
+        return decode(self._context + self._pending, self._skip_special)[len(before) :]
+
+
+def split_long(text: str, limit: int = PIECE) -> Iterator[str]:
+    """Yields pieces of at most ``limit`` characters, cut before a line end where one is in the second half."""
+    start = 0
+    while len(text) - start > limit:
+        at = text.rfind('\n', start + limit // 2, start + limit)
+        at = at if at > start else start + limit
+        yield text[start:at]
+        start = at
+    yield text[start:]
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE: any text round-trips, every digit is a token of its own, '<|endoftext|>' is id 0.
+
+    The same texts in the same order give the same tokenizer. Pass a sample (``SAMPLE_BYTES``): counts of distinct words
+    are held in memory.
+
+    Args:
+      texts: Text to learn from.
+      vocab_size: Tokens, at least 257; a small corpus may support fewer.
+    """
+    if vocab_size < 257:
+        raise UserError(f'data.tokenizer_vocab_size: {vocab_size} is too few; 256 bytes and {END_OF_TEXT} take 257')
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])  # fmt: skip
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator((piece for text in texts for piece in split_long(text)), trainer)
+    return Tokenizer(backend)
+
+
+def load(path: str | os.PathLike[str]) -> Tokenizer:
+    """Loads a tokenizer.json.
+
+    Raises:
+      UserError: The file is missing or is not a tokenizer.json, or it has no end-of-text token.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, 'tokenizer.json')
+    try:
+        data = Path(path).read_text('utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
+        raise UserError(f'data.tokenizer: {path}: {reason}; give "bpe" or the path of a tokenizer.json') from error
+    return from_json(data, str(path))
+
+
+def from_json(data: str, name: str = 'tokenizer.json') -> Tokenizer:
+    """A tokenizer from the text of a tokenizer.json; ``name`` begins the message of an error."""
+    try:
+        backend = tokenizers.Tokenizer.from_str(data)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(f'data.tokenizer: {name}: not a tokenizer.json ({str(error).splitlines()[0]})') from error
+    return Tokenizer(backend, f'data.tokenizer: {name}')

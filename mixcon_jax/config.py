@@ -219,8 +219,10 @@ def _check_model(model: ml_collections.ConfigDict) -> None:
             )
     if model.ssm.dt_min > model.ssm.dt_max:
         raise ConfigError(f'model.ssm.dt_min={model.ssm.dt_min} exceeds model.ssm.dt_max={model.ssm.dt_max}')
-    if model.conba.delay == 'companion' and model.conba.feedback_iters:
-        raise ConfigError('model.conba.feedback_iters needs model.conba.delay other than "companion"')
+    if model.conba.feedback_iters and model.conba.control == 'none':
+        raise ConfigError(
+            f'model.conba.feedback_iters={model.conba.feedback_iters} feeds back a gain; choose a model.conba.control'
+        )
 
 
 def _check_data(data: ml_collections.ConfigDict) -> None:

@@ -81,7 +81,7 @@ class Block(nnx.Module):
         size = len(config.pattern)
         num_layers = size * config.num_blocks
         self.layers = nnx.List(
-            [Layer(config, spec, params.scope(index * size + j), num_layers) for j, spec in enumerate(config.pattern)]
+            [Layer(config, spec, params.layer(index * size + j), num_layers) for j, spec in enumerate(config.pattern)]
         )
 
     def init_state(self, batch: int, max_len: int) -> list[State]:

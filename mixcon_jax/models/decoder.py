@@ -21,7 +21,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
         init, shape = normal(config.init_std), (config.vocab_size, config.dim)
         self.embedding = params('embedding', shape, ('vocab', 'embed'), init)
-        self.blocks = nnx.vmap(lambda index: Block(config, params.scope('layers'), index))(jnp.arange(config.num_blocks))
+        self.blocks = nnx.vmap(lambda index: Block(config, params, index))(jnp.arange(config.num_blocks))
         for _, variable in nnx.iter_graph(self.blocks):
             if isinstance(variable, nnx.Variable):
                 variable.set_metadata(logical_axes=('layers', *variable.get_metadata()['logical_axes']))
@@ -46,16 +46,20 @@ class Decoder(nnx.Module):
         x = self.embedding[...][tokens].astype(self.dtype)
         graphdef, variables = nnx.split(self.blocks)
 
-        def body(x: Array, xs: tuple) -> tuple[Array, tuple]:
-            index, variables, block_state = xs
+        def body(carry: tuple, xs: tuple) -> tuple[tuple, Aux]:
+            x, states = carry
+            index, variables = xs
+            # The states are a carry, not scanned inputs and outputs, so that a decode step updates its caches in place.
+            block_state = jax.tree.map(lambda s: jax.lax.dynamic_index_in_dim(s, index, keepdims=False), states)
             x, block_state, aux = nnx.merge(graphdef, variables)(x, context.fold(index), block_state)
-            return x, (block_state, aux)
+            states = jax.tree.map(lambda s, new: jax.lax.dynamic_update_index_in_dim(s, new, index, 0), states, block_state)
+            return (x, states), aux
 
         if state is None and self.config.remat != 'none':
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == 'dots' else None
             body = jax.checkpoint(body, policy=policy)
         blocks = None if state is None else state['blocks']
-        x, (blocks, aux) = jax.lax.scan(body, x, (jnp.arange(self.config.num_blocks), variables, blocks))
+        (x, blocks), aux = jax.lax.scan(body, (x, blocks), (jnp.arange(self.config.num_blocks), variables))
         aux['losses'] = {name: value.mean() for name, value in aux['losses'].items()}
         return self.final_norm(x), None if state is None else {'blocks': blocks}, aux
 

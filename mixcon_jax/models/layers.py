@@ -29,21 +29,24 @@ class Parameters:
     of an ablation.
     """
 
-    def __init__(self, key: PRNGKeyArray) -> None:
-        self._key = key
+    def __init__(self, key: PRNGKeyArray, path: str = '', index: int | Int[Array, ''] = 0) -> None:
+        self._key, self._path, self._index = key, path, index
 
-    def scope(self, name: str | int | Int[Array, '']) -> 'Parameters':
-        """Returns the maker for a named (or numbered, possibly traced) part."""
-        return Parameters(self._fold(name))
+    def scope(self, name: str) -> 'Parameters':
+        """Returns the maker for a named part."""
+        return Parameters(self._key, f'{self._path}{name}/', self._index)
+
+    def layer(self, index: int | Int[Array, '']) -> 'Parameters':
+        """Returns the maker for one layer of the whole model; its index may be traced."""
+        return Parameters(self._key, f'{self._path}layer/', index)
 
     def __call__(self, name: str, shape: Sequence[int], axes: Axes, init: Initializer) -> nnx.Param:
         """Returns a float32 parameter; ``axes`` names each of its dimensions for sharding and optimizer groups."""
         if len(shape) != len(axes):
             raise ValueError(f'parameter {name} has shape {tuple(shape)} but axes {axes}; name every dimension')
-        return nnx.Param(init(self._fold(name), tuple(shape)), logical_axes=axes)
-
-    def _fold(self, name: str | int | Int[Array, '']) -> PRNGKeyArray:
-        return jax.random.fold_in(self._key, zlib.crc32(name.encode()) if isinstance(name, str) else name)
+        # One fold for name and index together: a fold each would dominate the compile time of a small model.
+        data = jnp.uint32(zlib.crc32((self._path + name).encode())) + jnp.uint32(self._index) * jnp.uint32(0x9E3779B1)
+        return nnx.Param(init(jax.random.fold_in(self._key, data), tuple(shape)), logical_axes=axes)
 
 
 def normal(std: float) -> Initializer:

@@ -1,0 +1,121 @@
+"""Sampling from a model: prefill a batch of prompts, then decode token by token with state of constant size."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mixcon_jax.errors import UserError
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: keep only the k likeliest tokens; 0 keeps all.
+      top_p: keep the fewest tokens whose probabilities reach p; 1 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f'temperature={self.temperature} must be at least 0 (0 is greedy)')
+        if self.top_k < 0:
+            raise UserError(f'top_k={self.top_k} must be at least 0 (0 keeps every token)')
+        if not 0 < self.top_p <= 1:
+            raise UserError(f'top_p={self.top_p} must be greater than 0 and at most 1')
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    vocab_size: int,
+) -> Iterator[Int[np.ndarray, 'b']]:
+    """Yields one new token of every prompt at a time.
+
+    Prompts may differ in length: shorter ones are padded on the left, and every layer leaves padding out of its
+    states, so that each prompt gets the tokens it would get alone.
+
+    Args:
+      model: the decoder.
+      prompts: token ids of each prompt, at least one each (a document's start is the end-of-text token).
+      max_new_tokens: tokens to decode.
+      sampling: temperature and filters.
+      seeds: one a prompt; a prompt's draws depend on its seed and its own tokens alone.
+      vocab_size: ids from here on are padding of the embedding and never drawn.
+
+    Raises:
+      UserError: an empty prompt or an id outside the vocabulary.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise UserError('a prompt has no tokens; give at least the end-of-text token')
+    if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
+        raise UserError(f'a prompt has token ids outside the vocabulary of {vocab_size}')
+    tokens, context = left_padded(prompts)
+    state = model.init_state(len(prompts), tokens.shape[1] + max_new_tokens)
+    graphdef, variables = nnx.split(model)
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    position = context.positions[:, -1]
+    step = functools.partial(_step, graphdef, sampling, vocab_size)
+    next_token, state = step(variables, jnp.asarray(tokens), context, state, keys, jnp.int32(0))
+    for i in range(1, max_new_tokens + 1):
+        yield np.asarray(next_token)
+        if i < max_new_tokens:
+            position = position + 1
+            one = Context(segment_ids=jnp.ones_like(position)[:, None], positions=position[:, None])
+            next_token, state = step(variables, next_token[:, None], one, state, keys, jnp.int32(i))
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'], Context]:
+    """Aligns prompts at their ends; returns the tokens and the context that marks the padding."""
+    length = max(map(len, prompts))
+    starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+        tokens[row, start:] = prompt
+    positions = np.arange(length, dtype=np.int32) - starts[:, None]
+    return tokens, Context(jnp.asarray((positions >= 0).astype(np.int32)), jnp.asarray(positions))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6,))
+def _step(graphdef, sampling, vocab_size, variables, tokens, context, state, keys, index):
+    """Runs the model on new tokens and draws the next one of each row; the old state's buffers are reused."""
+    hidden, state, _ = nnx.merge(graphdef, variables)(tokens, context, state)
+    logits = nnx.merge(graphdef, variables).logits(hidden[:, -1])[:, :vocab_size]
+    draws = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+    return sample(logits, draws, sampling), state
+
+
+def sample(logits: Float[Array, 'b v'], keys: Array, sampling: Sampling) -> Int[Array, 'b']:
+    """Draws one token a row, each with its own key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    # The lowest logit that stays: a token goes when those above it already reach k tokens or probability p.
+    floor = jnp.full(logits.shape[:1], -jnp.inf, logits.dtype)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        floor = ranked[:, sampling.top_k - 1]
+        ranked = jnp.where(ranked >= floor[:, None], ranked, -jnp.inf)
+    if sampling.top_p < 1:
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        above = jnp.cumsum(probabilities, axis=-1) - probabilities
+        last = jnp.sum(above < sampling.top_p, axis=-1) - 1
+        floor = jnp.maximum(floor, jnp.take_along_axis(ranked, last[:, None], axis=-1)[:, 0])
+    logits = jnp.where(logits >= floor[:, None], logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,86 @@
+"""Every layer that the shared invariants run over, at a small size and away from its initial values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mixcon_jax import config as configs
+from mixcon_jax.models import presets
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.ffns import FFNS
+from mixcon_jax.models.layers import Parameters
+from mixcon_jax.models.mixers import MIXERS
+
+DIM = 32
+
+# name -> (layer, options below config.model)
+CASES = {
+    'attention': ('attention', {'attention.block_size': 8}),
+    'attention_rope': ('attention', {'attention.rope': True, 'attention.block_size': 8}),
+    'mamba': ('mamba', {}),
+    'mamba_norms': ('mamba', {'mamba.norms': True, 'ssm.chunk': 5}),
+    'conba': ('conba', {}),
+    'conba_paper': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_paper').items()}),
+    'conba_code': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_code').items()}),
+    'conba_diag': ('conba', {'conba.control': 'diag', 'conba.reference': 'proj', 'conba.state_scaling': 'none'}),
+    'conba_companion': ('conba', {'conba.delay': 'companion', 'conba.kappa': 'bounded', 'conba.gate': 'mamba'}),
+    'conba_feedback_companion': (
+        'conba',
+        {'conba.delay': 'companion', 'conba.feedback_iters': 1, 'conba.control': 'diag', 'conba.state_scaling': 'readout'},
+    ),
+    'mlp': ('mlp', {}),
+    'moe_dense': ('moe', {'moe.implementation': 'dense'}),
+    'moe_grouped': ('moe', {'moe.implementation': 'grouped', 'moe.group_block': 4, 'moe.renormalize': True}),
+    'moe_bias': ('moe', {'moe.balance': 'bias'}),
+}
+
+
+def model_config(options=(), dtype='float32'):
+    """Returns a small, validated ``config.model`` with dotted options set."""
+    config = configs.default()
+    config.model.update(dim=DIM, vocab_size=64, dtype=dtype)
+    config.model.attention.update(num_heads=4, num_kv_heads=2)
+    config.model.ssm.update(d_state=8, dt_rank=4)
+    config.model.conba.update(head_dim=16, gain_chunk=8, taps=(1, 3))
+    config.model.mlp.hidden_dim = 48
+    for key, value in dict(options).items():
+        configs.put(config, f'model.{key}', value)
+    return configs.validate(config).model
+
+
+def perturbed(module, seed, scale=0.3):
+    """Moves every parameter and buffer away from its initial value, so that no mechanism is switched off."""
+    graphdef, variables = nnx.split(module)
+    leaves, treedef = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+
+@functools.cache
+def layer(name, dtype='float32', seed=0):
+    """Returns the named layer, perturbed."""
+    kind, options = CASES[name]
+    config = model_config(options, dtype)
+    return perturbed((MIXERS | FFNS)[kind](config, Parameters(jax.random.key(seed)), 4), seed + 1)
+
+
+@functools.cache
+def runner(name, dtype='float32'):
+    """Returns ``run(x, context, state)`` of the named layer, jitted once for the whole test session."""
+    graphdef, variables = nnx.split(layer(name, dtype))
+    apply = jax.jit(lambda variables, x, context, state: nnx.merge(graphdef, variables)(x, context, state))
+    return functools.partial(apply, variables)
+
+
+def packed_context(lengths, total):
+    """Documents of the given lengths one after another, then padding up to ``total`` tokens; one row."""
+    segments = sum(([i + 1] * n for i, n in enumerate(lengths)), [])
+    positions = sum((list(range(n)) for n in lengths), [])
+    padding = total - len(segments)
+    return Context(
+        segment_ids=jnp.array([segments + [0] * padding], jnp.int32),
+        positions=jnp.array([positions + [0] * padding], jnp.int32),
+    )

@@ -139,7 +139,7 @@ class TrainBatches:
         self._share = _process_rows(self.batch_size, process_index, process_count, 'train.batch_size')
         # A seed of its own for every store, or two copies of one would be read in step.
         self.rows = [
-            Rows(store, data.seq_len, int(key_of(config.seed, i)), data.packing) for i, store in enumerate(self.stores)
+            Rows(store, data.seq_len, key_of(config.seed, i), data.packing) for i, store in enumerate(self.stores)
         ]
         self.mixture = Mixture(weights or [rows.num_rows for rows in self.rows])
         self.num_tokens = sum(store.num_targets for store in self.stores)

@@ -9,53 +9,74 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, Integer, UInt64
+from jaxtyping import Int, UInt64
 
-GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
+GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 ROUNDS = 4
 
 
-def mix(value: UInt64[np.ndarray, '...']) -> UInt64[np.ndarray, '...']:
+def mix(value: int) -> int:
     """The finaliser of splitmix64, a bijection of 64-bit integers (Steele, Lea and Flood, OOPSLA 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    value = ((value ^ (value >> 30)) * FIRST) & MASK
+    value = ((value ^ (value >> 27)) * SECOND) & MASK
+    return value ^ (value >> 31)
+
+
+def mix_array(value: UInt64[np.ndarray, 'n']) -> UInt64[np.ndarray, 'n']:
+    """``mix`` of every element."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(FIRST)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(SECOND)
     return value ^ (value >> np.uint64(31))
 
 
-def key_of(*parts: int) -> np.uint64:
+def key_of(*parts: int) -> int:
     """A 64-bit key that depends on every part and on their order."""
-    state = np.zeros(1, np.uint64)
+    state = 0
     for part in parts:
-        state = mix((state + np.uint64(GOLDEN)) ^ mix(np.array([part & MASK], np.uint64)))
-    return state[0]
+        state = mix(((state + GOLDEN) & MASK) ^ mix(part & MASK))
+    return state
 
 
-def permute(index: Integer[np.ndarray, 'n'], size: int, *key: int) -> Int[np.ndarray, 'n']:
-    """The places of ``index`` in the permutation of ``range(size)`` that ``key`` names.
+class Permutation:
+    """A permutation of ``range(size)`` that ``key`` names, in constant memory: single entries of billions are cheap.
 
-    A Feistel network over the next even number of bits, repeated while it leads outside the range: constant memory, so
-    single entries of a permutation of billions are cheap.
+    A Feistel network over the next even number of bits, repeated while it leads outside the range.
 
     Args:
-      index: Integers in [0, size).
       size: At least 1.
       key: Any integers, for example (seed, epoch).
     """
-    half = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = [key_of(*key, r) for r in range(ROUNDS)]
-    result = np.array(index, dtype=np.uint64)
-    todo = np.arange(result.size)
-    while todo.size:
-        value = result[todo]
-        left, right = value >> half, value & mask
-        for k in keys:
-            left, right = right, left ^ (mix(right ^ k) & mask)
-        value = (left << half) | right
-        result[todo] = value
-        todo = todo[value >= np.uint64(size)]
-    return result.astype(np.int64)
+
+    def __init__(self, size: int, *key: int) -> None:
+        self.size = size
+        self._half = max((size - 1).bit_length() + 1, 2) // 2
+        self._keys = [key_of(*key, r) for r in range(ROUNDS)]
+
+    def __getitem__(self, index: int) -> int:
+        half, mask = self._half, (1 << self._half) - 1
+        while True:
+            left, right = index >> half, index & mask
+            for k in self._keys:
+                left, right = right, left ^ (mix(right ^ k) & mask)
+            index = (left << half) | right
+            if index < self.size:
+                return index
+
+    def array(self) -> Int[np.ndarray, 'size']:
+        """The whole permutation."""
+        half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
+        result = np.arange(self.size, dtype=np.uint64)
+        todo = np.arange(self.size)
+        while todo.size:
+            value = result[todo]
+            left, right = value >> half, value & mask
+            for k in self._keys:
+                left, right = right, left ^ (mix_array(right ^ np.uint64(k)) & mask)
+            value = (left << half) | right
+            result[todo] = value
+            todo = todo[value >= np.uint64(self.size)]
+        return result.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,7 @@ def make_plan(lengths: Int[np.ndarray, 'documents'], seq_len: int, packing: bool
     """
     order = np.arange(lengths.size)
     if key is not None and lengths.size:
-        order = permute(order, lengths.size, *key)
+        order = Permutation(lengths.size, *key, 0).array()
     targets = lengths[order].astype(np.int64) + 1
     places = targets if packing else -(-targets // seq_len) * seq_len
     return Plan(seq_len, order, targets, np.cumsum(places))
@@ -133,7 +154,7 @@ class Rows:
         epoch = 0 if self.seed is None else epoch
         with self._lock:
             if epoch not in self._plans:
-                key = None if self.seed is None else (self.seed, epoch, 0)
+                key = None if self.seed is None else (self.seed, epoch)
                 self._plans[epoch] = make_plan(self.store.lengths, self.seq_len, self.packing, key)
                 while len(self._plans) > 2:
                     self._plans.popitem(last=False)
@@ -144,7 +165,7 @@ class Rows:
         """``Plan.spans`` of row ``index``, counted through the epochs and drawn in the order of its epoch."""
         epoch, row = divmod(index, self.num_rows)
         if self.seed is not None:
-            row = int(permute(np.array([row]), self.num_rows, self.seed, epoch, 1)[0])
+            row = Permutation(self.num_rows, self.seed, epoch, 1)[row]
         return self.plan(epoch).spans(row)
 
     def fill(self, batch: dict[str, np.ndarray], places: list[int], indices: list[int]) -> None:

@@ -131,8 +131,13 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def from_json(text: str) -> ml_collections.ConfigDict:
     """Reads ``to_json``'s form; options that are newer than the text take their defaults."""
+    return from_dict(json.loads(text))
+
+
+def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Reads ``config.to_dict()``'s form, also after a round trip through JSON."""
     config = default()
-    for key, value in flatten(ml_collections.ConfigDict(json.loads(text))).items():
+    for key, value in flatten(ml_collections.ConfigDict(dict(values))).items():
         _option(key)
         put(config, key, value)
     return canonical(config)
@@ -177,7 +182,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     _check_data(config.data)
     if config.optim.warmup_steps > config.train.steps:
         raise ConfigError(
-            f'optim.warmup_steps={config.optim.warmup_steps} exceeds train.steps={config.train.steps}; warm up for fewer'
+            f'optim.warmup_steps={config.optim.warmup_steps} exceeds train.steps={config.train.steps};'
+            ' warm up for fewer'
         )
     _check_mesh(config, num_devices)
     return resolve(config)
@@ -215,7 +221,8 @@ def _check_model(model: ml_collections.ConfigDict) -> None:
                 raise ConfigError(f'model.attention.head_dim={head_dim} must be even when model.attention.rope is on')
         if ffn == 'moe' and model.moe.top_k > model.moe.num_experts:
             raise ConfigError(
-                f'model.moe.top_k={model.moe.top_k} exceeds model.moe.num_experts={model.moe.num_experts}; choose at most all'
+                f'model.moe.top_k={model.moe.top_k} exceeds model.moe.num_experts={model.moe.num_experts};'
+                ' choose at most all'
             )
     if model.ssm.dt_min > model.ssm.dt_max:
         raise ConfigError(f'model.ssm.dt_min={model.ssm.dt_min} exceeds model.ssm.dt_max={model.ssm.dt_max}')
@@ -239,7 +246,9 @@ def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> N
     _divides('train.accum_steps', config.train.accum_steps, 'train.batch_size', batch)
     for axis in ('expert', 'context', 'tensor'):
         if mesh[axis] != 1:
-            raise ConfigError(f'mesh.{axis}={mesh[axis]} is not supported yet; use 1 and spread over mesh.data or mesh.fsdp')
+            raise ConfigError(
+                f'mesh.{axis}={mesh[axis]} is not supported yet; use 1 and spread over mesh.data or mesh.fsdp'
+            )
     data = mesh.data
     if num_devices is not None:
         rest = mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
@@ -248,11 +257,14 @@ def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> N
             data = num_devices // rest
         if data * rest != num_devices:
             raise ConfigError(
-                f'the mesh takes {data * rest} devices (mesh.data={data}, mesh.fsdp={mesh.fsdp}), but there are {num_devices}'
+                f'the mesh takes {data * rest} devices (mesh.data={data}, mesh.fsdp={mesh.fsdp}),'
+                f' but there are {num_devices}'
             )
     if data != -1:
         shards = data * mesh.fsdp
-        _divides('mesh.data x mesh.fsdp', shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)
+        _divides(
+            'mesh.data x mesh.fsdp', shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps
+        )
         _divides('mesh.data x mesh.fsdp', shards, 'eval.batch_size', config.eval.batch_size or batch)
 
 

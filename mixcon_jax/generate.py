@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.inference import load_model
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import Decoder
 
@@ -79,6 +83,68 @@ def generate(
             position = position + 1
             one = Context(segment_ids=jnp.ones_like(position)[:, None], positions=position[:, None])
             next_token, state = step(variables, next_token[:, None], one, state, keys, jnp.int32(i))
+
+
+def generate_text(
+    workdir: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    num_samples: int,
+    sampling: Sampling,
+    seed: int,
+    step: int | str | None = None,
+    out: TextIO | None = None,
+) -> list[str]:
+    """Continues prompts with a run's checkpoint, streaming one prompt, or printing several as they end.
+
+    Every prompt starts a document. A sample ends at the end-of-text token or after ``max_new_tokens``.
+
+    Args:
+      workdir: a run directory.
+      prompts: texts, possibly empty.
+      max_new_tokens: tokens to generate at most.
+      num_samples: samples of each prompt; sample i draws with ``seed + i``.
+      sampling: how tokens are chosen.
+      seed: first seed.
+      step: a checkpoint's step, ``'best'`` or None for the newest.
+      out: where to write; the terminal by default.
+
+    Returns:
+      The texts, prompt included, sample after sample of each prompt.
+    """
+    out = out or sys.stdout
+    trained = load_model(workdir, step)
+    tokenizer = trained.tokenizer
+    rows = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
+    ids = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt, _ in rows]
+    decoders = [tokenizer.stream() for _ in rows]
+    texts, live = [prompt for prompt, _ in rows], [True] * len(rows)
+    streaming = len(rows) == 1
+    if streaming:
+        print(texts[0], end='', file=out, flush=True)
+
+    def extend(row: int, piece: str) -> None:
+        texts[row] += piece
+        if streaming:
+            print(piece, end='', file=out, flush=True)
+
+    seeds = [seed + sample for _, sample in rows]
+    for tokens in generate(trained.model, ids, max_new_tokens, sampling, seeds, tokenizer.vocab_size):
+        for row, token in enumerate(tokens.tolist()):
+            live[row] = live[row] and token != tokenizer.eot_id
+            if live[row]:
+                extend(row, decoders[row].push(token))
+        if not any(live):
+            break
+    for row, decoder in enumerate(decoders):
+        extend(row, decoder.flush())
+    if streaming:
+        print(file=out)
+    else:
+        for row, text in enumerate(texts):
+            print(f'--- {row + 1} of {len(texts)}\n{text}', file=out)
+    return texts
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'], Context]:

@@ -32,10 +32,12 @@ def grouped_matmul(
     """
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
-            f'grouped_matmul: x {x.shape}, w {w.shape} and group_sizes {group_sizes.shape} must be [M, D], [E, D, F] and [E]'
+            f'grouped_matmul: x {x.shape}, w {w.shape} and group_sizes {group_sizes.shape} must be'
+            ' [M, D], [E, D, F] and [E]'
         )
     if implementation == 'reference':
         return reference.grouped_matmul(x, w, group_sizes)
     if implementation in (None, 'blocked'):
         return xla.grouped_matmul(x, w, group_sizes, min(block, max(x.shape[0], 1)))
-    raise ValueError(f'grouped_matmul: unknown implementation {implementation!r}; choose from {", ".join(IMPLEMENTATIONS)}')
+    known = ', '.join(IMPLEMENTATIONS)
+    raise ValueError(f'grouped_matmul: unknown implementation {implementation!r}; choose from {known}')

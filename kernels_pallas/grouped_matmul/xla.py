@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 
 
 class _Plan(NamedTuple):
-    """Block i multiplies ``rows[i]`` rows from ``start[i]`` by the matrix of ``group[i]``; ``count`` blocks are in use."""
+    """Block i multiplies ``rows[i]`` rows from ``start[i]`` by matrix ``group[i]``; ``used`` blocks do."""
 
     group: Int[Array, 'n']
     start: Int[Array, 'n']
     rows: Int[Array, 'n']
-    count: Int[Array, '']
+    used: Int[Array, '']
 
 
 def _plan(group_sizes: Int[Array, 'e'], num_rows: int, block: int) -> _Plan:
@@ -57,7 +57,7 @@ def _product(x: Array, w: Array, group_sizes: Array, block: int, contract: int) 
         return jax.lax.dynamic_update_slice_in_dim(y, product, plan.start[i], axis=0)
 
     y = jnp.zeros((num_rows + block, w.shape[2 - contract]), x.dtype)
-    y = jax.lax.fori_loop(0, plan.count, step, y)[:num_rows]
+    y = jax.lax.fori_loop(0, plan.used, step, y)[:num_rows]
     return jnp.where((jnp.arange(num_rows) < group_sizes.sum())[:, None], y, 0)
 
 
@@ -77,7 +77,7 @@ def _backward(block: int, residuals: tuple[Array, Array, Array], dy: Array) -> t
         product = jax.lax.dot_general(rows, grads, (((0,), (0,)), ((), ())), preferred_element_type=dw.dtype)
         return dw.at[plan.group[i]].add(product)
 
-    dw = jax.lax.fori_loop(0, plan.count, step, jnp.zeros(w.shape, _wide(w.dtype)))
+    dw = jax.lax.fori_loop(0, plan.used, step, jnp.zeros(w.shape, _wide(w.dtype)))
     return _product(dy, w, group_sizes, block, contract=1), dw.astype(w.dtype), None
 
 

@@ -1,9 +1,9 @@
 """A block: the layers of one pattern repeat, each a mixer, a mixer then an FFN, or both in parallel."""
 
-from typing import NamedTuple
-
 import difflib
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -38,7 +38,9 @@ def parse_layer(text: str) -> LayerSpec:
 def _known(name: str, registry: dict, kind: str, text: str) -> None:
     if name not in registry:
         close = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)[0]
-        raise ValueError(f'layer {text!r} names an unknown {kind} {name!r}; did you mean {close!r} (of {", ".join(registry)})?')
+        raise ValueError(
+            f'layer {text!r} names an unknown {kind} {name!r}; did you mean {close!r} (of {", ".join(registry)})?'
+        )
 
 
 class Layer(nnx.Module):
@@ -54,7 +56,7 @@ class Layer(nnx.Module):
             self.ffn = FFNS[ffn](config, params.scope('ffn'), num_layers)
 
     def init_state(self, batch: int, max_len: int) -> State:
-        parts = {'mixer': self.mixer, 'ffn': getattr(self, 'ffn', None)}
+        parts: dict[str, Any] = {'mixer': self.mixer, 'ffn': getattr(self, 'ffn', None)}
         return {name: part.init_state(batch, max_len) for name, part in parts.items() if part is not None}
 
     def __call__(
@@ -89,14 +91,15 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: list[State] | None
-    ) -> tuple[Float[Array, 'b t d'], list[State] | None, Aux]:
+    ) -> tuple[Float[Array, 'b t d'], list[State | None] | None, Aux]:
         losses: dict[str, list[Array]] = {}
-        stats, new = {}, []
+        stats: dict[str, Array] = {}
+        new: list[State | None] = []
         for j, layer in enumerate(self.layers):
             x, layer_state, aux = layer(x, context.fold(j), None if state is None else state[j])
             new.append(layer_state)
             for name, value in aux.get('losses', {}).items():
                 losses.setdefault(name, []).append(value)
             stats |= {f'layer_{j}/{name}': value for name, value in aux.get('stats', {}).items()}
-        means = {name: sum(values) / len(values) for name, values in losses.items()}
+        means = {name: jnp.stack(values).mean() for name, values in losses.items()}
         return x, None if state is None else new, {'losses': means, 'stats': stats}

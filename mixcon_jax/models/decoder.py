@@ -52,7 +52,9 @@ class Decoder(nnx.Module):
             # The states are a carry, not scanned inputs and outputs, so that a decode step updates its caches in place.
             block_state = jax.tree.map(lambda s: jax.lax.dynamic_index_in_dim(s, index, keepdims=False), states)
             x, block_state, aux = nnx.merge(graphdef, variables)(x, context.fold(index), block_state)
-            states = jax.tree.map(lambda s, new: jax.lax.dynamic_update_index_in_dim(s, new, index, 0), states, block_state)
+            states = jax.tree.map(
+                lambda s, new: jax.lax.dynamic_update_index_in_dim(s, new, index, 0), states, block_state
+            )
             return (x, states), aux
 
         if state is None and self.config.remat != 'none':
@@ -80,7 +82,5 @@ class Decoder(nnx.Module):
 
 
 def create(config, seed: int | Int[Array, ''] = 0) -> Decoder:
-    """Builds a decoder from ``config.model``; pure in ``seed``, so it may run under ``jax.jit`` or ``nnx.eval_shape``."""
+    """Builds a decoder from ``config.model``; pure in ``seed``, so ``nnx.eval_shape`` may run it."""
     return Decoder(config, Parameters(jax.random.key(seed)))
-
-

@@ -101,7 +101,9 @@ class Window:
       length: K, the longest lag that will be read.
     """
 
-    def __init__(self, x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b k c'] | None, length: int) -> None:
+    def __init__(
+        self, x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b k c'] | None, length: int
+    ) -> None:
         past = jnp.zeros((x.shape[0], length, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
         self._values = jnp.concatenate([past, x], axis=1)
         self._context = context

@@ -28,7 +28,12 @@ CASES = {
     'conba_companion': ('conba', {'conba.delay': 'companion', 'conba.kappa': 'bounded', 'conba.gate': 'mamba'}),
     'conba_feedback_companion': (
         'conba',
-        {'conba.delay': 'companion', 'conba.feedback_iters': 1, 'conba.control': 'diag', 'conba.state_scaling': 'readout'},
+        {
+            'conba.delay': 'companion',
+            'conba.feedback_iters': 1,
+            'conba.control': 'diag',
+            'conba.state_scaling': 'readout',
+        },
     ),
     'mlp': ('mlp', {}),
     'moe_dense': ('moe', {'moe.implementation': 'dense'}),
@@ -77,8 +82,8 @@ def runner(name, dtype='float32'):
 
 def packed_context(lengths, total):
     """Documents of the given lengths one after another, then padding up to ``total`` tokens; one row."""
-    segments = sum(([i + 1] * n for i, n in enumerate(lengths)), [])
-    positions = sum((list(range(n)) for n in lengths), [])
+    segments = [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
+    positions = [t for n in lengths for t in range(n)]
     padding = total - len(segments)
     return Context(
         segment_ids=jnp.array([segments + [0] * padding], jnp.int32),

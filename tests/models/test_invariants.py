@@ -1,4 +1,4 @@
-"""The invariants that every layer obeys: causality, one result in every mode, documents kept apart, finite gradients."""
+"""The invariants of every layer: causality, one result in every mode, documents kept apart, finite gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tests.models.cases import CASES, DIM, layer, packed_context, runner
 
 T = 18
 NAMES = list(CASES)
-TOLERANCE = dict(rtol=2e-5, atol=2e-5)
+TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
 
 
 def tokens(seed, batch=2, length=T):

@@ -20,7 +20,9 @@ class MLP(nnx.Module):
         width, init = mlp_hidden_dim(config), normal(config.init_std)
         self.w_gate = params('w_gate', (config.dim, width), ('embed', 'mlp'), init)
         self.w_up = params('w_up', (config.dim, width), ('embed', 'mlp'), init)
-        self.w_down = params('w_down', (width, config.dim), ('mlp', 'embed'), normal(output_std(config.init_std, num_layers)))
+        self.w_down = params(
+            'w_down', (width, config.dim), ('mlp', 'embed'), normal(output_std(config.init_std, num_layers))
+        )
 
     def init_state(self, batch: int, max_len: int) -> State:
         del batch, max_len

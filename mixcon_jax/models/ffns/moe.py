@@ -29,7 +29,10 @@ class MoE(nnx.Module):
         self.w_gate = params('w_gate', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
         self.w_up = params('w_up', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
         self.w_down = params(
-            'w_down', (experts, width, dim), ('experts', 'mlp', 'embed'), normal(output_std(config.init_std, num_layers))
+            'w_down',
+            (experts, width, dim),
+            ('experts', 'mlp', 'embed'),
+            normal(output_std(config.init_std, num_layers)),
         )
         if options.balance == 'bias':
             self.router_bias = Buffer(jnp.zeros((experts,)), logical_axes=('experts',))
@@ -86,7 +89,11 @@ class MoE(nnx.Module):
         return rows[jnp.argsort(order)].reshape(batch, length, k, dim).sum(axis=2)
 
     def _aux(
-        self, logits: Float[Array, 'b t e'], probabilities: Float[Array, 'b t e'], chosen: Int[Array, 'b t k'], context: Context
+        self,
+        logits: Float[Array, 'b t e'],
+        probabilities: Float[Array, 'b t e'],
+        chosen: Int[Array, 'b t k'],
+        context: Context,
     ) -> Aux:
         """Losses and statistics over the real tokens.
 

@@ -55,7 +55,9 @@ class Attention(nnx.Module):
             y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.config.block_size)
         else:
             start = state['length']
-            write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+            write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
+                cache, new.astype(cache.dtype), start, axis=1
+            )
             state = {
                 'k': write(state['k'], k),
                 'v': write(state['v'], v),

@@ -4,7 +4,7 @@ MixCon (ECAI 2024), equations 5 to 14, in the parallel reading of docs/conba.md:
 tokens, so that the recurrence stays linear in the state and runs as a scan.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,9 @@ class Conba(SelectiveSSM):
         # Feedback (Fig. 1): each pass measures the a-priori error, which is strictly causal, and corrects the drive.
         for i in range(options.feedback_iters):
             _, final, prior = self._scan(inputs, u, context, old, i, prior=True)
-            correction, gain, stats = self.control.correction(prior, law, context, None if old is None else old['gain'], i)
+            correction, gain, stats = self.control.correction(
+                prior, law, context, None if old is None else old['gain'], i
+            )
             u = inputs.u - correction.astype(u.dtype)
             scans.append(final)
             gains.append(gain)
@@ -104,7 +106,9 @@ class Conba(SelectiveSSM):
             window = Window(y, context, None if old is None else old['taps'], max(options.taps))
             y = y + sum(window.lagged(lag) * self.taps[i] for i, lag in enumerate(options.taps))
         if options.control != 'none' and not options.feedback_iters:
-            correction, gain, stats = self.control.correction(y, law, context, None if old is None else old.get('gain'), 0)
+            correction, gain, stats = self.control.correction(
+                y, law, context, None if old is None else old.get('gain'), 0
+            )
             gains.append(gain)
             y = y - correction
         y = y.astype(x.dtype)
@@ -123,11 +127,17 @@ class Conba(SelectiveSSM):
         return project(y, self.out_proj), state, {'stats': stats} if stats else {}
 
     def _scan(
-        self, inputs: ScanInputs, u: Float[Array, 'b t i'], context: Context, state: State | None, i: int, prior: bool = False
+        self,
+        inputs: ScanInputs,
+        u: Float[Array, 'b t i'],
+        context: Context,
+        state: State | None,
+        i: int,
+        prior: bool = False,
     ):
         """Runs pass ``i``: the selective scan of drive ``u`` with every in-loop option."""
         options = self.options
-        extra = {'prior': True} if prior else {}
+        extra: dict[str, Any] = {'prior': True} if prior else {}
         if options.state_scaling == 'readout':
             delay = self.delay_weight[...] if options.delay == 'state' else None
             extra['readout'] = (self.readout_weight[...], self.readout_bias[...], delay)

@@ -1,0 +1,194 @@
+"""The ``mixcon`` command: train, eval, generate, config and data, each a thin shell around one function."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from mixcon_jax.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+DESCRIPTION = 'Pretrain hybrid sequence models of attention, Conba and experts.'
+OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon config`).'
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; bad input ends it with one line and exit code 2."""
+    parser = build_parser()
+    known, rest = parser.parse_known_args(argv)
+    try:
+        overrides = _overrides(rest, takes=hasattr(known, 'config'))
+        code = known.run(known, overrides)
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; a second complaint at exit would help nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of every command; ``known.run(known, overrides)`` runs what was asked for."""
+    parser = argparse.ArgumentParser(prog='mixcon', description=DESCRIPTION, allow_abbrev=False)
+    commands = parser.add_subparsers(metavar='command', required=True)
+
+    def add(name: str, run, text: str, parent=commands) -> argparse.ArgumentParser:
+        command = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    def takes_config(command: argparse.ArgumentParser) -> None:
+        command.add_argument('--config', required=True, metavar='FILE[:ARG]', help='experiment file with get_config()')
+        command.epilog = OVERRIDES
+
+    command = add('train', _train, 'Pretrain a model, or continue: the same command resumes an interrupted run.')
+    takes_config(command)
+    command.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics, tokenizer')
+
+    command = add('eval', _eval, 'Score held-out text, or given files, with a checkpoint.')
+    _takes_checkpoint(command)
+    command.add_argument(
+        'files', nargs='*', help='text files (.txt .jsonl .parquet, also .gz .zst); none: held-out text'
+    )
+    command.add_argument('--batch-size', type=int, default=0, help="rows of a batch (default: the run's)")
+
+    command = add('generate', _generate, 'Continue prompts with a checkpoint, streaming to the terminal.')
+    _takes_checkpoint(command)
+    command.add_argument('--prompt', action='append', help='text to continue; repeat it for several (default: none)')
+    command.add_argument('--max-new-tokens', type=int, default=128, help='tokens to generate (default: 128)')
+    command.add_argument('--num-samples', type=int, default=1, help='samples of each prompt (default: 1)')
+    command.add_argument('--temperature', type=float, default=0.8, help='0 takes the likeliest token (default: 0.8)')
+    command.add_argument('--top-k', type=int, default=0, help='draw from the k likeliest tokens; 0: all (default)')
+    command.add_argument(
+        '--top-p', type=float, default=0.95, help='draw from the likeliest p of the mass (default: 0.95)'
+    )
+    command.add_argument('--seed', type=int, default=0, help='seed of the draws (default: 0)')
+
+    command = add('config', _config, "Print an experiment's resolved configuration as JSON.")
+    takes_config(command)
+    command.add_argument('--help-options', action='store_true', help='print every option with its meaning instead')
+
+    data = commands.add_parser('data', help='Prepare text for training.', allow_abbrev=False)
+    actions = data.add_subparsers(metavar='action', required=True)
+    command = add('prepare', _prepare, 'Train or load the tokenizer and write the token stores.', actions)
+    takes_config(command)
+    return parser
+
+
+def _takes_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--workdir', required=True, help='folder of the run')
+    command.add_argument('--step', default='', help='checkpoint to use: a step, "best" or "last" (default: last)')
+
+
+# ----- commands -----------------------------------------------------------------------------------------------------
+
+
+def _train(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.config import load
+    from mixcon_jax.train import train
+
+    return train(load(known.config, overrides), known.workdir).exit_code
+
+
+def _eval(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.evaluate import evaluate
+
+    if known.batch_size < 0:
+        raise UserError(f'--batch-size {known.batch_size} must be at least 1')
+    scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size)
+    print(
+        f'step {scores.step}: loss {scores.loss:.4f} nats per token, perplexity {scores.perplexity:.2f}, '
+        f'{scores.bits_per_byte:.4f} bits per byte, over {scores.tokens:,} tokens of {scores.bytes:,} bytes'
+    )
+    return 0
+
+
+def _generate(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.generate import Sampling, generate_text
+
+    for option in ('max_new_tokens', 'num_samples'):
+        if getattr(known, option) < 1:
+            raise UserError(f'--{option.replace("_", "-")} {getattr(known, option)} must be at least 1')
+    generate_text(
+        known.workdir,
+        known.prompt or [''],
+        max_new_tokens=known.max_new_tokens,
+        num_samples=known.num_samples,
+        sampling=Sampling(known.temperature, known.top_k, known.top_p),
+        seed=known.seed,
+        step=_step(known.step),
+    )
+    return 0
+
+
+def _config(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax import config as configs
+    from mixcon_jax.options import leaves
+
+    config = configs.validate(configs.load(known.config, overrides))
+    if known.help_options:
+        for key, option in leaves():
+            print(f'{key} = {configs.get(config, key)!r}\n    {option.meaning}')
+    else:
+        print(configs.to_json(config), end='')
+    return 0
+
+
+def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax import config as configs
+    from mixcon_jax.data.prepare import baselines, prepare
+
+    config = configs.validate(configs.load(known.config, overrides))
+    stores = prepare(config.data)
+    for store in stores:
+        print(f'{store.spec}: {store.path}')
+        for split in ('train', 'heldout'):
+            part = store.open(split)
+            counts = f'{part.num_documents:,} documents, {part.num_tokens:,} tokens, {part.num_bytes:,} bytes'
+            print(f'  {split:8} {counts}')
+    values = baselines(stores)
+    print(f'held-out text: {values["unigram"]:.3f} bits per byte by byte unigrams, {values["gzip"]:.3f} by gzip -9')
+    return 0
+
+
+# ----- arguments ----------------------------------------------------------------------------------------------------
+
+
+def _step(text: str) -> int | str | None:
+    """Reads --step: None is the newest."""
+    if text in ('', 'last'):
+        return None
+    if text == 'best' or text.isdigit():
+        return 'best' if text == 'best' else int(text)
+    raise UserError(f'--step {text!r} must be a number, "best" or "last"')
+
+
+def _overrides(rest: Sequence[str], takes: bool) -> list[str]:
+    """Turns ``--config.key=value`` and ``--config.key value`` into ``key=value``."""
+    overrides, rest = [], list(rest)
+    while rest:
+        argument = rest.pop(0)
+        if not takes or not argument.startswith('--config.'):
+            command = ' '.join(sys.argv[1:2])
+            raise UserError(f'unknown argument {argument}; see `mixcon {" ".join(sys.argv[1:2])} --help`')
+        key, separator, value = argument.removeprefix('--config.').partition('=')
+        if not separator:
+            if not rest or rest[0].startswith('--'):
+                raise UserError(f'{argument} has no value; write {argument}=VALUE')
+            value = rest.pop(0)
+        overrides.append(f'{key}={value}')
+    return overrides
+
+
+def _complain(message: str) -> int:
+    print(f'error: {message}', file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,441 @@
+"""Checkpoints: state, data position, configuration and tokenizer, saved and restored as one.
+
+``checkpoints/<step>/`` is written by Orbax in the background under another name and renamed when complete, so a kill
+leaves none that is half there. Inside are three items: ``model`` (parameters and buffers), ``optimizer`` (the rest of
+the state) and ``meta`` (everything that is no array, and a checksum of every array). Restoring verifies each array; a
+checkpoint that is damaged is set aside as ``<step>.damaged`` and the one before it is used.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from mixcon_jax.checksums import checksums
+from mixcon_jax.errors import UserError
+from mixcon_jax.trees import Tree, named_leaves
+
+Say = Callable[[str], None]
+MODEL = ('params/', 'buffers/')  # what a model needs; all else is the optimizer's item
+FULL = ('No space left', 'Disk quota exceeded', 'File too large', 'RESOURCE_EXHAUSTED')
+
+
+class Damaged(Exception):
+    """A checkpoint whose bytes are not those that were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint holds besides arrays.
+
+    Attributes:
+      step: steps made; the data position too, since batch i is a function of i.
+      config: the whole configuration, ``ConfigDict.to_dict()``.
+      tokenizer: text of the tokenizer.json.
+      data: names of the token stores, in order.
+      tokens_seen: tokens trained on so far.
+      heldout_loss: in nats per token, or None if it was not evaluated at this step.
+    """
+
+    step: int
+    config: dict[str, Any]
+    tokenizer: str = ''
+    data: tuple[str, ...] = ()
+    tokens_seen: int = 0
+    heldout_loss: float | None = None
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: ``workdir/checkpoints``; made when missing, unless read only.
+      keep_last: newest checkpoints kept.
+      keep_best: checkpoints kept for their held-out loss; only steps that were evaluated count.
+      say: takes one line about each damaged checkpoint.
+      read_only: change nothing on disk; damaged checkpoints stay where they are.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        say: Say = print,
+        read_only: bool = False,
+    ) -> None:
+        self.folder, self._say, self._read_only = Path(folder).absolute(), say, read_only
+        self._pending: int | None = None
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
+        self._losses = {step: self._saved_loss(step) for step in _step_folders(self.folder)}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep_last), KeepBest(keep_best, self._losses)]
+            ),
+            read_only=read_only,
+            create=False,
+        )
+        handlers = {'model': ocp.StandardCheckpointHandler(), 'optimizer': ocp.StandardCheckpointHandler()}
+        handlers |= {'meta': ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def _clean(self) -> None:
+        """Removes what unfinished saves left."""
+        if jax.process_index() == 0:
+            for path in self.folder.glob('*.orbax-checkpoint-tmp*'):
+                shutil.rmtree(path, ignore_errors=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices('checkpoints: cleaned')
+
+    def _saved_loss(self, step: int) -> float | None:
+        """The held-out loss in a checkpoint's metadata, or None: not evaluated, or damaged, which restoring reports."""
+        try:
+            return json.loads((self.folder / str(step) / 'meta' / 'metadata').read_bytes())['contents']['heldout_loss']
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss among those that are kept, or None if none was evaluated."""
+        return next(iter(best_steps(self.steps(), self._losses)), None)
+
+    # ----- saving -----
+
+    def save(self, state: Tree, meta: Meta) -> None:
+        """Begins to save in the background; returns when the state's buffers may be reused.
+
+        Waits for the save before it, if that has not finished.
+
+        Args:
+          state: a TrainState, or any tree whose leaves' names begin with ``params/`` or ``buffers/`` for the model.
+          meta: the rest. ``state`` must be that of ``meta.step``.
+
+        Raises:
+          UserError: this save, or the one before it, found the disk full or the like.
+        """
+        self.wait()
+        arrays = named_leaves(state)
+        contents = dataclasses.asdict(meta) | {
+            'arrays': {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
+            'checksums': checksums(arrays),
+        }
+        model = {name: array for name, array in arrays.items() if name.startswith(MODEL)}
+        rest = {name: array for name, array in arrays.items() if name not in model}
+        args = ocp.args.Composite(
+            model=ocp.args.StandardSave(model),
+            optimizer=ocp.args.StandardSave(rest),
+            meta=ocp.args.JsonSave({'sha256': _digest(contents), 'contents': contents}),
+        )
+        self._pending, self._losses[meta.step] = meta.step, meta.heldout_loss
+        with self._explained(meta.step):
+            self._manager.save(meta.step, args=args, force=True)
+
+    def finished(self) -> int | None:
+        """The step of a save that has become complete since the last call, if any; never waits.
+
+        Raises:
+          UserError: it failed.
+        """
+        if self._pending is None or self._manager.is_saving_in_progress():
+            return None
+        step = self._pending
+        self.wait()
+        return step
+
+    def wait(self) -> None:
+        """Returns when no save is in progress.
+
+        Raises:
+          UserError: the save failed; checkpoints before it are intact.
+        """
+        if self._pending is None:
+            return
+        with self._explained(self._pending):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        self._pending = None
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Turns a failure to write into one line, and removes what was written."""
+        try:
+            yield
+        except Exception as error:
+            self._pending = None
+            text = ' '.join(_causes(error))
+            if not isinstance(error, OSError) and not any(words in text for words in (*FULL, 'Permission denied')):
+                raise
+            for path in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
+                shutil.rmtree(path, ignore_errors=True)
+            reason = next((words for words in FULL[:3] if words in text), text.splitlines()[0][:200])
+            kept = [kept for kept in _step_folders(self.folder) if kept != step]
+            last = f'checkpoint {max(kept)} is intact' if kept else 'there is none before it'
+            raise UserError(
+                f'cannot save checkpoint {step} in {self.folder}: {reason}; {last}; make room and run again'
+            ) from error
+
+    def close(self) -> None:
+        """Waits for a save in progress, whatever becomes of it, and frees threads."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    def reached_preemption(self, step: int) -> bool:
+        """With several processes: whether all have agreed to stop after this step because one was told to."""
+        return self._manager.reached_preemption(step)
+
+    # ----- restoring -----
+
+    def restore(self, abstract_state: Tree, expected: int | None = None) -> tuple[Tree, Meta] | None:
+        """The newest intact checkpoint, laid out as ``abstract_state`` says, or None if there is none at all.
+
+        Args:
+          abstract_state: ``jax.ShapeDtypeStruct`` with shardings: any mesh, not only the one that saved.
+          expected: newest step that is known to have been complete; a line is said if it is gone.
+
+        Raises:
+          UserError: all are damaged or gone, or they are of another model.
+        """
+        steps = self.steps()
+        if expected is not None and expected not in steps and (not steps or steps[-1] < expected):
+            self._say(f'checkpoint {expected} is missing from {self.folder}')
+        for step in reversed(steps):
+            try:
+                return self._together(step, lambda step=step: self._restore(step, abstract_state))
+            except Damaged as error:
+                self._report(step, str(error))
+        if steps or expected is not None:
+            raise UserError(
+                f'no intact checkpoint is left in {self.folder}; copy one back, or delete the workdir to begin anew'
+            )
+        return None
+
+    def load(self, step: int | str | None = None, shardings: Mapping[str, Any] | None = None) -> tuple[Tree, Meta]:
+        """Parameters and buffers alone: ``{'params': nested dicts, 'buffers': nested dicts}``, and the rest.
+
+        Args:
+          step: a step; ``'best'`` by held-out loss; None for the newest intact one.
+          shardings: of leaves by name (``params/embedding``); those without lie whole on the first device.
+
+        Raises:
+          UserError: no such checkpoint, or it is damaged.
+        """
+        steps = self.steps()
+        if step == 'best':
+            step = self.best_step()
+            if step is None:
+                raise UserError(f'no checkpoint in {self.folder} has a held-out loss; give a step, one of {steps}')
+        if step is not None and step not in steps:
+            raise UserError(f'there is no checkpoint {step} in {self.folder}; there are {steps or "none"}')
+        if not steps:
+            raise UserError(f'there is no checkpoint in {self.folder}')
+        for candidate in [step] if step is not None else reversed(steps):
+            try:
+                return self._together(candidate, lambda candidate=candidate: self._load(candidate, shardings or {}))
+            except Damaged as error:
+                self._report(candidate, str(error))
+        raise UserError(f'{"no checkpoint" if step is None else f"checkpoint {step} is not"} intact in {self.folder}')
+
+    def _restore(self, step: int, abstract_state: Tree) -> tuple[Tree, Meta]:
+        contents, meta = self._meta(step)
+        wanted = named_leaves(abstract_state)
+        _require_equal({n: [str(x.dtype), list(x.shape)] for n, x in wanted.items()}, contents['arrays'], step)
+        arrays = {}
+        for item, of_model in (('model', True), ('optimizer', False)):
+            arrays |= self._arrays(step, item, {n: x for n, x in wanted.items() if n.startswith(MODEL) == of_model})
+        _verify(arrays, contents['checksums'])
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), meta
+
+    def _load(self, step: int, shardings: Mapping[str, Any]) -> tuple[Tree, Meta]:
+        contents, meta = self._meta(step)
+        whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings.get(name, whole))
+            for name, (dtype, shape) in contents['arrays'].items()
+            if name.startswith(MODEL)
+        }
+        arrays = self._arrays(step, 'model', wanted)
+        _verify(arrays, contents['checksums'])
+        tree: dict[str, Any] = {'params': {}, 'buffers': {}}
+        for name, array in arrays.items():
+            *parents, last = name.split('/')
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[last] = array
+        return tree, meta
+
+    def _arrays(self, step: int, item: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        return self._item(step, **{item: ocp.args.StandardRestore(wanted)})
+
+    def _meta(self, step: int) -> tuple[dict[str, Any], Meta]:
+        saved = self._item(step, meta=ocp.args.JsonRestore())
+        try:
+            contents = saved['contents']
+            if saved['sha256'] != _digest(contents) or contents['step'] != step:
+                raise Damaged('its metadata does not match its checksum')
+            fields = {field.name: contents[field.name] for field in dataclasses.fields(Meta)}
+        except (KeyError, TypeError) as error:
+            raise Damaged(f'its metadata lacks {error}') from error
+        return contents, Meta(**fields | {'data': tuple(fields['data'])})
+
+    def _item(self, step: int, **args: Any) -> Any:
+        """Restores one item; whatever goes wrong inside Orbax, for its files are at fault."""
+        (name,) = args
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))[name]
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise  # out of memory says nothing about the files
+        except Exception as error:
+            raise Damaged(f'{name}: {type(error).__name__}: {_first_line(error)}') from error
+
+    def _together(self, step: int, restore: Callable[[], tuple[Tree, Meta]]) -> tuple[Tree, Meta]:
+        """Runs ``restore``; with several processes, all succeed or all take it as damaged."""
+        if jax.process_count() == 1:
+            return restore()
+        result, reason = None, ''
+        try:
+            result = restore()
+        except Damaged as error:
+            reason = str(error)
+        if not np.all(multihost_utils.process_allgather(np.array(result is not None))):
+            raise Damaged(reason or 'another process could not read it')
+        return result
+
+    def _report(self, step: int, reason: str) -> None:
+        """Says that a checkpoint is damaged and, unless read only, renames it."""
+        earlier = [other for other in self.steps() if other < step]
+        then = f'using checkpoint {earlier[-1]}' if earlier else 'there is none before it'
+        if self._read_only:
+            self._say(f'checkpoint {step} is damaged ({reason}); {then}')
+            return
+        self._say(f'checkpoint {step} is damaged ({reason}); set aside as {step}.damaged, {then}')
+        if jax.process_index() == 0:
+            _set_aside(self.folder / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f'checkpoints: set aside {step}')
+        self._manager.reload()
+
+
+class KeepBest(policies.PreservationPolicy):
+    """Keeps the ``number`` checkpoints with the lowest loss; Orbax's own BestN needs a file of metrics beside each."""
+
+    def __init__(self, number: int, losses: Mapping[int, float | None]) -> None:
+        self._number, self._losses = number, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = best_steps(steps, self._losses)[: self._number]
+        return [step in best for step in steps]
+
+
+def best_steps(steps: Sequence[int], losses: Mapping[int, float | None]) -> list[int]:
+    """The steps whose loss is known and finite, from the lowest loss up; the newer first among equals."""
+    known = {step: losses.get(step) for step in steps}
+    known = {step: loss for step, loss in known.items() if loss is not None and math.isfinite(loss)}
+    return sorted(known, key=lambda step: (known[step], -step))
+
+
+def load_params(
+    workdir: str | Path,
+    step: int | str | None = None,
+    shardings: Mapping[str, Any] | None = None,
+    say: Say = print,
+) -> tuple[Tree, Meta]:
+    """Parameters of a run, to evaluate, to sample from or to start another run with; changes nothing on disk.
+
+    Args:
+      workdir: a run directory.
+      step: a step; ``'best'`` by held-out loss; None for the newest intact one.
+      shardings: of leaves by name (``params/embedding``); those without lie whole on the first device.
+      say: takes a line about each damaged checkpoint that was passed over.
+
+    Returns:
+      ``{'params': nested dicts, 'buffers': nested dicts}`` and ``Meta`` with config, tokenizer and step.
+
+    Raises:
+      UserError: the folder is no run, or holds no such intact checkpoint.
+    """
+    folder = Path(workdir) / 'checkpoints'
+    if not folder.is_dir():
+        raise UserError(f'{workdir} holds no checkpoints; give the workdir of a run')
+    checkpoints = Checkpoints(folder, say=say, read_only=True)
+    try:
+        return checkpoints.load(step, shardings)
+    finally:
+        checkpoints.close()
+
+
+def _verify(arrays: Mapping[str, jax.Array], saved: Mapping[str, str]) -> None:
+    for name, checksum in checksums(arrays).items():
+        if saved[name] != checksum:
+            raise Damaged(f'{name} does not match its checksum')
+
+
+def _require_equal(wanted: Mapping[str, list], saved: Mapping[str, list], step: int) -> None:
+    """Both map a name to [type, shape]."""
+    for name in sorted(wanted.keys() | saved.keys()):
+        ours, theirs = wanted.get(name), saved.get(name)
+        if ours != theirs:
+            raise UserError(f'checkpoint {step} has {_shape(theirs)} for {name}, but the run has {_shape(ours)}')
+
+
+def _shape(entry: list | None) -> str:
+    return 'nothing' if entry is None else f'{entry[0]}{entry[1]}'
+
+
+def _digest(contents: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _step_folders(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a folder to a name that Orbax takes for no checkpoint."""
+    number, target = 1, path.with_name(f'{path.name}.damaged')
+    while target.exists():
+        number += 1
+        target = path.with_name(f'{path.name}.damaged-{number}')
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, target)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else ''
+
+
+def _causes(error: BaseException | None) -> Iterator[str]:
+    while error is not None:
+        yield f'{type(error).__name__}: {error}'
+        error = error.__cause__ or error.__context__
+
+
+class _NoOrbax(logging.Filter):
+    """Drops what Orbax logs, tracebacks of failed saves included: whatever matters is raised as well."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f'{os.sep}orbax{os.sep}' not in record.pathname
+
+
+logging.getLogger('absl').addFilter(_NoOrbax())

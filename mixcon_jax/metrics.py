@@ -1,0 +1,280 @@
+"""What a run tells about itself: a progress line, ``metrics.jsonl``, TensorBoard and, if wanted, Weights & Biases.
+
+``metrics.jsonl`` is the truth. TensorBoard's events are written anew from it whenever a run starts again, so both
+always hold the same steps, each once.
+"""
+
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import ml_collections
+import numpy as np
+
+from mixcon_jax.errors import UserError
+from mixcon_jax.goodput import Clock
+from mixcon_jax.records import Record, RecordLog, keep_until, plain
+
+EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps')  # read after every step; the rest is read when it is logged
+LINES = 30  # progress lines of a whole run when the output is not a terminal
+
+
+class Metrics:
+    """Takes a run's metrics and spreads them.
+
+    Args:
+      folder: the workdir.
+      config: the whole configuration.
+      clock: where the run's time goes.
+      flops_per_token: of training, forward and backward.
+      peak_flops: of all devices together; None leaves MFU out.
+      active: False in processes other than the first, which then write nothing.
+      stream: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ml_collections.ConfigDict,
+        clock: Clock,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        active: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._folder, self._config, self._clock, self._active = Path(folder), config, clock, active
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._progress = Progress(config.train.steps, stream or sys.stdout, active)
+        self._log: RecordLog | None = None
+        self._writers: list[Any] = []
+        self._window = (0, 0.0)  # tokens and training seconds at the last record
+        self._tokens = self.tokens_seen = 0
+        self._rate = math.nan
+
+    def start(self, step: int, tokens_seen: int = 0) -> list[Record]:
+        """Opens the files for a run that goes on after ``step``; returns the records up to there.
+
+        Args:
+          step: the restored step, 0 for a new run; what was written after it is dropped.
+          tokens_seen: tokens trained on before it.
+
+        Raises:
+          UserError: Weights & Biases is wanted but not installed.
+        """
+        self.tokens_seen, self._window = tokens_seen, (0, self._clock.training())
+        if not self._active:
+            return []
+        path = self._folder / 'metrics.jsonl'
+        kept = keep_until(path, step)
+        self._log = RecordLog(path)
+        if self._config.log.tensorboard:
+            self._writers.append(TensorBoard(self._folder / 'tensorboard', kept))
+        if self._config.log.wandb:
+            self._writers.append(WeightsAndBiases(self._folder, self._config))
+        return kept
+
+    def train(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Waits for the metrics of a dispatched step, counts and shows them, and records those that are due.
+
+        Returns:
+          The step's ``loss``, ``tokens``, ``bad`` and ``bad_steps`` on the host.
+        """
+        now = jax.device_get({key: metrics[key] for key in EVERY_STEP if key in metrics})
+        self._tokens += int(now['tokens'])
+        self.tokens_seen += int(now['tokens'])
+        if step % self._config.log.every == 0 or step in (1, self._config.train.steps):
+            tokens, seconds = self._window
+            elapsed = self._clock.training() - seconds
+            self._window = (self._tokens, seconds + elapsed)
+            self._rate = (self._tokens - tokens) / max(elapsed, 1e-9)
+            if self._active:  # other processes need not fetch
+                values = jax.device_get(dict(metrics))
+                stats = values.pop('stats', {})
+                self._record('train', step, values | self._speed() | {'stats': stats})
+        self._progress.update(step, now['loss'], self._tokens, self._clock.training(), self._mfu())
+        return now
+
+    def _speed(self) -> dict[str, float]:
+        speed = {'tokens_seen': self.tokens_seen, 'tokens_per_second': round(self._rate, 1)}
+        if self._flops_per_token:
+            speed['flops_per_second'] = float(f'{self._rate * self._flops_per_token:.6g}')
+        if (mfu := self._mfu()) is not None:
+            speed['mfu'] = round(mfu, 6)
+        shares = self._clock.shares()
+        return speed | {'goodput': round(shares.pop('goodput'), 4), 'time_shares': _rounded(shares)}
+
+    def _mfu(self) -> float | None:
+        """Model FLOP/s as a share of the devices' peak; None when either is unknown."""
+        if not self._flops_per_token or not self._peak_flops or math.isnan(self._rate):
+            return None
+        return self._rate * self._flops_per_token / self._peak_flops
+
+    def record(self, kind: str, step: int, **values: Any) -> Record | None:
+        """Writes an ``eval``, ``checkpoint`` or ``run`` record."""
+        return self._record(kind, step, values) if self._active else None
+
+    def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> Record:
+        try:
+            record = self._log.append(kind, step, values)
+        except OSError as error:
+            raise UserError(f'cannot write {self._folder / "metrics.jsonl"}: {error.strerror}') from error
+        for writer in self._writers:
+            writer.write(record)
+        return record
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        self._progress.say(text)
+
+    def sync(self) -> None:
+        """Puts all records on the disk: before a checkpoint, which must never be ahead of them."""
+        if self._log is not None:
+            self._log.sync()
+
+    def close(self) -> None:
+        self._progress.end()
+        for writer in self._writers:
+            writer.close()
+        if self._log is not None:
+            self._log.close()
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; elsewhere a few dozen lines a run."""
+
+    def __init__(self, steps: int, stream: TextIO, active: bool = True) -> None:
+        self._steps, self._stream, self._active = steps, stream, active
+        self._terminal = stream.isatty()
+        self._every = max(1, steps // LINES)
+        self._first: tuple[int, int, float] | None = None  # step, tokens and seconds after the first step
+        self._shown, self._width = 0.0, 0
+
+    def update(self, step: int, loss: float, tokens: int, seconds: float, mfu: float | None = None) -> None:
+        """Shows a finished step; ``tokens`` and ``seconds`` are this process's so far, training alone."""
+        if not self._active:
+            return
+        if self._first is None:
+            self._first = (step, tokens, seconds)
+        due = step % self._every == 0 or step == self._steps
+        if self._terminal:
+            due = step == self._steps or time.monotonic() - self._shown >= 0.2
+        if not due:
+            return
+        self._shown = time.monotonic()
+        line = f'step {step}/{self._steps} · loss {float(loss):.4f}'
+        steps, tokens, elapsed = step - self._first[0], tokens - self._first[1], seconds - self._first[2]
+        if steps > 0 and elapsed > 0:
+            line += f' · {short(tokens / elapsed)} tokens/s'
+            line += f' · MFU {100 * mfu:.1f} %' if mfu is not None else ''
+            line += f' · {duration((self._steps - step) * elapsed / steps)} left'
+        self._write(f'\r{line.ljust(self._width)}' if self._terminal else f'{line}\n')
+        self._width = len(line) if self._terminal else 0
+
+    def say(self, text: str) -> None:
+        if self._active:
+            self._write(f'\r{text.ljust(self._width)}\n' if self._width else f'{text}\n')
+            self._width = 0
+
+    def end(self) -> None:
+        if self._active and self._width:
+            self._write('\n')
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+class TensorBoard:
+    """Scalars as TensorBoard events, in one file that is written anew from the records at every start."""
+
+    def __init__(self, folder: Path, records: list[Record]) -> None:
+        import tensorboardX  # slow to import, and a run may do without
+
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = tensorboardX.SummaryWriter(str(folder), flush_secs=10)
+        for record in records:
+            self.write(record)
+        self._writer.flush()
+
+    def write(self, record: Record) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record['step'], walltime=record.get('time'))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars in a Weights & Biases run that a restarted run continues under the same id.
+
+    What was sent cannot be taken back: after a kill, steps that are made again are sent again and replace nothing.
+    """
+
+    def __init__(self, folder: Path, config: ml_collections.ConfigDict) -> None:
+        if importlib.util.find_spec('wandb') is None:
+            raise UserError(
+                "log.wandb is on but wandb is not installed: pip install 'mixcon-jax[wandb]', or turn it off"
+            )
+        import wandb
+
+        path = folder / 'wandb_id.txt'
+        if not path.exists():
+            path.write_text(os.urandom(6).hex())
+        self._run = wandb.init(
+            id=path.read_text().strip(), resume='allow', dir=str(folder), name=config.name or folder.name,
+            project=os.environ.get('WANDB_PROJECT', 'mixcon'), config=config.to_dict(),
+        )  # fmt: skip
+
+    def write(self, record: Record) -> None:
+        if values := scalars(record):
+            self._run.log(values, step=record['step'])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """A record's numbers by a slashed name; of statistics the mean over blocks and, of vectors, the largest."""
+    if record['kind'] not in ('train', 'eval'):
+        return {}
+    values = {}
+    for key, value in record.items():
+        if key in ('kind', 'step', 'time'):
+            continue
+        if key in ('stats', 'time_shares'):
+            for name, item in value.items():
+                array = np.array(item, np.float64)
+                values[f'{key}/{name}'] = float(array.max(axis=-1).mean() if array.ndim > 1 else array.mean())
+        elif isinstance(value, int | float):
+            values[f'{record["kind"]}/{key}'] = float(value)
+    return values
+
+
+def short(number: float) -> str:
+    """A number in three digits: 12.3k, 4.56M."""
+    for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(number) >= size:
+            return f'{number / size:.3g}{unit}' if abs(number) < 999.5 * size else f'{number / size:.0f}{unit}'
+    return f'{number:.3g}'
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that matter: 42s, 3m 05s, 2h 10m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds}s'
+    if seconds < 3600:
+        return f'{seconds // 60}m {seconds % 60:02d}s'
+    return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in plain(values).items()}

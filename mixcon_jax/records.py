@@ -1,0 +1,112 @@
+"""``metrics.jsonl``: one JSON object a line, appended as a whole, readable after any kill.
+
+Every record has ``kind`` (``run``, ``train``, ``eval`` or ``checkpoint``), ``step`` (steps made so far) and ``time``
+(seconds since 1970). Numbers that are not finite are written as null, so that every JSON reader takes the file.
+"""
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+
+def read(path: str | Path) -> list[Record]:
+    """All whole records of a file, none if there is no file; a torn line, which a kill may leave, is passed over."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # of JSON or of UTF-8
+            continue
+        if isinstance(record, dict) and {'kind', 'step'} <= record.keys():
+            records.append(record)
+    return records
+
+
+def last(records: list[Record], **wanted: Any) -> Record | None:
+    """The newest record whose fields have the wanted values."""
+    return next((r for r in reversed(records) if all(r.get(key) == value for key, value in wanted.items())), None)
+
+
+def keep_until(path: str | Path, step: int) -> list[Record]:
+    """Drops what lies after ``step``, and torn lines, from the file; returns what stays.
+
+    The file is replaced as a whole: a kill leaves either the old one or the new one.
+    """
+    path, kept = Path(path), [record for record in read(path) if record['step'] <= step]
+    if path.exists():
+        scratch = path.with_suffix('.rewritten')
+        with open(scratch, 'w') as file:
+            file.writelines(_line(record) for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    return kept
+
+
+class RecordLog:
+    """Appends records to a file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, 'ab', buffering=0)  # noqa: SIM115 (open as long as the run)
+
+    def append(self, kind: str, step: int, values: Mapping[str, Any]) -> Record:
+        """Writes one record with one system call; returns it as it would be read.
+
+        Raises:
+          OSError: the disk is full, or the like.
+        """
+        record = {'kind': kind, 'step': step, 'time': round(time.time(), 3)} | plain(values)
+        line = _line(record).encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return record
+
+    def sync(self) -> None:
+        """Returns once all records are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of a value: scalars of arrays as numbers, arrays as lists, NaN and infinity as None.
+
+    A float32 is written in the fewest digits that tell it from its neighbours: equal text is equal bits. Elements of
+    larger arrays, which are statistics, keep six digits.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, 'dtype'):
+        array = np.asarray(value)
+        if array.ndim:
+            return [_rounded(row) for row in array]
+        value = array.item() if array.dtype.kind in 'biu' else float(str(array.astype(np.float32)))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _rounded(array: np.ndarray) -> Any:
+    if array.ndim:
+        return [_rounded(row) for row in array]
+    return array.item() if array.dtype.kind in 'biu' else plain(float(f'{float(array):.6g}'))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, separators=(', ', ': ')) + '\n'

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from kernels_pallas.selective_scan import reference, xla
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs
 
-IMPLEMENTATIONS = ('reference', 'associative', 'chunked')
+IMPLEMENTATIONS = ('reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative')
 
 
 def selective_scan(
@@ -50,7 +50,8 @@ def selective_scan(
         key folded with the token's index: the same for every implementation and chunk.
       prior: also return the a-priori outputs `(exp(dt_k A) x_{k-1}) C_k`, without skip and without `readout`.
       implementation: None picks for the platform; 'reference' (sequential), 'associative' (whole-sequence
-        associative scan, memory O(T D N)) or 'chunked'.
+        associative scan, memory O(T D N)) or 'chunked' (rematerialised chunks). A chunk is stepped on CPU and scanned
+        associatively elsewhere, by JAX's default backend; 'chunked_stepped' and 'chunked_associative' say which.
       chunk: tokens a chunk of 'chunked'; None picks for the platform.
 
     Returns:
@@ -72,8 +73,9 @@ def selective_scan(
 
 
 def _implementation(name: str | None, chunk: int | None) -> Callable[[Inputs, Options], Outputs]:
-    if name in (None, 'chunked'):
-        return lambda inputs, options: xla.chunked(inputs, options, chunk)
+    inner = {None: None, 'chunked': None, 'chunked_stepped': 'stepped', 'chunked_associative': 'associative'}
+    if name in inner:
+        return lambda inputs, options: xla.chunked(inputs, options, chunk, inner[name])
     if name == 'reference':
         return reference.scan
     if name == 'associative':

@@ -4,14 +4,16 @@ Chunks keep only the state between them; the backward pass recomputes a chunk's 
 takes an associative scan, a CPU a few unrolled steps, where the state stays in cache.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs, token_noise
 
-CPU_CHUNK = 8
-WIDE_CHUNK = 64
+STEPPED_CHUNK = 8  # longer ones leave the cache and compile longer
+ASSOCIATIVE_CHUNK = 64
 
 
 def _decay_input(inputs: Inputs, options: Options, time: jax.Array):
@@ -82,27 +84,77 @@ def associative(inputs: Inputs, options: Options, time: jax.Array | None = None)
     return Outputs(_read(x, inputs.C, options), final_state, prior)
 
 
-def chunked(inputs: Inputs, options: Options, chunk: int | None = None) -> Outputs:
-    chunk = chunk or WIDE_CHUNK
+def _steps(inputs: Inputs, options: Options, time: jax.Array) -> Outputs:
+    """One chunk, written out token by token; the state is [N, B, D], its widest axis innermost.
+
+    Unlike everywhere else, inputs.initial_state is already in that layout (with a leading slot axis for a delay).
+    """
+    A = jnp.transpose(inputs.A)[:, None]
+    B, C = (jnp.transpose(x, (1, 2, 0))[..., None] for x in (inputs.B, inputs.C))  # [T, N, B, 1]
+    read_C = C if options.F is None else C + jnp.einsum('tmbo,mn->tnbo', C, options.F)
+    m = options.delay
+    newest, older = (inputs.initial_state, None) if m is None else inputs.initial_state
+    ys, priors = [], []
+    for t in range(inputs.u.shape[1]):
+        dt = inputs.dt[:, t]
+        live = dt > 0
+        decay = jnp.exp(dt * A)
+        if inputs.reset is not None:
+            decay = jnp.where(inputs.reset[:, t, None], 0, decay)
+        if m is None:
+            carried = decay * newest
+        else:
+            # A padded token shifts no slot; one that also resets still clears both.
+            hold = jnp.where(live, 0, 1 if inputs.reset is None else ~inputs.reset[:, t, None]).astype(decay.dtype)
+            carried = jnp.where(live, decay * (newest + m * (older - newest)), hold * newest)
+            cleared = newest if inputs.reset is None else jnp.where(inputs.reset[:, t, None], 0, newest)
+            older = jnp.where(live, cleared, hold * older)
+        x = carried + (dt * inputs.u[:, t]) * B[t]
+        if options.noise_key is not None:
+            noise = token_noise(options, time[t], (*x.shape[1:], x.shape[0]), x.dtype)
+            x = x + jnp.where(live, jnp.moveaxis(noise, -1, 0), 0)
+        seen = x
+        if options.Z is not None:
+            scores = (options.Z @ x.reshape(x.shape[0], -1)).reshape(x.shape) + options.g[:, None, None]
+            seen = x * jax.nn.silu(scores)
+        ys.append(jnp.sum(seen * read_C[t], 0))
+        if options.prior:
+            priors.append(jnp.sum(carried * C[t], 0))
+        if m is not None:
+            # Each state feeds the next two: without the barrier XLA:CPU fuses both uses and recomputes whole chains.
+            x, older = lax.optimization_barrier((x, older))
+        newest = x
+    state = newest if m is None else jnp.stack([newest, older])
+    return Outputs(jnp.stack(ys, 1), state, jnp.stack(priors, 1) if options.prior else None)
+
+
+def chunked(inputs: Inputs, options: Options, chunk: int | None = None, inner: str | None = None) -> Outputs:
+    """Scans over chunks of `chunk` tokens; inner is 'stepped', 'associative' or None, which asks the platform."""
+    inner = inner or ('stepped' if jax.default_backend() == 'cpu' else 'associative')
     length = inputs.u.shape[1]
-    chunk = min(chunk, length)
-    steps = -(-length // chunk)
-    pad = steps * chunk - length
+    chunk = min(chunk or {'stepped': STEPPED_CHUNK, 'associative': ASSOCIATIVE_CHUNK}[inner], length)
+    chunks = -(-length // chunk)
+    padded = chunks * chunk  # the tail is padded with dt = 0, which leaves the state as it is
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], steps, chunk, *x.shape[2:]), 1, 0)
+    def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
+        x = jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
+    # prevent_cse is for code outside a scan; inside one it only slows compilation.
+    @partial(jax.checkpoint, prevent_cse=False)
     def body(state, tokens):
-        start, parts = tokens
+        index, parts = tokens
         part = inputs._replace(initial_state=state, **parts)
-        out = associative(part, options, start + jnp.arange(chunk))
-        return out.final_state, (out.y, out.prior)
+        y, state, prior = (_steps if inner == 'stepped' else associative)(part, options, index + jnp.arange(chunk))
+        return state, (y, prior)
 
-    names = ['u', 'dt', 'B', 'C'] + (['reset'] if inputs.reset is not None else [])
+    state = inputs.initial_state
+    if inner == 'stepped':
+        state = jnp.moveaxis(state, (-1, 0), (-3, -2))  # [B, (2,) D, N] -> [(2,) N, B, D]
+    names = ('u', 'dt', 'B', 'C') if inputs.reset is None else ('u', 'dt', 'B', 'C', 'reset')
     parts = {name: split(getattr(inputs, name)) for name in names}
-    final_state, ys = lax.scan(body, inputs.initial_state, (jnp.arange(steps) * chunk, parts))
-    merge = lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], steps * chunk, -1)[:, :length]
-    y, prior = jax.tree.map(merge, ys)
-    return Outputs(y, final_state, prior)
+    state, outputs = lax.scan(body, state, (jnp.arange(chunks) * chunk, parts))
+    if inner == 'stepped':
+        state = jnp.moveaxis(state, (-3, -2), (-1, 0))
+    y, prior = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], padded, -1)[:, :length], outputs)
+    return Outputs(y, state, prior)

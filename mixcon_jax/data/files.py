@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from mixcon_jax.data.documents import Document
 from mixcon_jax.errors import UserError
@@ -160,7 +160,7 @@ def decode(data: bytes, path: str, offset: int = 0) -> str:
         raise UserError(f'{path}: not UTF-8 text: {at} ({error.reason})') from error
 
 
-def open_bytes(path: str) -> BinaryIO:
+def open_bytes(path: str) -> io.BufferedIOBase:
     """Opens a file for reading its decompressed bytes; truncation and damage raise UserError while reading."""
     _, compression = format_of(path)
     if not compression:

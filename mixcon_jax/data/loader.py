@@ -56,6 +56,14 @@ class Mixture:
             draw -= before
         raise AssertionError('the last source takes every draw that is left')
 
+    def counts(self, draws: int) -> list[int]:
+        """How many of the first ``draws`` draws each source takes."""
+        counts = []
+        for share in self._shares:
+            counts.append(draws * share >> WEIGHT_BITS)
+            draws -= counts[-1]
+        return counts
+
 
 class _Batches:
     """A random-access source of batches for grain."""
@@ -157,11 +165,7 @@ class TrainBatches:
 
     def epochs(self, step: int) -> list[float]:
         """How often each store has been read after ``step`` batches."""
-        counts = [0] * len(self.rows)
-        draw = step * self.batch_size
-        for source, share in enumerate(self.mixture._shares):
-            counts[source] = draw * share >> WEIGHT_BITS
-            draw -= counts[source]
+        counts = self.mixture.counts(step * self.batch_size)
         return [count / rows.num_rows for count, rows in zip(counts, self.rows, strict=True)]
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:

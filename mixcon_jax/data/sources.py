@@ -13,7 +13,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mixcon_jax.data import files
 from mixcon_jax.data.documents import Document
@@ -29,6 +29,7 @@ STDLIB_SKIPPED = frozenset({
 STDLIB_SHORTEST = 200  # characters; shorter modules are empty __init__ files and stubs
 
 
+@runtime_checkable
 class Source(Protocol):
     """What ``prepare`` needs of a source of text."""
 

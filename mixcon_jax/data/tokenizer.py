@@ -68,7 +68,7 @@ class Tokenizer:
         """Token ids of ``text``, without end-of-text; special tokens in it are plain text."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, 'n']]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, '_']]:
         """Encodes texts on all cores.
 
         A text longer than about a million characters is encoded in pieces, cut before line ends where there are any,

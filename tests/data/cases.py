@@ -1,0 +1,38 @@
+"""Small corpora for the tests of data, with digits, blank lines and characters of one to four bytes."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+WORDS = (
+    'the state',
+    'a',
+    'gain',
+    '12',
+    '007',
+    'é',
+    '∑',
+    '𝛼',
+    'naïve',
+    'def',
+    '+= 3.14',
+    '\n\n',
+    '',
+    '\t',
+    'Straße',
+    '漢字',
+    '<|endoftext|>',
+    '🙂',
+)
+
+
+def make_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
+    """Texts of one to ``longest`` words, all different."""
+    draw = random.Random(seed)
+    return [' '.join(draw.choices(WORDS, k=draw.randint(1, longest))) + f'\n#{seed}-{i}' for i in range(count)]
+
+
+def write_jsonl(path: Path, texts: Sequence[str], field: str = 'text') -> Path:
+    path.write_text(''.join(json.dumps({field: text, 'id': i}) + '\n' for i, text in enumerate(texts)))
+    return path

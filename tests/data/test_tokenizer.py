@@ -1,0 +1,142 @@
+"""Tokenizers: any text round-trips, digits stand alone, training is deterministic, streams add up to the whole."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixcon_jax.data import tokenizer as tokenizer_lib
+from mixcon_jax.data.tokenizer import Tokenizer, load, split_long, train
+from mixcon_jax.errors import UserError
+from tests.data.cases import make_texts
+
+TOKENIZER = train(make_texts(60), 400)
+TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=60)
+
+
+@settings(deadline=None)
+@given(TEXT)
+def test_any_text_round_trips(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@pytest.mark.parametrize('text', ['<|endoftext|>', 'a<|endoftext|>b', '\0', '\r\n\t  ', '١٢٣ ½ 1234567890', '', '🏳️‍🌈'])
+def test_awkward_texts_round_trip_without_special_tokens(text):
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text and TOKENIZER.eot_id not in ids
+
+
+def test_every_digit_is_a_token():
+    ids = TOKENIZER.encode('007 12x345')
+    assert [TOKENIZER.decode([i]) for i in ids if TOKENIZER.decode([i]).strip().isdigit()] == list('00712345')
+
+
+def test_training_is_deterministic_and_sized():
+    again = train(make_texts(60), 400)
+    assert again.fingerprint == TOKENIZER.fingerprint
+    assert TOKENIZER.eot_id == 0 and 257 < TOKENIZER.vocab_size <= 400
+    assert train(make_texts(60, seed=1), 400).fingerprint != TOKENIZER.fingerprint
+    smallest = train(['abc'], 257)
+    assert smallest.vocab_size == 257 and smallest.decode(smallest.encode('é∑')) == 'é∑'
+    with pytest.raises(UserError, match='tokenizer_vocab_size: 256 is too few'):
+        train(['abc'], 256)
+
+
+def test_batches_equal_single_texts():
+    texts = ['', *make_texts(20), '']
+    batch = TOKENIZER.encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [TOKENIZER.encode(text) for text in texts]
+    assert {ids.dtype for ids in batch} == {np.dtype(np.uint16)}
+
+
+@settings(deadline=None)
+@given(st.text('ab \n', max_size=80), st.integers(1, 9))
+def test_long_texts_are_cut_without_loss(text, limit):
+    pieces = list(split_long(text, limit))
+    assert ''.join(pieces) == text and all(len(piece) <= limit for piece in pieces)
+
+
+def test_long_texts_encode_in_pieces(monkeypatch):
+    text = '\n'.join(make_texts(50))
+    whole = TOKENIZER.encode(text)
+    monkeypatch.setattr(tokenizer_lib, 'PIECE', 100)
+    monkeypatch.setattr(tokenizer_lib.split_long, '__defaults__', (100,))
+    pieces = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(pieces) == text and len(pieces) < len(whole) * 1.1
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / 'tokenizer.json'
+    TOKENIZER.save(path)
+    loaded = load(path)
+    assert loaded.fingerprint == TOKENIZER.fingerprint == load(tmp_path).fingerprint
+    assert loaded.encode('state 12 é <|endoftext|>') == TOKENIZER.encode('state 12 é <|endoftext|>')
+    assert [path.name for path in tmp_path.iterdir()] == ['tokenizer.json']
+    canonical = json.dumps(json.loads(path.read_text()), sort_keys=True)
+    assert TOKENIZER.fingerprint == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@pytest.mark.parametrize('eot', ['</s>', '<eos>', '<|end_of_text|>'])
+def test_other_end_of_text_tokens(tmp_path, eot):
+    vocab = {'<unk>': 0, 'a': 1, 'b': 2, eot: 9}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token='<unk>'))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens([eot])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=7)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=f'$A {eot}', special_tokens=[(eot, 9)])
+    backend.save(str(tmp_path / 't.json'))
+    loaded = load(tmp_path / 't.json')
+    assert loaded.eot_id == 9 and loaded.eot == eot and loaded.vocab_size == 10
+    assert loaded.encode('a b a b') == [1, 2, 1, 2]  # neither cut, padded nor ended
+
+
+def test_bad_tokenizers_are_refused_in_one_line(tmp_path):
+    (tmp_path / 'a.json').write_text('{"model": 3}')
+    (tmp_path / 'b.json').write_text('{"trunc')
+    (tmp_path / 'c.json').write_bytes(b'\xff\xfe')
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0})).save(str(tmp_path / 'd.json'))
+    cases = {
+        'a.json': 'not a tokenizer.json', 'b.json': 'not a tokenizer.json', 'c.json': 'not UTF-8',
+        'd.json': 'no end-of-text token; add one of <|endoftext|>', 'e.json': 'No such file',
+    }  # fmt: skip
+    for name, words in cases.items():
+        with pytest.raises(UserError) as error:
+            load(tmp_path / name)
+        assert words in str(error.value) and name in str(error.value) and '\n' not in str(error.value)
+
+
+def test_wide_vocabularies_take_wide_tokens():
+    vocab = {'</s>': 0, 'a': 1, 'z': 65536}
+    wide = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token='a')))
+    assert wide.dtype == np.uint32 and wide.encode_batch(['z'])[0].tolist() == [65536]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
+def test_streams_add_up_to_the_whole(ids):
+    """Also of token sequences that are no text: broken characters, end-of-text in the middle."""
+    stream = TOKENIZER.stream()
+    assert ''.join([*map(stream.push, ids), stream.flush()]) == TOKENIZER.decode(ids, skip_special=True)
+
+
+@settings(deadline=None)
+@given(TEXT)
+def test_streams_show_characters_once_complete(text):
+    stream, shown = TOKENIZER.stream(), ''
+    for count, token in enumerate(TOKENIZER.encode(text), 1):
+        shown += stream.push(token)
+        complete = TOKENIZER._backend.decode(TOKENIZER.encode(text)[:count])
+        assert shown == complete or shown == complete.removesuffix('\ufffd')
+    assert shown + stream.flush() == text
+
+
+def test_streams_of_word_tokenizers_keep_spaces():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({'▁a': 0, '▁b': 1, '</s>': 2, '▁': 3, 'a': 4, 'b': 5}, []))
+    backend.decoder = tokenizers.decoders.Metaspace()
+    stream = Tokenizer(backend).stream()
+    assert [stream.push(token) for token in (0, 1, 0, 0)] == ['a', ' b', ' a', ' a']

@@ -30,7 +30,8 @@ find_python() {
         suitable "$PYTHON" && echo "$PYTHON" && return
         fail "PYTHON=$PYTHON is not a Python 3.12 or newer with the venv module; name another one."
     fi
-    for candidate in python3 python3.12 python3.13 python3.14 python "$(uv python find '>=3.12' 2>/dev/null || true)"; do
+    for candidate in python3 python3.12 python3.13 python3.14 python "$(uv python find '>=3.12' 2>/dev/null || true)" \
+        "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.*/bin/python /usr/bin/python3; do
         if [ -n "$candidate" ] && suitable "$candidate"; then
             echo "$candidate"
             return
@@ -42,10 +43,10 @@ find_python() {
         "install one (for instance with \`uv python install 3.12\` or \`pyenv install 3.12\`) or name it with PYTHON=/path/to/python3.12."
 }
 
-install() {  # what the next message calls it, then pip's arguments
+install() {  # what a message calls it, then pip's arguments; --no-compile halves the time, Python compiles what is imported
     local what=$1
     shift
-    .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@" >>"$log" 2>&1 && return
+    .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile "$@" >>"$log" 2>&1 && return
     if grep -qiE 'connection|name resolution|timed out|timeout|proxy|network|no matching distribution' "$log"; then
         fail "$what could not be downloaded: is there a network, and does pip reach its package index? (pip's words: $log)"
     fi

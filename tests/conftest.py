@@ -17,7 +17,7 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 import jaxtyping  # after the environment
 
-import tests.typechecking  # the hook below finds it by name
+import tests.typechecking  # noqa: F401  the hook below finds it by name
 
 # Annotations of our own packages are checked at run time: the only place where that is switched on. It costs time only
 # while functions are traced. MIXCON_TYPECHECK=0 leaves it out, to see an error without its frames.

@@ -1,4 +1,4 @@
-"""Runs every benchmark, one after the other, each against its baseline: `make bench`, or `python -m tests.benchmarks NAME`.
+"""Runs every benchmark in turn, each against its baseline: `make bench`, or `python -m tests.benchmarks NAME`.
 
 Each module has `main()`, which prints its own figures and returns nothing; a failed expectation is an AssertionError.
 """

@@ -1,0 +1,177 @@
+"""Computes the reference outputs and gradients of published implementations (Hugging Face transformers, on the CPU).
+
+Runs in an environment of its own, made by `make parity`, and writes one .npz a case into the folder that it is given:
+
+  config        JSON of the transformers configuration and, for layers, of the class
+  x | tokens    the input, [B, T, D] float32 or [B, T] int32
+  y             the output
+  dy            the random cotangent that the gradients are taken for
+  dx            the input's gradient (layers only)
+  w/NAME        each weight under its name in transformers, float32
+  dw/NAME       its gradient
+
+Weights are float32 numbers; the modules compute in float64 wherever their own code lets them, which makes the stored
+values exact to float32 rounding. Seeds are fixed, so a second run writes the same numbers.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import zlib
+
+import numpy as np
+import torch
+from transformers import JambaConfig, JambaForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import MambaConfig, MixtralConfig, MixtralForCausalLM
+from transformers.models.jamba.modeling_jamba import (
+    JambaAttention,
+    JambaMambaMixer,
+    JambaMLP,
+    JambaRMSNorm,
+    JambaSparseMoeBlock,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+B, T, D = 2, 37, 32
+COMMON = {
+    'hidden_size': D,
+    'intermediate_size': 48,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'vocab_size': 61,
+    'attn_implementation': 'eager',
+    'experts_implementation': 'eager',
+}
+JAMBA = {
+    'num_hidden_layers': 4,
+    'attn_layer_period': 4,
+    'attn_layer_offset': 2,
+    'num_experts': 4,
+    'mamba_d_state': 8,
+    'mamba_dt_rank': 4,
+}
+
+
+def jamba_config() -> JambaConfig:
+    return JambaConfig(**COMMON, **JAMBA)
+
+
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(**COMMON, num_hidden_layers=2, rms_norm_eps=1e-5)
+
+
+def mixtral_config() -> MixtralConfig:
+    return MixtralConfig(**COMMON, num_hidden_layers=2, num_local_experts=4)
+
+
+def mamba_config() -> MambaConfig:
+    return MambaConfig(hidden_size=D, state_size=8, time_step_rank=4, num_hidden_layers=1)
+
+
+def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Gives every weight a random float32 value of a size that keeps activations near one."""
+    for name, weight in module.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        leaf = name.rsplit('.', 1)[-1]
+        if leaf == 'A_log':
+            value = torch.log(torch.arange(1.0, weight.shape[1] + 1)) + 0.1 * noise
+        elif name.endswith('dt_proj.bias'):  # inverse softplus of steps from 0.001 to 0.1
+            low, high = math.log(1e-3), math.log(1e-1)
+            steps = torch.exp(low + (high - low) * torch.rand(weight.shape, generator=generator))
+            value = steps + torch.log(-torch.expm1(-steps))
+        elif weight.ndim == 1:
+            value = (0.0 if leaf == 'bias' else 1.0) + 0.1 * noise
+        elif 'embed' in name:
+            value = noise
+        else:
+            value = noise / math.sqrt(weight[0].numel() if 'conv1d' in name else weight.shape[-1])
+        with torch.no_grad():
+            weight.copy_(value.float())
+
+
+def causal_mask() -> torch.Tensor:
+    return torch.full((T, T), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)[None, None]
+
+
+def attend(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x, attention_mask=causal_mask())[0]
+
+
+def attend_rotated(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(T)[None].expand(B, T)
+    rotary = LlamaRotaryEmbedding(module.config)
+    return module(x, position_embeddings=rotary(x, positions), attention_mask=causal_mask())[0]
+
+
+def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x)
+
+
+LAYERS = {
+    'jamba_mamba_mixer': (lambda: JambaMambaMixer(jamba_config(), 0), call),
+    'mamba_mixer': (lambda: MambaMixer(mamba_config(), 0), call),
+    'jamba_attention': (lambda: JambaAttention(jamba_config(), 2), attend),
+    'llama_attention': (lambda: LlamaAttention(llama_config(), 0), attend_rotated),
+    'jamba_moe': (lambda: JambaSparseMoeBlock(jamba_config()), call),
+    'mixtral_moe': (lambda: MixtralSparseMoeBlock(mixtral_config()), call),
+    'jamba_mlp': (lambda: JambaMLP(jamba_config()), call),
+    'jamba_rms_norm': (lambda: JambaRMSNorm(D), call),
+}
+MODELS = {
+    'jamba_model': lambda: JambaForCausalLM(jamba_config()),
+    'llama_model': lambda: LlamaForCausalLM(llama_config()),
+    'mixtral_model': lambda: MixtralForCausalLM(mixtral_config()),
+}
+
+
+def gradients(module: torch.nn.Module, y: torch.Tensor, generator: torch.Generator) -> dict[str, np.ndarray]:
+    """Backpropagates a random cotangent; returns it, the output, the weights and their gradients."""
+    dy = torch.randn(y.shape, generator=generator)
+    y.backward(dy.to(y.dtype))
+    arrays = {'y': y.detach(), 'dy': dy}
+    for name, weight in module.named_parameters():
+        arrays[f'w/{name}'] = weight.detach()
+        arrays[f'dw/{name}'] = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    return {name: np.asarray(value.numpy(), np.float32) for name, value in arrays.items()}
+
+
+def case(name: str) -> dict[str, np.ndarray]:
+    """Computes one case; its seed is its name."""
+    seed = zlib.crc32(name.encode())
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    if name in MODELS:
+        module = MODELS[name]()
+        randomize(module, generator)
+        module = module.double().eval()
+        tokens = torch.randint(0, COMMON['vocab_size'], (B, T), generator=generator)
+        y = module(input_ids=tokens, use_cache=False).logits
+        return {'tokens': tokens.numpy().astype(np.int32), **gradients(module, y, generator), **description(module)}
+    make, run = LAYERS[name]
+    module = make()
+    randomize(module, generator)
+    module = module.double().eval()
+    x = torch.randn(B, T, D, generator=generator)
+    wide = x.double().requires_grad_()
+    arrays = gradients(module, run(module, wide), generator)
+    return {'x': x.numpy(), 'dx': wide.grad.numpy().astype(np.float32), **arrays, **description(module)}
+
+
+def description(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {'class': np.asarray(type(module).__name__)}
+
+
+def main(folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*LAYERS, *MODELS):
+        arrays = case(name)
+        np.savez_compressed(folder / f'{name}.npz', **arrays)
+        size = (folder / f'{name}.npz').stat().st_size
+        print(f'{name:20} |y| {np.abs(arrays["y"]).max():8.3f}  {size / 1024:6.0f} KiB')
+
+
+if __name__ == '__main__':
+    main(pathlib.Path(sys.argv[1]))

@@ -166,6 +166,8 @@ def _train_tokenizer(texts: list[Source], data: ml_collections.ConfigDict, cache
     with _locked(path, say):
         if path.exists():
             return tokenizer_lib.load(path)
+        for leftover in cache.glob(f'.{path.name}.*.tmp'):
+            leftover.unlink()
         begin, sample, taken = time.monotonic(), [], 0
         share = tokenizer_lib.SAMPLE_BYTES // len(texts)
         for number, source in enumerate(texts, 1):
@@ -346,7 +348,7 @@ def _explained(cache: Path) -> Iterator[None]:
         # TensorStore raises ValueError and the like, with the system's words in the message.
         if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             raise UserError(
-                f'data.cache_dir: {cache}: disk full; nothing was kept; free space or choose another folder'
+                f'data.cache_dir: {cache}: disk full; nothing half-written is left; free space or choose another folder'
             ) from error
         if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f'data.cache_dir: {cache}: cannot write here ({error.strerror})') from error

@@ -1,0 +1,156 @@
+"""The whole model: stacking, names of initial values, packing through the loss, decoding, rematerialisation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixcon_jax.loss import cross_entropy
+from mixcon_jax.models import presets
+from mixcon_jax.models.block import parse_layer
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.decoder import create
+from tests.models.cases import model_config, packed_context, perturbed
+
+HYBRID = ('conba+mlp', 'conba+moe', 'attention|mlp', 'mamba')
+MIXCON = ('conba+moe', 'attention+mlp')
+
+
+def config(pattern=HYBRID, num_blocks=2, **options):
+    options = {'pattern': tuple(pattern), 'num_blocks': num_blocks, 'moe.num_experts': 3} | options
+    return model_config({key.replace('__', '.'): value for key, value in options.items()})
+
+
+@functools.cache
+def model(pattern=HYBRID, num_blocks=2, seed=0):
+    return perturbed(create(config(pattern, num_blocks), seed), seed + 1, scale=0.1)
+
+
+def tokens(seed, batch=2, length=12):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, 64)
+
+
+def test_scanned_blocks_equal_the_blocks_one_after_another():
+    m, ids = model(), tokens(0)
+    context = Context.whole(*ids.shape)
+    hidden, _, aux = m(ids, context)
+    x = m.embedding[...][ids]
+    graphdef, variables = nnx.split(m.blocks)
+    for i in range(2):
+        block = nnx.merge(graphdef, jax.tree.map(lambda value, i=i: value[i], variables))
+        x, _, block_aux = block(x, context, None)
+        np.testing.assert_allclose(
+            aux['stats']['layer_1/moe_load'][i], block_aux['stats']['layer_1/moe_load'], rtol=1e-5
+        )
+    np.testing.assert_allclose(hidden, m.final_norm(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('remat', ['block', 'dots'])
+def test_rematerialisation_changes_no_gradient(remat):
+    ids = tokens(1)
+
+    def gradient(remat):
+        graphdef, params = nnx.split(create(config(MIXCON, remat=remat), 0), nnx.Param)
+        loss = lambda params: jnp.sum(nnx.merge(graphdef, params)(ids, Context.whole(*ids.shape))[0] ** 3)
+        return jax.jit(jax.grad(loss))(params)
+
+    for a, b in zip(jax.tree.leaves(gradient('none')), jax.tree.leaves(gradient(remat)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_initial_values_are_keyed_by_name_and_layer():
+    """Arms of an ablation share the values of what they share, however the layers are grouped into blocks."""
+    a = create(config(('conba+mlp', 'attention+mlp'), 2), 0)
+    b = create(config(('conba+mlp', 'attention+mlp', 'mamba+mlp', 'attention+mlp'), 1), 0)
+    for layer in range(4):
+        block, j = divmod(layer, 2)
+        for name in ('w_gate', 'w_down'):
+            ours = getattr(a.blocks.layers[j].ffn, name)[...][block]
+            np.testing.assert_array_equal(ours, getattr(b.blocks.layers[layer].ffn, name)[...][0])
+    mixer, other = a.blocks.layers[0].mixer, b.blocks.layers[2].mixer  # Conba and Mamba at layer 2
+    np.testing.assert_array_equal(mixer.in_proj[...][1], other.in_proj[...][0])
+    np.testing.assert_array_equal(a.embedding[...], b.embedding[...])
+    assert jnp.abs(a.blocks.layers[0].ffn.w_up[...][0] - a.blocks.layers[0].ffn.w_up[...][1]).max() > 0.01
+    assert jnp.abs(create(config(), 1).embedding[...] - create(config(), 0).embedding[...]).max() > 0.01
+
+
+def test_every_parameter_names_its_axes():
+    for path, variable in nnx.to_flat_state(nnx.state(model(), nnx.Param)):
+        axes = variable.get_metadata()['logical_axes']
+        assert len(axes) == variable.ndim, path
+        assert (axes[0] == 'layers') == (path[0] == 'blocks'), path
+
+
+LENGTHS = [5, 1, 6]
+
+
+@pytest.mark.parametrize('preset', presets.CONBA_PRESETS)
+def test_packed_cross_entropy_and_gradients_equal_separate_documents(preset):
+    """Through the whole MixCon, experts included, balance coefficients 0, float32."""
+    options = {f'conba.{key}': value for key, value in presets.conba(preset).items()}
+    options |= {'pattern': MIXCON, 'moe.num_experts': 3, 'moe.implementation': 'grouped', 'moe.group_block': 4}
+    graphdef, params = nnx.split(perturbed(create(model_config(options), 0), 1, scale=0.1), nnx.Param)
+    total = sum(LENGTHS) + 2
+    ids, targets = tokens(2, 1, total), tokens(3, 1, total)
+
+    def loss(params, start, length, context):
+        m = nnx.merge(graphdef, params)
+        hidden, _, _ = m(ids[:, start : start + length], context)
+        mask = context.mask
+        _, nll, _ = cross_entropy(hidden, m.head(), targets[:, start : start + length], mask, chunk=4)
+        return nll / sum(LENGTHS)
+
+    packed = jax.jit(jax.value_and_grad(lambda p: loss(p, 0, total, packed_context(LENGTHS, total))))
+    starts = np.cumsum([0, *LENGTHS])
+
+    @jax.jit
+    @jax.value_and_grad
+    def separate(p):
+        return sum(loss(p, s, n, Context.whole(1, n)) for s, n in zip(starts, LENGTHS, strict=False))
+
+    (value, grads), (expected, expected_grads) = packed(params), separate(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for (path, got), (_, want) in zip(nnx.to_flat_state(grads), nnx.to_flat_state(expected_grads), strict=True):
+        scale = float(jnp.abs(want[...]).max())
+        np.testing.assert_allclose(got[...], want[...], rtol=1e-5, atol=1e-5 * scale, err_msg=str(path))
+
+
+@pytest.mark.parametrize('num_blocks', [1, 2])
+def test_decoding_equals_the_forward_pass(num_blocks):
+    m, ids = model(num_blocks=num_blocks), tokens(4)
+    expected, _, _ = m(ids, Context.whole(*ids.shape))
+    graphdef, variables = nnx.split(m)
+    step = jax.jit(lambda v, ids, context, state: nnx.merge(graphdef, v)(ids, context, state))
+    state, outputs = m.init_state(2, 12), []
+    for start, stop in [(0, 5), *((t, t + 1) for t in range(5, 12))]:
+        hidden, state, _ = step(variables, ids[:, start:stop], Context.whole(2, stop - start, start), state)
+        outputs.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_tied_embeddings_are_the_head():
+    tied = create(config(tie_embeddings=True), 0)
+    np.testing.assert_array_equal(tied.head(), tied.embedding[...].T)
+    assert not hasattr(tied, 'output')
+
+
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('mamba', ('mamba', '', False)),
+        ('conba+moe', ('conba', 'moe', False)),
+        ('attention|mlp', ('attention', 'mlp', True)),
+    ],
+)
+def test_layers_are_parsed(text, expected):
+    assert tuple(parse_layer(text)) == expected
+
+
+def test_hybrid_builds_the_papers_block():
+    paper = 'conba+mlp conba+moe conba+mlp attention+moe attention+mlp conba+moe conba+mlp conba+moe'
+    assert presets.hybrid(attention=2, conba=6, moe_every=2) == tuple(paper.split())
+    jamba = presets.hybrid(attention=1, conba=7, moe_every=2, mixer='mamba')
+    assert [spec.split('+')[0] for spec in jamba].index('attention') == 4

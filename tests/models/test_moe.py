@@ -1,0 +1,119 @@
+"""Experts: both forms against a loop over tokens, the balance loss against its formula, padding left out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kernels_pallas.grouped_matmul import grouped_matmul
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.ffns import MoE
+from mixcon_jax.models.layers import Parameters
+from tests.models.cases import DIM, model_config, packed_context, perturbed
+
+
+def build(seed=0, **options):
+    config = model_config({f'moe.{key}': value for key, value in options.items()})
+    return perturbed(MoE(config, Parameters(jax.random.key(seed)), 4), seed + 1)
+
+
+def loop(layer, x, context):
+    """One token after another, one expert after another, in float64."""
+    options = layer.options
+    router, gate, up, down = (
+        np.asarray(w[...], np.float64) for w in (layer.router, layer.w_gate, layer.w_up, layer.w_down)
+    )
+    y = np.zeros(x.shape)
+    chosen, probabilities = [], []
+    for b, t in np.ndindex(*x.shape[:2]):
+        if not context.mask[b, t]:
+            continue
+        token = np.asarray(x[b, t], np.float64)
+        p = np.exp(token @ router - (token @ router).max())
+        p /= p.sum()
+        bias = np.asarray(layer.router_bias[...]) if options.balance == 'bias' else 0
+        picks = np.argsort(-(p + bias))[: options.top_k]
+        weights = p[picks] / (p[picks].sum() if options.renormalize else 1)
+        for expert, weight in zip(picks, weights, strict=True):
+            hidden = token @ gate[expert]
+            hidden = hidden / (1 + np.exp(-hidden)) * (token @ up[expert])
+            y[b, t] += weight * (hidden @ down[expert])
+        chosen.append(picks)
+        probabilities.append(p)
+    return y, np.array(chosen), np.array(probabilities)
+
+
+@pytest.mark.parametrize('implementation', ['dense', 'grouped'])
+@pytest.mark.parametrize(
+    'options', [{}, {'renormalize': True, 'top_k': 1}, {'balance': 'bias', 'num_experts': 7}], ids=str
+)
+def test_outputs_losses_and_statistics_equal_a_loop_over_tokens(implementation, options):
+    layer = build(implementation=implementation, group_block=4, **options)
+    x = jax.random.normal(jax.random.key(3), (1, 15, DIM))
+    context = packed_context([4, 7], 15)
+    y, _, aux = layer(x, context, None)
+    expected, chosen, probabilities = loop(layer, x, context)
+    np.testing.assert_allclose(y[:, :11], expected[:, :11], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(y[:, 11:], 0)
+    experts = layer.options.num_experts
+    load = np.bincount(chosen.ravel(), minlength=experts) / chosen.size
+    np.testing.assert_allclose(aux['stats']['moe_load'], load, rtol=1e-6)
+    np.testing.assert_allclose(aux['losses']['balance'], experts * np.sum(load * probabilities.mean(0)), rtol=1e-5)
+    entropy = -(probabilities * np.log(probabilities)).sum(-1).mean()
+    np.testing.assert_allclose(aux['stats']['moe_entropy'], entropy, rtol=1e-4)
+    assert aux['stats']['moe_dropped'] == 0
+
+
+def test_balance_loss_is_one_when_balanced_and_number_of_experts_when_collapsed():
+    layer = build(num_experts=4, top_k=1)
+    context = Context.whole(1, 8)
+    even = jnp.log(jnp.eye(4)[jnp.arange(8) % 4] * 1e6 + 1)[None]
+    for logits, expected in ((even, 1.0), (even[:, :1].repeat(8, 1), 4.0)):
+        probabilities = jax.nn.softmax(logits)
+        aux = layer._aux(logits, probabilities, jnp.argmax(logits, -1)[..., None], context)
+        np.testing.assert_allclose(aux['losses']['balance'], expected, rtol=1e-4)
+
+
+def test_both_forms_have_the_same_gradients():
+    x = jax.random.normal(jax.random.key(4), (2, 13, DIM))
+    cotangent = jax.random.normal(jax.random.key(5), x.shape)
+
+    def gradient(implementation):
+        graphdef, params = nnx.split(build(implementation=implementation, group_block=4), nnx.Param)
+
+        def loss(params, x):
+            y, _, aux = nnx.merge(graphdef, params)(x, Context.whole(2, 13), None)
+            return jnp.vdot(y, cotangent) + aux['losses']['balance'] + aux['losses']['router_z']
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+
+    for a, b in zip(jax.tree.leaves(gradient('dense')), jax.tree.leaves(gradient('grouped')), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [[3, 0, 5, 2], [0, 0, 0, 13], [1, 1, 1, 1], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize('block', [1, 4, 64])
+def test_blocked_product_equals_every_matrix_on_every_row(sizes, block):
+    """Values and gradients, with empty groups and rows that belong to none."""
+    x = jax.random.normal(jax.random.key(0), (13, 6))
+    w = jax.random.normal(jax.random.key(1), (4, 6, 5))
+    cotangent = jax.random.normal(jax.random.key(2), (13, 5))
+    sizes = jnp.array(sizes)
+
+    def run(implementation):
+        def loss(x, w):
+            y = grouped_matmul(x, w, sizes, block=block, implementation=implementation)
+            return jnp.vdot(y, cotangent), y
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, w)
+
+    for a, b in zip(jax.tree.leaves(run('blocked')), jax.tree.leaves(run('reference')), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_shapes_and_names_are_refused():
+    with pytest.raises(ValueError, match=r'must be \[M, D\]'):
+        grouped_matmul(jnp.zeros((3, 4)), jnp.zeros((2, 5, 6)), jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match='choose from reference, blocked'):
+        grouped_matmul(jnp.zeros((3, 4)), jnp.zeros((2, 4, 6)), jnp.zeros(2, jnp.int32), implementation='fast')

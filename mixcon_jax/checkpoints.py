@@ -156,22 +156,21 @@ class Checkpoints:
         """
         if self._pending is None or self._manager.is_saving_in_progress():
             return None
-        step = self._pending
-        self.wait()
-        return step
+        return self.wait()
 
-    def wait(self) -> None:
-        """Returns when no save is in progress.
+    def wait(self) -> int | None:
+        """Returns when no save is in progress: the step of the one it waited for, if any.
 
         Raises:
           UserError: the save failed; checkpoints before it are intact.
         """
-        if self._pending is None:
-            return
-        with self._explained(self._pending):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        self._pending = None
+        step = self._pending
+        if step is not None:
+            with self._explained(step):
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+            self._pending = None
+        return step
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:

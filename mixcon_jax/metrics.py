@@ -20,7 +20,8 @@ import numpy as np
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.goodput import Clock
-from mixcon_jax.records import Record, RecordLog, keep_until, plain
+from mixcon_jax.records import Record, RecordLog, keep_until, plain, read
+from mixcon_jax.workdir import explained
 
 EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps')  # read after every step; the rest is read when it is logged
 LINES = 30  # progress lines of a whole run when the output is not a terminal
@@ -54,7 +55,7 @@ class Metrics:
         self._progress = Progress(config.train.steps, stream or sys.stdout, active)
         self._log: RecordLog | None = None
         self._writers: list[Any] = []
-        self._window = (0, 0.0)  # tokens and training seconds at the last record
+        self._window: tuple[int, float] | None = None  # tokens and training seconds at the last record
         self._tokens = self.tokens_seen = 0
         self._rate = math.nan
 
@@ -68,10 +69,10 @@ class Metrics:
         Raises:
           UserError: Weights & Biases is wanted but not installed.
         """
-        self.tokens_seen, self._window = tokens_seen, (0, self._clock.training())
-        if not self._active:
-            return []
+        self.tokens_seen = tokens_seen
         path = self._folder / 'metrics.jsonl'
+        if not self._active:  # what follows from the records must be the same in every process
+            return [record for record in read(path) if record['step'] <= step]
         kept = keep_until(path, step)
         self._log = RecordLog(path)
         if self._config.log.tensorboard:
@@ -90,20 +91,29 @@ class Metrics:
         self._tokens += int(now['tokens'])
         self.tokens_seen += int(now['tokens'])
         if step % self._config.log.every == 0 or step in (1, self._config.train.steps):
-            tokens, seconds = self._window
-            elapsed = self._clock.training() - seconds
-            self._window = (self._tokens, seconds + elapsed)
-            self._rate = (self._tokens - tokens) / max(elapsed, 1e-9)
+            self._measure()
             if self._active:  # other processes need not fetch
                 values = jax.device_get(dict(metrics))
                 stats = values.pop('stats', {})
                 self._record('train', step, values | self._speed() | {'stats': stats})
+        if self._window is None:  # the first step of this start, whose compilation says nothing about speed
+            self._window = (self._tokens, self._clock.training())
         self._progress.update(step, now['loss'], self._tokens, self._clock.training(), self._mfu())
         return now
 
-    def _speed(self) -> dict[str, float]:
-        speed = {'tokens_seen': self.tokens_seen, 'tokens_per_second': round(self._rate, 1)}
-        if self._flops_per_token:
+    def _measure(self) -> None:
+        """Takes the rate since the last record."""
+        now = self._clock.training()
+        if self._window is not None and now > self._window[1]:
+            tokens, seconds = self._window
+            self._rate = (self._tokens - tokens) / (now - seconds)
+            self._window = (self._tokens, now)
+
+    def _speed(self) -> dict[str, Any]:
+        speed: dict[str, Any] = {'tokens_seen': self.tokens_seen}
+        if not math.isnan(self._rate):
+            speed['tokens_per_second'] = round(self._rate, 1)
+        if self._flops_per_token and not math.isnan(self._rate):
             speed['flops_per_second'] = float(f'{self._rate * self._flops_per_token:.6g}')
         if (mfu := self._mfu()) is not None:
             speed['mfu'] = round(mfu, 6)
@@ -117,14 +127,13 @@ class Metrics:
         return self._rate * self._flops_per_token / self._peak_flops
 
     def record(self, kind: str, step: int, **values: Any) -> Record | None:
-        """Writes an ``eval``, ``checkpoint`` or ``run`` record."""
+        """Writes a record of another kind."""
         return self._record(kind, step, values) if self._active else None
 
     def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> Record:
-        try:
+        assert self._log is not None, 'start() comes before records'
+        with explained(self._folder / 'metrics.jsonl'):
             record = self._log.append(kind, step, values)
-        except OSError as error:
-            raise UserError(f'cannot write {self._folder / "metrics.jsonl"}: {error.strerror}') from error
         for writer in self._writers:
             writer.write(record)
         return record
@@ -136,7 +145,8 @@ class Metrics:
     def sync(self) -> None:
         """Puts all records on the disk: before a checkpoint, which must never be ahead of them."""
         if self._log is not None:
-            self._log.sync()
+            with explained(self._folder / 'metrics.jsonl'):
+                self._log.sync()
 
     def close(self) -> None:
         self._progress.end()
@@ -243,7 +253,7 @@ class WeightsAndBiases:
 
 def scalars(record: Record) -> dict[str, float]:
     """A record's numbers by a slashed name; of statistics the mean over blocks and, of vectors, the largest."""
-    if record['kind'] not in ('train', 'eval'):
+    if record['kind'] not in ('train', 'eval', 'final'):
         return {}
     values = {}
     for key, value in record.items():

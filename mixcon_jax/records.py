@@ -1,7 +1,9 @@
 """``metrics.jsonl``: one JSON object a line, appended as a whole, readable after any kill.
 
-Every record has ``kind`` (``run``, ``train``, ``eval`` or ``checkpoint``), ``step`` (steps made so far) and ``time``
-(seconds since 1970). Numbers that are not finite are written as null, so that every JSON reader takes the file.
+Every record has ``kind``, ``step`` (steps made so far) and ``time`` (seconds since 1970). The kinds: ``train`` (metrics
+of a step), ``eval`` (held-out scores during the run), ``final`` (those of the end, over all rows), ``checkpoint`` (one
+is complete) and ``run`` (with ``event``: started, resumed, stopped, aborted, done). Numbers that are not finite are
+written as null, so that every JSON reader takes the file.
 """
 
 import errno

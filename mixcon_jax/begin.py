@@ -1,0 +1,121 @@
+"""What a run sets up, requires and says before its first step."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from mixcon_jax import goodput
+from mixcon_jax.checkpoints import Meta, load_params
+from mixcon_jax.data import HeldoutBatches, Tokenizer, TrainBatches
+from mixcon_jax.data import tokenizer as tokenizers
+from mixcon_jax.errors import UserError
+from mixcon_jax.metrics import short
+from mixcon_jax.models import accounting
+from mixcon_jax.step import Steps, TrainState, load_params_into
+from mixcon_jax.trees import map_named, named_leaves
+from mixcon_jax.workdir import Workdir
+
+
+def set_up_jax(config: ml_collections.ConfigDict) -> None:
+    """What must happen before JAX starts its devices, unless the caller has started them."""
+    if config.mesh.cpu_devices:
+        with contextlib.suppress(RuntimeError):  # they are started; validate() counts them
+            jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
+    # Compiled programs are kept, so that a run goes on at once. On GPUs this also keeps the choices that XLA made by
+    # timing: another choice could round otherwise.
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(config.data.cache_dir).expanduser() / 'xla'
+        jax.config.update('jax_compilation_cache_dir', str(cache))
+
+
+def require_vocabulary(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f'the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={config.model.vocab_size};'
+            f' set it to at least {tokenizer.vocab_size}'
+        )
+
+
+def require_same_data(meta: Meta, identity: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    """Refuses to go on with other text: the steps to come would not be those of the run."""
+    if tokenizers.from_json(meta.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f'the data has another tokenizer than checkpoint {meta.step}: the sources have changed;'
+            " restore them, or set data.tokenizer to the workdir's tokenizer.json in a new workdir"
+        )
+    if meta.data != identity:
+        raise UserError(
+            f'the data has changed since checkpoint {meta.step}: it was {", ".join(meta.data)}, now it is'
+            f' {", ".join(identity)}; restore the sources, or start a new workdir with train.init_from'
+        )
+
+
+def with_weights_of(
+    source: str, state: TrainState, steps: Steps, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> TrainState:
+    """The state with another run's parameters, and its buffers where the model has the same.
+
+    Args:
+      source: ``workdir``, ``workdir:best`` or ``workdir:STEP``.
+    """
+    folder, _, which = source.rpartition(':')
+    if not folder or os.path.isdir(source) or not (which == 'best' or which.isdigit()):
+        folder, which = source, ''
+    wanted = which if which in ('', 'best') else int(which)
+    layout = named_leaves(steps.abstract_state)
+    loaded, meta = load_params(folder, wanted or None, {name: leaf.sharding for name, leaf in layout.items()}, say)
+    if tokenizers.from_json(meta.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f'train.init_from={source} was trained with another tokenizer; set data.tokenizer to'
+            f' {os.path.join(folder, "tokenizer.json")}'
+        )
+    state = load_params_into(state, loaded['params'])
+    buffers = named_leaves(loaded['buffers'])
+    same = lambda name, old: name in buffers and buffers[name].shape == old.shape
+    say(f'weights of {folder}, step {meta.step}')
+    return dataclasses.replace(
+        state, buffers=map_named(lambda name, old: buffers[name] if same(name, old) else old, state.buffers)
+    )
+
+
+def peak_flops(config: ml_collections.ConfigDict) -> float | None:
+    """Of all devices together."""
+    one = config.log.peak_flops or goodput.peak_flops(jax.devices()[0].device_kind)
+    return one * jax.device_count() if one else None
+
+
+def banner(
+    say: Callable[[str], None],
+    config: ml_collections.ConfigDict,
+    folder: Workdir,
+    steps: Steps,
+    train_batches: TrainBatches,
+    heldout: HeldoutBatches,
+    tokenizer: Tokenizer,
+) -> None:
+    model, counts, device = config.model, accounting.parameter_count(config.model), jax.devices()[0]
+    axes = ' x '.join(f'{axis} {size}' for axis, size in steps.mesh.shape.items() if size > 1) or 'no axis split'
+    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    say(f'run       {config.name or folder.path.name} in {folder.path}')
+    say(f'devices   {jax.device_count()} x {device.device_kind}, {axes}')
+    say(f'model     {model.num_blocks} x ({", ".join(model.pattern)})')
+    say(
+        f'          {counts.total:,} parameters, {counts.active:,} active per token'
+        + (f", {counts.conba:,} of them Conba's additions" if counts.conba else '')
+    )
+    say(
+        f'data      {", ".join(config.data.sources)}: {train_batches.num_tokens:,} training tokens,'
+        f' {heldout.num_tokens:,} held out, vocabulary {tokenizer.vocab_size:,}'
+    )
+    epochs = ', '.join(f'{epoch:.2g}' for epoch in train_batches.epochs(config.train.steps))
+    say(
+        f'training  {config.train.steps:,} steps of {config.train.batch_size} x {config.data.seq_len} tokens:'
+        f' {short(tokens)}, {epochs} epochs'
+    )
+    if peak_flops(config) is None:
+        say(f'          no MFU: the peak of {device.device_kind!r} is not known; set log.peak_flops')

@@ -1,0 +1,307 @@
+"""The training loop: ``train(config, workdir)`` begins a run, goes on with it, or says that it is done.
+
+Dispatch step n, then read the metrics of step n-1: the device always has work. Whatever is due after a step (metrics,
+evaluation, checkpoint, in this order) is due for every start of the run alike, so a run that was killed, at any moment,
+repeats the steps after its newest checkpoint and ends with the same metrics and parameters, bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from mixcon_jax import begin
+from mixcon_jax import config as configs
+from mixcon_jax.checkpoints import Checkpoints, Meta
+from mixcon_jax.data import HeldoutBatches, TrainBatches, baselines, prepare
+from mixcon_jax.data import tokenizer as tokenizers
+from mixcon_jax.data.store import read_file
+from mixcon_jax.errors import UserError
+from mixcon_jax.evaluate import Scores, score
+from mixcon_jax.fingerprint import fingerprint
+from mixcon_jax.goodput import Clock
+from mixcon_jax.metrics import Metrics, duration
+from mixcon_jax.models import accounting
+from mixcon_jax.records import Record, last, read
+from mixcon_jax.sharding import make_mesh
+from mixcon_jax.step import make_steps
+from mixcon_jax.stop import StopRequest
+from mixcon_jax.workdir import SCORES, Workdir, describe, report_if_finished, summary
+
+DONE, STOPPED, ABORTED = 0, 75, 3  # exit codes; 75 is EX_TEMPFAIL: start it again
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How ``train`` ended.
+
+    Attributes:
+      exit_code: 0 done, 75 stopped by a signal and saved, 3 aborted on steps that were not finite.
+      step: steps made.
+      fingerprint: hash of the parameters of a run that is done, else empty.
+      metrics: of a run that is done, those of the final evaluation: loss, perplexity, bits_per_byte, tokens, bytes and
+        baselines (``gzip`` and ``unigram``, in bits per byte of the same text).
+    """
+
+    exit_code: int
+    step: int
+    fingerprint: str = ''
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Stopped(Exception):
+    """A signal came during an evaluation."""
+
+
+class _NotFinite(Exception):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
+    """Trains to ``config.train.steps``.
+
+    Args:
+      config: an experiment's; it need not be validated.
+      workdir: the run's folder. If a run is there, it goes on from its newest intact checkpoint; options that change
+        the updates must be the same then (``workdir.FREE`` lists those that need not).
+
+    Raises:
+      UserError: one line on what the user can mend: configuration, data, workdir, a full disk.
+    """
+    config = configs.validate(config)
+    if (record := report_if_finished(config, workdir)) is not None:
+        metrics = _scores_of(record) | {'baselines': record.get('baselines', {})}
+        return Result(DONE, record['step'], record['fingerprint'], metrics)
+    folder = Workdir(workdir)
+    begin.set_up_jax(config)
+    configs.validate(config, jax.device_count())
+    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
+        folder.require_same(config)
+        with contextlib.ExitStack() as stack:
+            return _train(config, folder, stack)
+
+
+def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib.ExitStack) -> Result:
+    """``train`` on devices; what it opens is closed with ``stack``."""
+    clock, first_process = Clock(), jax.process_index() == 0
+    log, last_step = config.log, config.train.steps
+
+    # ----- Data, model, files ----------------------------------------------------------------------------------------
+    with clock.spend('startup'):
+        stores = prepare(config.data)
+        tokenizer_json = read_file(stores[0].path, 'tokenizer.json')
+        tokenizer = tokenizers.from_json(tokenizer_json, stores[0].tokenizer)
+        begin.require_vocabulary(config, tokenizer)
+        share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+        train_batches = TrainBatches(config, stores, **share)
+        heldout = watched = HeldoutBatches(config, stores, config.eval.batch_size, **share)
+        if config.eval.max_rows:  # fewer rows during the run
+            rows = config.eval.max_rows
+            watched = HeldoutBatches(config, stores, config.eval.batch_size, max_rows=rows, **share)
+
+        steps = make_steps(config, make_mesh(config.mesh))
+        flops = accounting.flops_per_token(config.model, config.data.seq_len)
+        metrics = Metrics(folder.path, config, clock, flops, begin.peak_flops(config), active=first_process)
+        stack.callback(metrics.close)
+        begin.banner(metrics.say, config, folder, steps, train_batches, heldout, tokenizer)
+        if first_process:
+            folder.commit(config, tokenizer_json)
+        keep = config.checkpoint
+        checkpoints = Checkpoints(folder.checkpoints, keep.keep_last, keep.keep_best, say=metrics.say)
+        stack.callback(checkpoints.close)
+
+        # ----- Where to begin ----------------------------------------------------------------------------------------
+        # 1. After the newest intact checkpoint of this run. If there were some and none is intact, restore() refuses.
+        # 2. This run was killed before its first checkpoint: its metrics are dropped, and 3 or 4 applies again.
+        # 3. At step 0 with the weights of another run, where train.init_from names one.
+        # 4. At step 0 with initial weights.
+        newest = last(read(folder.metrics), kind='checkpoint')
+        restored = checkpoints.restore(steps.abstract_state, expected=newest and newest['step'])
+        identity = tuple(os.path.basename(store.path.rstrip('/')) for store in stores)
+        if restored is not None:
+            state, meta = restored
+            begin.require_same_data(meta, identity, tokenizer)
+            metrics.say(f'going on after step {meta.step} of {last_step}')
+        else:
+            state, meta = steps.init_state(), Meta(0, config.to_dict())
+            if config.train.init_from:
+                state = begin.with_weights_of(config.train.init_from, state, steps, tokenizer, metrics.say)
+        records = metrics.start(meta.step, meta.tokens_seen)
+        metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
+        batches = stack.enter_context(contextlib.closing(train_batches.iterate(meta.step)))
+
+    # ----- What happens between steps --------------------------------------------------------------------------------
+    stop = stack.enter_context(StopRequest())
+    compiled: set[str] = set()
+
+    @contextlib.contextmanager
+    def running(name: str) -> Iterator[None]:
+        """Counts the first call of a jitted function as compilation; JAX returns from others before they have run."""
+        if name in compiled:
+            yield
+            return
+        before = clock.seconds['compile']
+        with clock.spend('compile'):
+            yield
+        compiled.add(name)
+        metrics.say(f'compiled  {name} in {clock.seconds["compile"] - before:.1f} s')
+
+    def should_stop(step: int) -> bool:
+        # With several processes JAX takes the signal and all agree on the step.
+        return checkpoints.reached_preemption(step) if jax.process_count() > 1 else stop.requested
+
+    def evaluate(kind: str, rows: HeldoutBatches, step: int) -> Record:
+        """Scores the parameters on held-out rows; raises _Stopped when a signal comes meanwhile."""
+
+        def eval_batch(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
+            if jax.process_count() == 1 and stop.requested:
+                raise _Stopped
+            with running('eval_step'):
+                return steps.eval_step(state, steps.put(batch))
+
+        with clock.spend('evaluation'):
+            values = _values(score(eval_batch, rows, step))
+        metrics.say(f'{kind} · step {step} · {describe(values)}')
+        metrics.record(kind, step, **values)
+        return {'step': step} | values
+
+    def save(step: int) -> None:
+        with clock.spend('checkpoint'):
+            note(checkpoints.wait())
+            metrics.sync()  # a checkpoint must never be ahead of the records
+            loss = next((scores['loss'] for scores in (scored, final) if scores and scores['step'] == step), None)
+            contents = Meta(step, config.to_dict(), tokenizer_json, identity, metrics.tokens_seen, loss)
+            checkpoints.save(state, contents)
+
+    def note(complete: int | None) -> None:
+        if complete is not None:
+            metrics.record('checkpoint', complete)
+
+    def read_pending() -> None:
+        """Waits for the dispatched step; raises _NotFinite when it is one too many that went wrong."""
+        nonlocal pending, bad_steps
+        if pending is not None:
+            number, values = pending
+            pending, bad_steps = None, int(metrics.train(number, values)['bad_steps'])
+            if bad_steps >= config.train.max_bad_steps:
+                raise _NotFinite(number)
+
+    # ----- The loop: `step` steps have been made ---------------------------------------------------------------------
+    step = saved = meta.step
+    scored, final = last(records, kind='eval'), last(records, kind='final')
+    pending: tuple[int, Any] | None = None  # a dispatched step and its metrics, not read yet
+    bad_steps, tracing = 0, False
+    try:
+        while True:
+            # What is due now. Nothing of it depends on where this start of the run began.
+            at_end, stopping = step == last_step, should_stop(step)
+            score_due = _due(step, config.eval.every, at_end) and not (scored and scored['step'] == step)
+            save_due = _due(step, config.checkpoint.every, at_end) and step != saved
+            trace_ends = log.profile_start > 0 and step == log.profile_start + log.profile_steps - 1
+            if score_due or save_due or at_end or stopping or trace_ends:
+                read_pending()
+            if trace_ends and tracing:
+                jax.profiler.stop_trace()
+                tracing = False
+                metrics.say(f'profile of {log.profile_steps} steps in {folder.path / "profile"}')
+            try:
+                if score_due and not stopping:
+                    scored = evaluate('eval', watched, step)
+                if at_end and not stopping and final is None:
+                    if watched is heldout and scored and scored['step'] == step:  # the very same rows
+                        final = scored
+                        metrics.record('final', step, **_scores_of(final))
+                    else:
+                        final = evaluate('final', heldout, step)
+            except _Stopped:
+                stopping = True
+            # In bad steps parameters stay as they are, so the checkpoints from before them need not make way.
+            if (save_due and (at_end or not bad_steps)) or (stopping and step != saved):
+                save(step)
+                saved = step
+            if at_end or stopping:
+                break
+
+            # One step: dispatch it, then read the one before.
+            if step + 1 == log.profile_start:
+                read_pending()
+                jax.profiler.start_trace(str(folder.path / 'profile'))
+                tracing = True
+            with clock.spend('data'):
+                batch = next(batches)
+            with running('train_step'):
+                state, values = steps.train_step(state, steps.put(batch))
+            read_pending()
+            step += 1
+            pending = (step, values)
+            note(checkpoints.finished())
+    except _NotFinite as error:
+        return _abort(error.step, bad_steps, metrics, checkpoints)
+
+    # ----- The end ---------------------------------------------------------------------------------------------------
+    if tracing:
+        jax.profiler.stop_trace()
+    with clock.spend('checkpoint'):
+        note(checkpoints.wait())
+    if stopping:
+        metrics.record('run', step, event='stopped', **_spent(clock))
+        metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
+        return Result(STOPPED, step)
+    digest = fingerprint(state.params)
+    result = _scores_of(final) | {'baselines': baselines(stores)}
+    record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result
+    metrics.record('run', step, event='done', **record, **_spent(clock))
+    metrics.sync()
+    metrics.say(summary(step, record))
+    metrics.say(_time(clock))
+    return Result(DONE, step, digest, result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the loop, and after
+# ---------------------------------------------------------------------------------------------------------------------
+def _due(step: int, every: int, at_end: bool) -> bool:
+    return every > 0 and step > 0 and (at_end or step % every == 0)
+
+
+def _abort(step: int, bad_steps: int, metrics: Metrics, checkpoints: Checkpoints) -> Result:
+    """Ends a run that makes no more progress; its checkpoints stay as they are."""
+    with contextlib.suppress(UserError):
+        checkpoints.wait()
+    kept = checkpoints.steps()
+    metrics.record('run', step, event='aborted', first_bad_step=step - bad_steps + 1, last_bad_step=step)
+    metrics.say(
+        f'error: loss or gradient was not finite in {bad_steps} steps in a row, {step - bad_steps + 1} to {step}; '
+        + (f'the newest checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet')
+        + '; a lower optim.learning_rate or optim.clip_norm may help'
+    )
+    return Result(ABORTED, step)
+
+
+def _values(scores: Scores) -> dict[str, Any]:
+    return {key: getattr(scores, key) for key in SCORES}
+
+
+def _scores_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in SCORES}
+
+
+def _spent(clock: Clock) -> dict[str, Any]:
+    return {'seconds': round(clock.total(), 1)} | {key: round(share, 4) for key, share in clock.shares().items()}
+
+
+def _time(clock: Clock) -> str:
+    shares = clock.shares()
+    parts = [f'steps {100 * shares.pop("goodput"):.0f} %']
+    parts += [f'{kind} {100 * share:.0f} %' for kind, share in shares.items() if share >= 0.005]
+    return f'time {duration(clock.total())}: {", ".join(parts)}'

@@ -1,0 +1,157 @@
+"""A run's folder: who may use it, and for which configuration.
+
+config.json      the resolved configuration
+tokenizer.json
+metrics.jsonl    see records.py
+checkpoints/     see checkpoints.py
+tensorboard/     drawn from metrics.jsonl
+profile/         traces, when log.profile_start asks for them
+"""
+
+import contextlib
+import errno
+import fcntl
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from mixcon_jax import config as configs
+from mixcon_jax.errors import UserError
+from mixcon_jax.records import Record, last, read
+
+# What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
+# a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.
+FREE = (
+    'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
+    'train.max_bad_steps',
+)  # fmt: skip
+
+SCORES = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes')
+BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams'}
+
+
+class Workdir:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self.config = self.path / 'config.json'
+        self.tokenizer = self.path / 'tokenizer.json'
+        self.metrics = self.path / 'metrics.jsonl'
+        self.checkpoints = self.path / 'checkpoints'
+
+    def has_progress(self) -> bool:
+        """Whether there is anything to lose: a checkpoint, or metrics of a step."""
+        return any(self.checkpoints.glob('[0-9]*')) or any(record['step'] > 0 for record in read(self.metrics))
+
+    def finished(self, config: ml_collections.ConfigDict) -> Record | None:
+        """The last record of a run that has made all of ``config``'s steps, or None.
+
+        Raises:
+          UserError: the run here is of another configuration.
+        """
+        record = last(read(self.metrics), kind='run')
+        if record is None or record.get('event') != 'done' or record['step'] != config.train.steps:
+            return None
+        self.require_same(config)
+        return record if (self.checkpoints / str(record['step'])).is_dir() else None
+
+    def require_same(self, config: ml_collections.ConfigDict) -> None:
+        """Refuses a configuration that would make other updates than the run here.
+
+        Raises:
+          UserError: lists what differs.
+        """
+        if not self.config.exists() or not self.has_progress():
+            return
+        differences = configs.differences(configs.read(self.config), configs.resolve(config))
+        changed = {key: values for key, values in differences.items() if not key.startswith(FREE)}
+        if changed:
+            listed = ', '.join(f'{key} {was!r} -> {now!r}' for key, (was, now) in changed.items())
+            raise UserError(
+                f'{self.path} holds a run of another configuration ({listed}); set these back, or take another workdir'
+            )
+
+    def commit(self, config: ml_collections.ConfigDict, tokenizer_json: str) -> None:
+        """Writes configuration and tokenizer, each as a whole."""
+        for path, text in ((self.config, configs.to_json(config)), (self.tokenizer, tokenizer_json)):
+            scratch = path.with_name(f'.{path.name}.tmp')
+            with explained(path):
+                scratch.write_text(text)
+                os.replace(scratch, path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and holds its lock, which the system releases however the process ends.
+
+        Leaves no folder behind when it made it and nothing was committed to it.
+
+        Raises:
+          UserError: another process is training here, or the folder cannot be written.
+        """
+        made = not self.path.exists()
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / '.lock', 'w')  # noqa: SIM115 (open as long as the run)
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f'another process is training in {self.path}; wait for it, or stop it') from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network file systems
+                    raise
+            try:
+                yield
+            finally:
+                if made and not self.config.exists():
+                    (self.path / '.lock').unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        self.path.rmdir()
+
+
+def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> Record | None:
+    """Says so if the run at ``path`` is done, and returns its last record; loads no JAX, so it answers at once.
+
+    Args:
+      config: an experiment's; it need not be validated.
+      path: the workdir.
+    """
+    folder = Workdir(path)
+    record = folder.finished(config)
+    if record is not None:
+        print(f'{folder.path} is {summary(record["step"], record)}', flush=True)
+    return record
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """Scores in a line."""
+    numbers = {key: math.nan if values[key] is None else values[key] for key in SCORES}
+    return (
+        f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f}'
+        f' · {numbers["bits_per_byte"]:.4f} bits per byte'
+    )
+
+
+def summary(step: int, record: Mapping[str, Any]) -> str:
+    """How a run ended: its scores beside what simpler models reach, and the fingerprint of its parameters."""
+    floors = record.get('baselines', {})
+    beside = ', '.join(f'{name} {floors[key]:.4f}' for key, name in BASELINES.items() if key in floors)
+    return (
+        f'done after {step} steps · held out: {describe(record)}'
+        + (f' ({beside})' if beside else '')
+        + f'\nparameters {record["fingerprint"]}'
+    )

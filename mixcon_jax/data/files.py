@@ -156,8 +156,8 @@ def decode(data: bytes, path: str, offset: int = 0) -> str:
     try:
         return data.decode('utf-8')
     except UnicodeDecodeError as error:
-        at = f'byte 0x{data[error.start]:02x} at byte offset {offset + error.start}'
-        raise UserError(f'{path}: not UTF-8 text: {at} ({error.reason})') from error
+        place = f'byte 0x{data[error.start]:02x} at byte offset {offset + error.start}'
+        raise UserError(f'{path}: not UTF-8 text: {place} ({error.reason})') from error
 
 
 def open_bytes(path: str) -> io.BufferedIOBase:

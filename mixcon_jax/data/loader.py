@@ -12,10 +12,10 @@ and threads. All batches are dicts of arrays [B, T]:
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import ml_collections
 import numpy as np
 
+from mixcon_jax.data.documents import Document
 from mixcon_jax.data.packing import Rows, empty_batch, key_of
 from mixcon_jax.data.prepare import PreparedStore
 from mixcon_jax.data.store import TokenStore
@@ -82,6 +82,8 @@ class _Batches:
 
 
 def _iterate(source: _Batches, start: int, num_threads: int, prefetch: int) -> Iterator[Batch]:
+    import grain  # with it comes JAX, which preparing text has no use for: seconds
+
     dataset = grain.MapDataset.source(source)
     threads = num_threads if prefetch else 0
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
@@ -213,7 +215,7 @@ class HeldoutBatches:
         self.num_rows = min(max_rows, total) if max_rows else total
         self._chosen = np.arange(self.num_rows) * total // self.num_rows
         self.num_tokens = sum(store.num_targets for store in self.stores)
-        self.num_bytes = sum(store.num_bytes for store in self.stores)
+        self.num_bytes: float = sum(store.num_bytes for store in self.stores)
         if self.num_rows < total:
             scored = sum(int(end.sum() - begin.sum()) for _, begin, end in map(self._spans, self._chosen.tolist()))
             self.num_bytes = self.num_bytes * scored / self.num_tokens
@@ -248,17 +250,20 @@ class HeldoutBatches:
 
 
 def heldout_from_texts(
-    documents: Iterable[str],
+    documents: Iterable[str | Document],
     tokenizer: Tokenizer,
     config: ml_collections.ConfigDict,
     batch_size: int,
 ) -> HeldoutBatches:
     """``HeldoutBatches`` of given texts, each a document, for scoring files that are no part of the run's data.
 
+    ``open_source('files:GLOB')`` yields such documents.
+
     Raises:
       UserError: No document has text.
     """
-    texts = [text for text in documents if text]
+    texts = [document if isinstance(document, str) else document.text for document in documents]
+    texts = [text for text in texts if text]
     if not texts:
         raise UserError('no text to evaluate: every document is empty')
     num_bytes = sum(len(text.encode()) for text in texts)

@@ -1,8 +1,5 @@
 """Text to token stores: once for each source, tokenizer and split, then found again by fingerprint."""
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -24,6 +21,7 @@ import tokenizers
 from jaxtyping import Int
 
 from mixcon_jax.data import tokenizer as tokenizer_lib
+from mixcon_jax.data.disk import explained, locked, sync, sync_tree
 from mixcon_jax.data.documents import Placed, Split
 from mixcon_jax.data.sources import Source, open_source
 from mixcon_jax.data.store import VERSION, StoreWriter, TokenStore, read_file, read_metadata
@@ -58,6 +56,12 @@ class PreparedStore:
     @property
     def metadata(self) -> dict[str, Any]:
         return read_metadata(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens, the documents' bounds and the split: equal stores give equal batches."""
+        metadata = self.metadata
+        return _key(metadata['sha256'], metadata['tokenizer'], metadata['eot_id'])
 
     def open(self, split: str) -> TokenStore:
         """Opens split 'train' or 'heldout'."""
@@ -117,7 +121,7 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
             sources.append(open_source(spec, data.text_field))
     texts = [source for source in sources if not isinstance(source, PreparedStore)]
     made = [source for source in sources if isinstance(source, PreparedStore)]
-    with _explained(cache):
+    with explained(cache):
         cache.mkdir(parents=True, exist_ok=True)
         if data.tokenizer != 'bpe':
             tokenizer, name = tokenizer_lib.load(data.tokenizer), f"data.tokenizer '{data.tokenizer}'"
@@ -163,7 +167,7 @@ def _train_tokenizer(texts: list[Source], data: ml_collections.ConfigDict, cache
     path = cache / f'tokenizer-{key}.json'
     if path.exists():
         return tokenizer_lib.load(path)
-    with _locked(path, say):
+    with locked(path, say):
         if path.exists():
             return tokenizer_lib.load(path)
         for leftover in cache.glob(f'.{path.name}.*.tmp'):
@@ -180,7 +184,7 @@ def _train_tokenizer(texts: list[Source], data: ml_collections.ConfigDict, cache
                     break
         tokenizer = tokenizer_lib.train(sample, size)
         tokenizer.save(path)
-        _sync(cache)
+        sync(cache)
         seconds = time.monotonic() - begin
         say(f'tokenizer: {tokenizer.vocab_size} tokens from {taken / 1e6:.1f} MB of text in {seconds:.1f} s')
         return tokenizer
@@ -194,7 +198,7 @@ def _prepare_source(
     path = cache / f'{source.slug}-{key}'
     prepared = PreparedStore(str(path), source.spec)
     if not path.exists():
-        with _locked(path, say):
+        with locked(path, say):
             if not path.exists():
                 # The lock is ours, so whatever lies here was left by a process that died.
                 for leftover in cache.glob(f'{path.name}.tmp-*'):
@@ -202,9 +206,9 @@ def _prepare_source(
                 temporary = path.with_name(f'{path.name}.tmp-{os.getpid()}')
                 try:
                     _write_store(source, fingerprint, tokenizer, data.heldout_fraction, temporary, say)
-                    _sync_tree(temporary)
+                    sync_tree(temporary)
                     os.rename(temporary, path)
-                    _sync(cache)
+                    sync(cache)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
                 return prepared
@@ -301,55 +305,3 @@ class _Progress:
             f'{self._spec}: {self._documents:,} documents, {megabytes:,.1f} MB in {math.ceil(seconds)} s '
             f'({self._documents / seconds:,.0f} documents/s, {megabytes / seconds:,.1f} MB/s)'
         )
-
-
-@contextlib.contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Holds the lock of ``path``; the system releases it when the process dies.
-
-    The lock's file stays: removing it would let two processes hold locks on two files of the same name.
-    """
-    folder = path.parent / '.locks'
-    folder.mkdir(exist_ok=True)
-    with open(folder / path.name, 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f'waiting for another process that is preparing {path}')
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(path: Path) -> None:
-    """Makes files and names durable, so that the rename that follows never exposes missing bytes."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-@contextlib.contextmanager
-def _explained(cache: Path) -> Iterator[None]:
-    """Turns failures of the disk into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        # TensorStore raises ValueError and the like, with the system's words in the message.
-        if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-            raise UserError(
-                f'data.cache_dir: {cache}: disk full; nothing half-written is left; free space or choose another folder'
-            ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f'data.cache_dir: {cache}: cannot write here ({error.strerror})') from error
-        raise

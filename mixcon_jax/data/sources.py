@@ -145,7 +145,7 @@ class HuggingFaceSource:
         if not all(parts) or len(parts) > 3:
             raise UserError(f"data.sources: '{spec}' is not huggingface:[ORG/]NAME[/SUBSET]")
         # Two parts may be an organisation and a name, or a name and a subset; the first that loads is meant.
-        readings = [(self.name, None)] if len(parts) < 3 else []
+        readings: list[tuple[str, str | None]] = [(self.name, None)] if len(parts) < 3 else []
         if len(parts) > 1:
             readings.append(('/'.join(parts[:-1]), parts[-1]))
         failures = []

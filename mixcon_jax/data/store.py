@@ -58,7 +58,8 @@ class _Appender:
             'metadata': _array_spec(dtype.name),
         }
         self._array = ts.open(spec, create=True).result()
-        self._dtype, self._parts, self._waiting = dtype, [], 0
+        self._dtype, self._waiting = dtype, 0
+        self._parts: list[np.ndarray] = []
         self.sha256, self.size = hashlib.sha256(), 0
 
     def append(self, values: Integer[np.ndarray, 'n']) -> None:
@@ -92,7 +93,9 @@ class StoreWriter:
         self.path = Path(path)
         self.path.mkdir()
         self._tokens = _Appender(self.path / 'tokens', np.dtype(dtype))
-        self._offsets, self._bytes, self._split = [0], [], []
+        self._offsets: list[int] = [0]
+        self._bytes: list[int] = []
+        self._split: list[bool] = []
 
     @property
     def num_tokens(self) -> int:

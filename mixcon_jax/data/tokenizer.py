@@ -23,7 +23,7 @@ END_OF_TEXT_NAMES = (
     '<|eos|>',
     '<|im_end|>',
     '[EOS]',
-    '<|end▁of▁sentence|>',
+    '<｜end▁of▁sentence｜>',
 )
 SAMPLE_BYTES = 64 << 20  # a tokenizer learns little more from further text
 PIECE = 1 << 20  # characters encoded at once

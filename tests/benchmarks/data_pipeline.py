@@ -1,0 +1,60 @@
+"""Tokens a second of the data pipeline: rows packed, batched and read ahead, from memory and from disk.
+
+A train step of the quickstart needs 5 to 10 thousand tokens a second on two CPU cores; the pipeline must give ten
+times as much, or the accelerator waits for text.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mixcon_jax import config as config_lib
+from mixcon_jax.data import TokenStore, TrainBatches
+from mixcon_jax.data.store import StoreWriter
+
+TOKENS = 4_000_000
+
+
+def make_store(path: Path, mean_length: int, seed: int = 0) -> None:
+    """Writes a store of random tokens in documents of geometrically distributed lengths."""
+    draw = np.random.default_rng(seed)
+    writer = StoreWriter(path, np.dtype(np.uint16))
+    while writer.num_tokens < TOKENS:
+        length = int(draw.geometric(1 / mean_length))
+        writer.add(draw.integers(1, 2048, length, np.uint16), 4 * length, False)
+    writer.finish({'tokenizer': 'benchmark', 'eot_id': 0})
+
+
+def tokens_per_second(
+    store: TokenStore, seq_len: int = 256, batch_size: int = 4, seconds: float = 2.0, num_threads: int = 2
+) -> float:
+    """Tokens a second that ``TrainBatches`` yields, after the first batch."""
+    config = config_lib.default()
+    config.data.seq_len, config.train.batch_size, config.data.num_threads = seq_len, batch_size, num_threads
+    batches = TrainBatches(config, [store]).iterate()
+    next(batches)
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        count += next(batches)['tokens'].size
+    rate = count / (time.perf_counter() - begin)
+    batches.close()
+    return rate
+
+
+def main() -> None:
+    print(f'{"documents":>12} {"T":>6} {"rows":>5} {"memory tok/s":>14} {"disk tok/s":>14}')
+    with tempfile.TemporaryDirectory() as folder:
+        for mean_length in (200, 6000):
+            path = Path(folder, str(mean_length))
+            make_store(path, mean_length)
+            stores = [TokenStore.open(path, 'train', memory_limit=limit) for limit in (1 << 28, 0)]
+            for seq_len, batch_size in ((256, 4), (4096, 8)):
+                memory, disk = (tokens_per_second(store, seq_len, batch_size) for store in stores)
+                print(f'{mean_length:>8} tok {seq_len:>6} {batch_size:>5} {memory:>14,.0f} {disk:>14,.0f}', flush=True)
+                assert memory >= 100_000, f"{memory:,.0f} tokens/s from memory is less than ten times a step's need"
+
+
+if __name__ == '__main__':
+    main()

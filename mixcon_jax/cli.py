@@ -90,9 +90,14 @@ def _takes_checkpoint(command: argparse.ArgumentParser) -> None:
 
 def _train(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.config import load
-    from mixcon_jax.train import train
+    from mixcon_jax.workdir import report_if_finished
 
-    return train(load(known.config, overrides), known.workdir).exit_code
+    config = load(known.config, overrides)
+    if report_if_finished(config, known.workdir):
+        return 0
+    from mixcon_jax.train import train  # loads JAX, which takes seconds
+
+    return train(config, known.workdir).exit_code
 
 
 def _eval(known: argparse.Namespace, overrides: list[str]) -> int:

@@ -5,6 +5,7 @@ always hold the same steps, each once.
 """
 
 import importlib.util
+import io
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import ml_collections
@@ -48,7 +49,7 @@ class Metrics:
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         active: bool = True,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
     ) -> None:
         self._folder, self._config, self._clock, self._active = Path(folder), config, clock, active
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -98,7 +99,7 @@ class Metrics:
                 self._record('train', step, values | self._speed() | {'stats': stats})
         if self._window is None:  # the first step of this start, whose compilation says nothing about speed
             self._window = (self._tokens, self._clock.training())
-        self._progress.update(step, now['loss'], self._tokens, self._clock.training(), self._mfu())
+        self._progress.update(step, float(now['loss']), self._tokens, self._clock.training(), self._mfu())
         return now
 
     def _measure(self) -> None:
@@ -159,7 +160,7 @@ class Metrics:
 class Progress:
     """One line that rewrites itself on a terminal; elsewhere a few dozen lines a run."""
 
-    def __init__(self, steps: int, stream: TextIO, active: bool = True) -> None:
+    def __init__(self, steps: int, stream: io.TextIOBase, active: bool = True) -> None:
         self._steps, self._stream, self._active = steps, stream, active
         self._terminal = stream.isatty()
         self._every = max(1, steps // LINES)
@@ -178,7 +179,7 @@ class Progress:
         if not due:
             return
         self._shown = time.monotonic()
-        line = f'step {step}/{self._steps} · loss {float(loss):.4f}'
+        line = f'step {step}/{self._steps} · loss {loss:.4f}'
         steps, tokens, elapsed = step - self._first[0], tokens - self._first[1], seconds - self._first[2]
         if steps > 0 and elapsed > 0:
             line += f' · {short(tokens / elapsed)} tokens/s'
@@ -270,10 +271,11 @@ def scalars(record: Record) -> dict[str, float]:
 
 def short(number: float) -> str:
     """A number in three digits: 12.3k, 4.56M."""
+    rounded = float(f'{number:.3g}')
     for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
-        if abs(number) >= size:
-            return f'{number / size:.3g}{unit}' if abs(number) < 999.5 * size else f'{number / size:.0f}{unit}'
-    return f'{number:.3g}'
+        if abs(rounded) >= size:
+            return f'{rounded / size:g}{unit}'
+    return f'{rounded:g}'
 
 
 def duration(seconds: float) -> str:

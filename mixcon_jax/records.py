@@ -97,17 +97,18 @@ def plain(value: Any) -> Any:
     if hasattr(value, 'dtype'):
         array = np.asarray(value)
         if array.ndim:
-            return [_rounded(row) for row in array]
+            return _rounded(array.astype(np.float64).tolist() if array.dtype.kind not in 'biu' else array.tolist())
         value = array.item() if array.dtype.kind in 'biu' else float(str(array.astype(np.float32)))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-def _rounded(array: np.ndarray) -> Any:
-    if array.ndim:
-        return [_rounded(row) for row in array]
-    return array.item() if array.dtype.kind in 'biu' else plain(float(f'{float(array):.6g}'))
+def _rounded(value: Any) -> Any:
+    """Of nested lists of numbers."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return plain(float(f'{value:.6g}')) if isinstance(value, float) else value
 
 
 def _line(record: Record) -> str:

@@ -57,7 +57,10 @@ class Workdir:
         record = last(read(self.metrics), kind='run')
         if record is None or record.get('event') != 'done' or record['step'] != config.train.steps:
             return None
-        self.require_same(config)
+        try:
+            self.require_same(config)
+        except (TypeError, ZeroDivisionError):  # a value that validate() refuses
+            return None
         return record if (self.checkpoints / str(record['step'])).is_dir() else None
 
     def require_same(self, config: ml_collections.ConfigDict) -> None:

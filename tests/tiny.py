@@ -12,7 +12,7 @@ import numpy as np
 from mixcon_jax import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ('the', 'state', 'of', 'a', 'loop', 'gains', 'delay', 'and', 'noise', 'while', 'experts', 'route', 'tokens', 'memory')
+WORDS = ('the', 'state', 'of', 'a', 'loop', 'gains', 'delay', 'and', 'noise', 'while', 'experts', 'route', 'tokens')
 
 
 def write_corpus(folder: Path, documents: int = 40, seed: int = 0) -> str:

@@ -190,7 +190,7 @@ class HeldoutBatches:
     Args:
       config: The whole configuration; data.* is used.
       stores: Of ``prepare``, or opened.
-      batch_size: Rows B of a batch.
+      batch_size: Rows B of a batch; 0 means train.batch_size, as eval.batch_size has it.
       max_rows: Score only so many rows, spread evenly over all; 0 means all.
       process_index, process_count: Which contiguous share of every batch to make.
     """
@@ -207,8 +207,8 @@ class HeldoutBatches:
     ) -> None:
         data = config.data
         self.stores = _open(stores, 'heldout')
-        self.batch_size, self.seq_len = batch_size, data.seq_len
-        self._share = _process_rows(batch_size, process_index, process_count, 'eval.batch_size')
+        self.batch_size, self.seq_len = batch_size or config.train.batch_size, data.seq_len
+        self._share = _process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
         self.rows = [Rows(store, data.seq_len, None, data.packing) for store in self.stores]
         self._starts = np.cumsum([0] + [rows.num_rows for rows in self.rows])
         total = int(self._starts[-1])

@@ -115,6 +115,7 @@ def test_heldout_rows_may_be_limited(make_config, corpus):
     assert some.num_tokens == sum(int(batch['loss_mask'].sum()) for batch in batches) < whole.num_tokens
     assert some.num_bytes == pytest.approx(whole.num_bytes * some.num_tokens / whole.num_tokens)
     assert HeldoutBatches(config, stores, 2, max_rows=10**6).num_bytes == whole.num_bytes
+    assert HeldoutBatches(config, stores, 0).batch_size == config.train.batch_size
 
 
 @pytest.mark.parametrize('threads, prefetch', [(1, 0), (1, 1), (2, 3), (7, 8)])

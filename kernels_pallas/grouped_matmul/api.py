@@ -9,8 +9,8 @@ IMPLEMENTATIONS = ('reference', 'blocked')
 
 def grouped_matmul(
     x: Float[Array, 'm d'],
-    w: Float[Array, 'e d f'],
-    group_sizes: Int[Array, 'e'],
+    w: Float[Array, 'e i f'],
+    group_sizes: Int[Array, 'g'],
     *,
     block: int = 128,
     implementation: str | None = None,

@@ -47,7 +47,7 @@ def model_config(options=(), dtype='float32'):
     config = configs.default()
     config.model.update(dim=DIM, vocab_size=64, dtype=dtype)
     config.model.attention.update(num_heads=4, num_kv_heads=2)
-    config.model.ssm.update(d_state=8, dt_rank=4)
+    config.model.ssm.update(d_state=8, dt_rank=4, chunk=4)  # short chunks compile faster
     config.model.conba.update(head_dim=16, gain_chunk=8, taps=(1, 3))
     config.model.mlp.hidden_dim = 48
     for key, value in dict(options).items():

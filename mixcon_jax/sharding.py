@@ -7,6 +7,7 @@ table maps those names to mesh axes, and XLA inserts the communication.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -96,7 +97,7 @@ def opt_state_shardings(opt_state: Tree, params: Tree, shardings: Tree, mesh: Me
     layouts = {name: (x.shape, s) for (name, x), s in zip(named_leaves(params).items(), jax.tree.leaves(shardings))}
     longest_first = sorted(layouts, key=len, reverse=True)
 
-    def layout(path: str, leaf: Array) -> NamedSharding:
+    def layout(path: str, leaf: Any) -> NamedSharding:
         owner = next((name for name in longest_first if f'/{name}/' in f'/{path}/'), None)
         if owner is not None and layouts[owner][0] == leaf.shape:
             return layouts[owner][1]

@@ -35,23 +35,23 @@ Metrics = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run carries from step to step.
+    """All that a run carries from step to step: arrays, or in their place shapes or shardings.
 
     Attributes:
-      step: steps taken, skipped ones included: the number of batches consumed, and the schedule's clock.
+      step: int32, steps taken, skipped ones included: the number of batches consumed, and the schedule's clock.
       params: trained parameters, float32, nested dicts (see trees.py).
       buffers: untrained state of the model (routing biases), nested dicts; empty when there is none.
       opt_state: the optimizer's.
-      bad_steps: consecutive steps, up to now, whose loss or gradient was not finite.
-      skipped: all such steps so far.
+      bad_steps: int32, consecutive steps, up to now, whose loss or gradient was not finite.
+      skipped: int32, all such steps so far.
     """
 
-    step: Int[Array, '']
+    step: Any
     params: Tree
     buffers: Tree
     opt_state: Tree
-    bad_steps: Int[Array, '']
-    skipped: Int[Array, '']
+    bad_steps: Any
+    skipped: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 Tree = Any  # nested dicts of arrays, or of whatever stands for them
+State = Any  # an nnx.State; naming it here would make beartype warn of a deprecated hint inside Flax
 
 
 def named_leaves(tree: Tree) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def map_named(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     )
 
 
-def from_state(state: nnx.State) -> dict[str, Any]:
+def from_state(state: State) -> dict[str, Any]:
     """The values of an ``nnx.State`` as nested dicts with string keys."""
     tree: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(state):
@@ -39,7 +40,7 @@ def from_state(state: nnx.State) -> dict[str, Any]:
     return tree
 
 
-def to_state(tree: Mapping[str, Any], template: nnx.State) -> nnx.State:
+def to_state(tree: Mapping[str, Any], template: State) -> State:
     """The ``nnx.State`` of nested dicts; types and metadata of the variables are the template's."""
     values = named_leaves(tree)
     return nnx.from_flat_state(
@@ -47,7 +48,7 @@ def to_state(tree: Mapping[str, Any], template: nnx.State) -> nnx.State:
     )
 
 
-def logical_axes(state: nnx.State) -> dict[str, tuple[str | None, ...]]:
+def logical_axes(state: State) -> dict[str, tuple[str | None, ...]]:
     """Each variable's logical axis names by its name.
 
     Raises:

@@ -7,7 +7,6 @@ from jaxtyping import Array, Bool, Float
 from kernels_pallas.adaptive_gain import reference, xla
 
 IMPLEMENTATIONS = ('reference', 'chunked')
-EPS = 1e-6
 
 
 def matrix_gain(
@@ -20,7 +19,7 @@ def matrix_gain(
     implementation: str | None = None,
     chunk: int = 32,
 ) -> tuple[Float[Array, 'b t h p'], Float[Array, 'b h p p']]:
-    """Reads `K_k e_k`, then moves K by one descent step on the corrected error (SCIENCE 1.5).
+    """Reads `K_k e_k`, then moves K by one descent step on the corrected error (MixCon, eq. 11).
 
     `K_{k+1} = lam_k K_k (I - alpha_k phi_k phi_k^T) + alpha_k phi_k phi_k^T`, with `phi = e / sqrt(|e|^2 + 1e-6)` and
     `lam = exp(log_decay)`. Computed in float32, or in float64 if any input is float64.
@@ -42,12 +41,14 @@ def matrix_gain(
     """
     _known(implementation)
     e, alpha, log_decay, reset, gain = _check('matrix_gain', e, alpha, log_decay, reset, initial_gain, 2)
-    phi = e / jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + EPS)
+    norm = jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + reference.EPS)
+    phi = e / norm
     if implementation == 'reference':
-        return reference.matrix(e, phi, alpha, log_decay, reset_array(reset, e), gain)
+        return reference.matrix(e, phi, alpha, log_decay, _array(reset, e), gain)
     if chunk < 1:
         raise ValueError(f'matrix_gain: chunk must be at least 1, got {chunk}')
-    return xla.matrix(e, phi, alpha, log_decay, reset, gain, chunk)
+    read, gain = xla.matrix(phi, alpha, log_decay, reset, gain, chunk)
+    return norm * read, gain
 
 
 def diagonal_gain(
@@ -59,21 +60,19 @@ def diagonal_gain(
     initial_gain: Float[Array, 'b h p'] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, 'b t h p'], Float[Array, 'b h p']]:
-    """The same gain kept diagonal: `K_{k+1} = lam (K_k (1 - alpha n_k) + alpha n_k)`, read before written (SCIENCE 1.7).
+    """The same gain kept diagonal: `K_{k+1} = lam (K_k (1 - alpha n_k) + alpha n_k)`, read before written.
 
     `n = min(1, e^2 / (mean over the head of e^2 + 1e-6))`, so K stays in [0, 1] if it starts there. Arguments, result
     and errors as for `matrix_gain`, with gains [B, H, P].
     """
     _known(implementation)
     e, alpha, log_decay, reset, gain = _check('diagonal_gain', e, alpha, log_decay, reset, initial_gain, 1)
-    square = e * e
-    share = jnp.minimum(1, square / (jnp.mean(square, -1, keepdims=True) + EPS))
     if implementation == 'reference':
-        return reference.diagonal(e, share, alpha, log_decay, reset_array(reset, e), gain)
-    return xla.diagonal(e, share, alpha, log_decay, reset, gain)
+        return reference.diagonal(e, alpha, log_decay, _array(reset, e), gain)
+    return xla.diagonal(e, alpha, log_decay, reset, gain)
 
 
-def reset_array(reset: jax.Array | None, e: jax.Array) -> jax.Array:
+def _array(reset: jax.Array | None, e: jax.Array) -> jax.Array:
     return jnp.zeros(e.shape[:2], bool) if reset is None else reset
 
 

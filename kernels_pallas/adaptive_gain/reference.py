@@ -4,6 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+EPS = 1e-6
+
+
+def error_share(e: jax.Array) -> jax.Array:
+    """Share of a channel in its head's squared error, `min(1, e^2 / mean e^2)`, for e [..., P]."""
+    square = e * e
+    return jnp.minimum(1, square / (jnp.mean(square, -1, keepdims=True) + EPS))
+
 
 def _by_time(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.moveaxis(x, 1, 0) for x in arrays)
@@ -29,15 +37,15 @@ def matrix(
 
 
 def diagonal(
-    e: jax.Array, share: jax.Array, alpha: jax.Array, log_decay: jax.Array, reset: jax.Array, initial_gain: jax.Array
+    e: jax.Array, alpha: jax.Array, log_decay: jax.Array, reset: jax.Array, initial_gain: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`out_k = K_k * e_k`, then `K_{k+1} = lam (K_k (1 - alpha n) + alpha n)`, n = share [B, T, H, P]; gain [B, H, P]."""
+    """`out_k = K_k * e_k`, then `K_{k+1} = lam (K_k (1 - alpha n) + alpha n)`, n the error's share; gain [B, H, P]."""
 
     def step(K, token):
-        e, share, alpha, log_decay, reset = token
+        e, alpha, log_decay, reset = token
         K = jnp.where(reset[:, None, None], 0, K)
-        rate = alpha[..., None] * share
+        rate = alpha[..., None] * error_share(e)
         return jnp.exp(log_decay)[..., None] * (K * (1 - rate) + rate), K * e
 
-    K, out = lax.scan(step, initial_gain, _by_time(e, share, alpha, log_decay, reset))
+    K, out = lax.scan(step, initial_gain, _by_time(e, alpha, log_decay, reset))
     return jnp.moveaxis(out, 0, 1), K

@@ -1,20 +1,30 @@
 """Adaptive gains in plain XLA: the matrix gain by WY chunks of matrix products, the diagonal one by an affine scan."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.adaptive_gain import reference
 
+GROUP = 256  # tokens whose chunks are prepared together; more would only cost memory
+STEPPED_CHUNK = 8  # diagonal gain
+ASSOCIATIVE_CHUNK = 256
+
+
+# ------------------------------------------------------------------------------------------------- matrix gain
 @jax.custom_vjp
 def unit_lower_inverse(A: jax.Array) -> jax.Array:
-    """(I + A)^-1 of strictly lower A [..., n, n], by halving blocks: only matrix products, unlike a triangular solve."""
+    """(I + A)^-1 of strictly lower A [..., n, n], by halving blocks: matrix products only."""
     return _inverse(A)
 
 
 def _inverse(A: jax.Array) -> jax.Array:
     n = A.shape[-1]
     if n <= 8:
-        # A is nilpotent, so I - A + A^2 - ... ends; its partial sums double in length with every product.
+        # A is nilpotent, so I - A + A^2 - ... ends, and doubling sums it. Only for small n: with repeated errors the
+        # terms grow like binomial coefficients and cancel.
         power, length = -A, 2
         total = jnp.eye(n, dtype=A.dtype) + power
         while length < n:
@@ -42,78 +52,117 @@ def _inverse_backward(inverse, g):
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def matrix(e, phi, alpha, log_decay, reset, initial_gain, chunk):
-    """Chunked matrix gain; shapes as in `reference.matrix`, reset may be None.
+def matrix(phi, alpha, log_decay, reset, initial_gain, chunk, group=GROUP):
+    """`K_k phi_k` of the matrix gain; shapes as in `reference.matrix`, reset may be None.
 
-    Within a chunk the gain is `e^{G} K_in + sum_s e^{G - G_s} v_s phi_s^T` with v the solution of a unit lower
-    triangular system, so everything but the state between chunks is matrix products. Documents are separated by a
-    mask, not by a decay: a read comes before its token's write, so a decay of zero at a first token would come too
-    late for its own read.
+    Rematerialised groups of chunks: what is parallel over chunks exists for one group at a time.
     """
-    batch, length, heads, width = e.shape
+    batch, length, heads, width = phi.shape
     chunk = min(chunk, length)
-    steps = -(-length // chunk)
-    pad = steps * chunk - length
+    size = min(max(group // chunk, 1), -(-length // chunk)) * chunk
+    groups, per_group = -(-length // size), size // chunk
 
-    def split(x):  # [B, T, H, ...] -> [steps, B, H, chunk, ...]
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(batch, steps, chunk, *x.shape[2:])
-        return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
+    def split(x):  # [B, T, H, ...] -> [groups, chunks, B, H, chunk, ...]; padding (phi = alpha = 0) changes no gain
+        x = jnp.pad(x, ((0, 0), (0, groups * size - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(batch, groups, per_group, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 2, 4), (0, 1, 3))
 
-    strict = jnp.tril(jnp.ones((chunk, chunk), bool), -1)
-    enters = leaves = None  # tokens that still see the incoming gain; tokens whose write the outgoing gain keeps
+    parts = {'phi': split(phi), 'alpha': split(alpha), 'log_decay': split(log_decay)}
     if reset is not None:
         document = jnp.cumsum(reset, 1, dtype=jnp.int32)
-        document = jnp.pad(document, ((0, 0), (0, pad)), mode='edge').reshape(batch, steps, chunk)
-        document = jnp.moveaxis(document, 1, 0)[:, :, None]  # [steps, B, 1, chunk]
-        before = jnp.concatenate([jnp.zeros_like(document[:1, ..., -1:]), document[:-1, ..., -1:]])
-        enters = document == before
-        leaves = document == document[..., -1:]
-        strict = strict & (document[..., :, None] == document[..., None, :])
+        document = jnp.pad(document, ((0, 0), (0, groups * size - length)), mode='edge')
+        before = jnp.pad(document, ((0, 0), (1, 0)))[:, :-1]  # of the token before; the initial gain is document 0's
+        parts['document'] = split(document[:, :, None])
+        parts['before'] = split(before[:, :, None])[..., :1]
 
-    e, phi, alpha, log_decay = map(split, (e, phi, alpha, log_decay))
-    G = jnp.cumsum(log_decay, -1)
-    G_read = G - log_decay
-    mix = lambda difference: jnp.exp(jnp.where(strict, difference, -jnp.inf))
-    A = alpha[..., None] * (phi @ jnp.swapaxes(phi, -1, -2)) * mix(G[..., :, None] - G[..., None, :])
-    inverse = unit_lower_inverse(A)
-    from_gain, read_gain, to_gain, keep_gain = jnp.exp(G), jnp.exp(G_read), jnp.exp(G[..., -1:] - G), jnp.exp(G[..., -1])
-    if reset is not None:
-        from_gain, read_gain = jnp.where(enters, from_gain, 0), jnp.where(enters, read_gain, 0)
-        to_gain, keep_gain = jnp.where(leaves, to_gain, 0), jnp.where(enters[..., -1], keep_gain, 0)
-    U = inverse @ (alpha[..., None] * phi)
-    W = inverse @ ((alpha * from_gain)[..., None] * phi)
-    Q = (e @ jnp.swapaxes(phi, -1, -2)) * mix(G_read[..., :, None] - G[..., None, :])
+    @partial(jax.checkpoint, prevent_cse=False)
+    def body(K, part):
+        return _group(K, **part)
 
-    def step(K, part):  # K is kept transposed, [B, H, key, value]
-        U, W, Q, e_read, phi_write, keep = part
-        v = U - W @ K
-        out = e_read @ K + Q @ v
-        return keep[..., None, None] * K + jnp.swapaxes(phi_write, -1, -2) @ v, out
-
-    parts = (U, W, Q, read_gain[..., None] * e, to_gain[..., None] * phi, keep_gain)
-    K, out = lax.scan(step, jnp.swapaxes(initial_gain, -1, -2), parts)
-    out = jnp.moveaxis(jnp.moveaxis(out, 0, 1), 2, 3).reshape(batch, steps * chunk, heads, width)[:, :length]
+    K, out = lax.scan(body, jnp.swapaxes(initial_gain, -1, -2), parts)
+    out = jnp.moveaxis(out, (0, 1, 3), (1, 2, 4)).reshape(batch, groups * size, heads, width)[:, :length]
     return out, jnp.swapaxes(K, -1, -2)
 
 
+def _group(K, phi, alpha, log_decay, document=None, before=None):
+    """`c_t = K_t phi_t` [chunks, B, H, chunk, P] from the transposed gain K [B, H, key, value] before the group.
+
+    In a chunk `K_t = r_t K_in + sum_{s<t} m_ts v_s phi_s^T`, where r and m are decays and v_s = alpha_s (phi_s -
+    lam_s c_s). So c solves a unit lower triangular system, `(I + S diag(alpha lam)) c = r Phi K_in^T + S diag(alpha)
+    Phi` with `S = m * Phi Phi^T`, and all but the gain from chunk to chunk is matrix products over all chunks at once.
+
+    Documents are separated by masking S and r, not by a decay of zero at their first token: the read comes before
+    the write, so such a decay would come too late for that token's own read.
+    """
+    chunk = phi.shape[-2]
+    total = jnp.cumsum(log_decay, -1)
+    until = total - log_decay  # the decay a read sees excludes the token's own
+    strict = jnp.tril(jnp.ones((chunk, chunk), bool), -1)
+    read, write, keep = jnp.exp(until), jnp.exp(total[..., -1:] - total), jnp.exp(total[..., -1])
+    if document is not None:
+        strict = strict & (document[..., :, None] == document[..., None, :])
+        enters = document == before
+        read = jnp.where(enters, read, 0)
+        write = jnp.where(document == document[..., -1:], write, 0)
+        keep = jnp.where(enters[..., -1], keep, 0)
+    # Differences of logs, masked before exp: never exp(-total).
+    logs = jnp.where(strict, until[..., :, None] - total[..., None, :], -jnp.inf)
+    S = (phi @ jnp.swapaxes(phi, -1, -2)) * jnp.exp(logs)
+    forget = alpha * jnp.exp(log_decay)
+    learn = alpha[..., None] * phi
+    inverse = unit_lower_inverse(S * forget[..., None, :])
+    own = inverse @ (S @ learn)
+    from_gain = inverse @ (read[..., None] * phi)
+    write_phi = jnp.swapaxes(write[..., None] * phi, -1, -2)
+
+    def step(K, part):
+        own, from_gain, write_phi, learn, forget, keep = part
+        c = own + from_gain @ K
+        return keep[..., None, None] * K + write_phi @ (learn - forget[..., None] * c), c
+
+    return lax.scan(step, K, (own, from_gain, write_phi, learn, forget, keep))
+
+
+# ------------------------------------------------------------------------------------------------- diagonal gain
 def _combine(left, right):
     return left[0] * right[0], right[0] * left[1] + right[1]
 
 
-def diagonal(e, share, alpha, log_decay, reset, initial_gain):
-    """Diagonal gain as an elementwise affine scan; shapes as in `reference.diagonal`, reset may be None."""
-    decay = jnp.exp(log_decay)[..., None]
-    rate = alpha[..., None] * share
-    a, b = decay * (1 - rate), decay * rate
-    fresh = None if reset is None else reset[:, :, None, None]
-    if fresh is not None:
-        a = jnp.where(fresh, 0, a)
-        first = b[:, :1] + a[:, :1] * initial_gain[:, None]
-    else:
-        first = b[:, :1] + a[:, :1] * initial_gain[:, None]
-    _, K = lax.associative_scan(_combine, (a, jnp.concatenate([first, b[:, 1:]], 1)), axis=1)
-    read = jnp.concatenate([initial_gain[:, None], K[:, :-1]], 1)
-    if fresh is not None:
-        read = jnp.where(fresh, 0, read)  # the read precedes the write: the first token must not see the old gain
-    return read * e, K[:, -1]
+def diagonal(e, alpha, log_decay, reset, initial_gain, chunk=None):
+    """Diagonal gain; shapes as in `reference.diagonal`, reset may be None. Keeps e and the gains between chunks."""
+    stepped = jax.default_backend() == 'cpu'
+    batch, length, heads, width = e.shape
+    chunk = min(chunk or (STEPPED_CHUNK if stepped else ASSOCIATIVE_CHUNK), length)
+    chunks = -(-length // chunk)
+
+    def split(x):  # [B, T, ...] -> [chunks, chunk, B, ...]; padding (alpha = 0) changes no gain
+        x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 0, 2)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def body(K, part):
+        e, alpha, log_decay, reset = part
+        rate = alpha[..., None] * reference.error_share(e)
+        b = jnp.exp(log_decay)[..., None] * rate
+        a = jnp.exp(log_decay)[..., None] * (1 - rate)
+        if reset is not None:
+            fresh = reset[..., None, None]
+            a = jnp.where(fresh, 0, a)
+        if stepped:
+            # Barriers keep XLA:CPU from fusing the chain into every later token, which recomputes it each time.
+            a, b = lax.optimization_barrier((a, b))
+            gains = [K]
+            for t in range(chunk):
+                gains.append(lax.optimization_barrier(a[t] * gains[-1] + b[t]))
+            read, K = jnp.stack(gains[:-1]), gains[-1]
+        else:
+            first = b[:1] + a[:1] * K
+            _, after = lax.associative_scan(_combine, (a, jnp.concatenate([first, b[1:]])))
+            read, K = jnp.concatenate([K[None], after[:-1]]), after[-1]
+        if reset is not None:
+            read = jnp.where(fresh, 0, read)  # the first token must not see the old document's gain
+        return K, read * e
+
+    parts = (split(e), split(alpha), split(log_decay), None if reset is None else split(reset))
+    K, out = lax.scan(body, initial_gain, parts)
+    return jnp.moveaxis(out, 2, 0).reshape(batch, chunks * chunk, heads, width)[:, :length], K

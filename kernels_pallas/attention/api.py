@@ -27,8 +27,8 @@ def attention(
     Args:
       q: queries [B, T, H, d]; k, v: keys and values [B, S, K, d] with K a divisor of H: query heads
         `i * H/K ... (i+1) * H/K - 1` share key head i, which is never repeated in memory.
-      segment_ids: [B, T] document of each query, 0 for padding; a query sees only keys of the same non-zero segment, and
-        a query that sees no key gives 0.
+      segment_ids: [B, T] document of each query, 0 for padding; a query sees only keys of the same non-zero segment,
+        and one that sees no key gives 0.
       kv_segment_ids: [B, S] document of each key; segment_ids if None, which needs S = T.
       q_offset: index of the first query among the keys (how much a cache already holds); may be traced.
       scale: of the scores; 1/sqrt(d) if None.

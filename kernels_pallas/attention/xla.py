@@ -1,8 +1,8 @@
 """Blockwise causal attention in plain XLA, with a hand-written gradient.
 
-The forward pass keeps one float32 logsumexp a query; the backward pass recomputes a tile's weights from it, so memory is
-linear in the number of tokens. Tiles above the diagonal are never visited: the loops over keys and over queries
-have bounds computed from the block's index, which a hand-written gradient allows.
+The forward pass keeps one float32 logsumexp a query; the backward pass recomputes a tile's weights from it, so memory
+is linear in the number of tokens. Tiles above the diagonal are never visited: the loops over keys and over queries have
+bounds computed from the block's index, which a hand-written gradient allows.
 """
 
 from functools import partial

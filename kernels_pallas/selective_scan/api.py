@@ -31,8 +31,8 @@ def selective_scan(
 ) -> tuple:
     """Runs `x_k = exp(dt_k A) x_{k-1} + dt_k u_k B_k`, `y_k = x_k C_k + D u_k` over time, for every channel.
 
-    Source: Mamba (S6) with zero-order-hold decay and Euler input; the options are those of MixCon's Conba (SCIENCE
-    1.7). Everything is computed in float32, or in float64 if any of u, dt, A, B, C is float64.
+    Source: Mamba (S6) with zero-order-hold decay and Euler input; the options are those of MixCon's Conba, equations 6,
+    7 and 13 (docs/conba.md). Everything is computed in float32, or in float64 if any of u, dt, A, B, C is float64.
 
     Args:
       u: input [B, T, D], any float type, T >= 1.
@@ -121,5 +121,6 @@ def _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, 
     _expect('initial_state', initial_state, state_shape)
     key, std = process_noise if process_noise is not None else (None, None)
     cast = lambda x: None if x is None else jnp.asarray(x, dtype)
-    inputs = Inputs(*map(cast, (u, dt, A, B, C)), None if reset is None else reset.astype(bool), cast(initial_state))
-    return inputs, Options(*map(cast, (Z, g, F, delay)), key, cast(std), prior)
+    reset = None if reset is None else reset.astype(bool)
+    inputs = Inputs(cast(u), cast(dt), cast(A), cast(B), cast(C), reset, cast(initial_state))
+    return inputs, Options(cast(Z), cast(g), cast(F), cast(delay), key, cast(std), prior)

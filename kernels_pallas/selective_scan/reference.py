@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
     prior: jax.Array | None  # [B, T, D]
 
 
-def token_noise(options: Options, time: jax.Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> jax.Array:
+def token_noise(options: Options, time: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Process noise [B, D, N] of the token at index `time`.
 
     The key is folded with the token's own index, so the noise does not depend on how the sequence is chunked.

@@ -23,8 +23,8 @@ quickstart: setup  ## Pretrain a small MixCon on the standard library's text, th
 test: lint  ## Lint, type-check and run the tests
 	@$(PYTEST) -m 'not slow'
 
-test-all: lint  ## The same, slow tests included
-	@$(PYTEST)
+test-all: lint  ## The same with slow tests, compiled as for real runs
+	@XLA_FLAGS=--xla_backend_optimization_level=3 $(PYTEST)
 
 lint: setup  ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy --no-error-summary

@@ -1,5 +1,6 @@
 """What the parity tests share: fixtures, our layers and models at the fixtures' sizes, and how the two are compared."""
 
+import os
 import pathlib
 
 import jax
@@ -14,7 +15,8 @@ from mixcon_jax.models.ffns import FFNS
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.mixers import MIXERS
 
-FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+# `make parity` runs the tests on newly computed fixtures.
+FIXTURES = pathlib.Path(os.environ.get('MIXCON_PARITY_FIXTURES', pathlib.Path(__file__).parent / 'fixtures'))
 TOLERANCE = 1e-5
 
 

@@ -2,7 +2,7 @@
 
 Runs in an environment of its own, made by `make parity`, and writes one .npz a case into the folder that it is given:
 
-  config        JSON of the transformers configuration and, for layers, of the class
+  class         name of the module's class
   x | tokens    the input, [B, T, D] float32 or [B, T] int32
   y             the output
   dy            the random cotangent that the gradients are taken for
@@ -14,7 +14,6 @@ Weights are float32 numbers; the modules compute in float64 wherever their own c
 values exact to float32 rounding. Seeds are fixed, so a second run writes the same numbers.
 """
 
-import json
 import math
 import pathlib
 import sys
@@ -22,8 +21,15 @@ import zlib
 
 import numpy as np
 import torch
-from transformers import JambaConfig, JambaForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import MambaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.models.jamba.modeling_jamba import (
     JambaAttention,
     JambaMambaMixer,

@@ -1,8 +1,11 @@
 """Layers and whole models equal the published implementations of Hugging Face transformers: outputs and gradients.
 
-The oracle is the fixtures that make_fixtures.py computed with transformers' own modules; `make parity` computes them anew.
+The oracle is the fixtures, which make_fixtures.py computed with transformers' own modules; `make parity` computes them
+anew.
 """
 
+import jax
+import numpy as np
 import pytest
 
 from mixcon_jax.models import presets
@@ -36,9 +39,11 @@ LAYERS = {
     'mlp': ('jamba_mlp', 'mlp', {}),
 }
 
+ROPE = {'attention.rope': True, 'norm_eps': 1e-5}
 JAMBA = {
     'pattern': ('mamba+mlp', 'mamba+moe', 'attention+mlp', 'mamba+moe'),
     'mamba.norms': True,
+    'ssm.chunk': 4,  # compiles faster
 }
 # fixture, blocks, options of config.model
 MODELS = {
@@ -46,10 +51,10 @@ MODELS = {
     'jamba with conba in place of mamba': (
         'jamba_model',
         1,
-        {'pattern': ('conba+mlp', 'conba+moe', 'attention+mlp', 'conba+moe')},
+        JAMBA | {'pattern': ('conba+mlp', 'conba+moe', 'attention+mlp', 'conba+moe')},
     ),
     'jamba, recomputed': ('jamba_model', 1, JAMBA | {'remat': 'block'}),
-    'llama': ('llama_model', 2, {'pattern': ('attention+mlp',), 'attention.rope': True, 'norm_eps': 1e-5}),
+    'llama': ('llama_model', 2, ROPE | {'pattern': ('attention+mlp',)}),
     'llama, unstacked': (
         'llama_model',
         1,
@@ -58,13 +63,7 @@ MODELS = {
     'mixtral': (
         'mixtral_model',
         2,
-        {
-            'pattern': ('attention+moe',),
-            'attention.rope': True,
-            'attention.rope_theta': 1e6,
-            'norm_eps': 1e-5,
-            'moe.renormalize': True,
-        },
+        ROPE | {'pattern': ('attention+moe',), 'attention.rope_theta': 1e6, 'moe.renormalize': True},
     ),
 }
 
@@ -90,9 +89,6 @@ def test_layer(name):
 
 
 def test_rms_norm():
-    import jax
-    import numpy as np
-
     theirs = cases.fixture('jamba_rms_norm')
     module = RMSNorm(32, Parameters(jax.random.key(0)), 1e-6)
     assert not cases.load(module, mapping.layer_weights(cases.below(theirs, 'w')))
@@ -101,7 +97,10 @@ def test_rms_norm():
     cases.assert_same(np.asarray(pullback(theirs['dy'])[0]), theirs['dx'], 'the gradient of the input')
 
 
-@pytest.mark.parametrize('name', MODELS)
+SLOW = ('jamba with conba in place of mamba', 'jamba, recomputed', 'llama, unstacked')
+
+
+@pytest.mark.parametrize('name', [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MODELS])
 def test_model(name):
     fixture, num_blocks, options = MODELS[name]
     theirs = cases.fixture(fixture)

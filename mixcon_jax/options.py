@@ -130,7 +130,7 @@ OPTIONS: dict[str, Any] = {
     'data': {
         'sources': Option(
             ('stdlib',),
-            'Text: "stdlib", "files:GLOB" (.txt .jsonl .parquet, also .gz .zst), "huggingface:NAME[/SUBSET]".',
+            'Text: "stdlib", "files:GLOB" (.txt .jsonl .parquet, also .gz .zst), "huggingface:NAME[/SUBSET]" or "store:PATH".',
             Check(lambda value: len(value) > 0, 'at least one source'), element=str,
         ),
         'weights': Option((), 'Sampling weight of each source; empty means by size.', element=float),

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -83,4 +84,5 @@ class Decoder(nnx.Module):
 
 def create(config, seed: int | Int[Array, ''] = 0) -> Decoder:
     """Builds a decoder from ``config.model``; pure in ``seed``, so ``nnx.eval_shape`` may run it."""
-    return Decoder(config, Parameters(jax.random.key(seed)))
+    # Frozen, so that the model's structure is hashable and may be a static argument of a jitted function.
+    return Decoder(ml_collections.FrozenConfigDict(config), Parameters(jax.random.key(seed)))

@@ -159,7 +159,8 @@ class Conba(SelectiveSSM):
             reset=context.reset,
             initial_state=None if state is None else state['scan'][:, i],
             **extra,
-            **self.scan_options,
+            implementation=self.implementation,
+            chunk=self.chunk,
         )
 
 

@@ -28,7 +28,8 @@ class Mamba(SelectiveSSM):
             D=self.D[...],
             reset=context.reset,
             initial_state=None if state is None else state['scan'],
-            **self.scan_options,
+            implementation=self.implementation,
+            chunk=self.chunk,
         )
         if state is not None:
             state = {'conv': inputs.conv_state, 'scan': final}

@@ -49,10 +49,7 @@ class SelectiveSSM(nnx.Module):
         self.inner = options.expand * config.dim
         self.d_state = options.d_state
         self.dt_rank = options.dt_rank or -(-config.dim // 16)
-        self.scan_options: dict[str, Any] = {
-            'implementation': options.implementation or None,
-            'chunk': options.chunk or None,
-        }
+        self.implementation, self.chunk = options.implementation or None, options.chunk or None
         self.dtype = jnp.dtype(config.dtype)
         init = normal(config.init_std)
         self.in_proj = params('in_proj', (config.dim, 2 * self.inner), ('embed', 'inner'), init)

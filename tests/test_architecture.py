@@ -1,4 +1,4 @@
-"""Imports between our modules point one way, as the map of the house draws them (docs/explanation/architecture.md)."""
+"""Imports between our modules point one way, as the map of the house in the README draws them."""
 
 import ast
 import pathlib

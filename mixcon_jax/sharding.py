@@ -66,7 +66,7 @@ def partition_spec(
     spec: list[tuple[str, ...] | None] = []
     used: set[str] = set()
     for name, size in zip(logical_axes, shape, strict=True):
-        axes = tuple(axis for axis in RULES.get(name, ()) if mesh.shape[axis] > 1 and axis not in used)
+        axes = tuple(axis for axis in RULES.get(name or '', ()) if mesh.shape[axis] > 1 and axis not in used)
         splits = bool(axes) and size % math.prod(mesh.shape[axis] for axis in axes) == 0
         spec.append(axes if splits else None)
         used.update(axes if splits else ())

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from mixcon_jax import optim, sharding
 from mixcon_jax.config import ConfigError
@@ -28,6 +28,7 @@ from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_le
 
 BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
 
+Model = Any  # an nnx.Module called like models.decoder.Decoder, with its head()
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
 
@@ -74,18 +75,16 @@ class Steps:
     mesh: Mesh
     graphdef: nnx.GraphDef
     abstract_state: TrainState
-    logical_axes: dict[str, tuple[str, ...]]
+    logical_axes: dict[str, tuple[str | None, ...]]
     groups: dict[str, optim.Group]
     init_state: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Batch], dict[str, Array]]
     put: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
-    model: Callable[[TrainState], nnx.Module]
+    model: Callable[[TrainState], Model]
 
 
-def make_steps(
-    config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[..., nnx.Module] = decoder.create
-) -> Steps:
+def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[..., Model] = decoder.create) -> Steps:
     """Builds the steps of a whole, validated configuration.
 
     Args:
@@ -105,17 +104,19 @@ def make_steps(
 
     # ----- the model, taken apart: structure, parameters, buffers -----
     abstract_model = nnx.eval_shape(lambda: create(config.model, config.seed))
-    graphdef, param_template, buffer_template = nnx.split(abstract_model, nnx.Param, Buffer)
+    graphdef, *templates = nnx.split(abstract_model, nnx.Param, Buffer)
+    param_template, buffer_template = templates
     axes = logical_axes(param_template)
     optimizer = optim.make_optimizer(config.optim, axes)
 
-    def build(params: Tree, buffers: Tree) -> nnx.Module:
+    def build(params: Tree, buffers: Tree) -> Model:
         return nnx.merge(graphdef, to_state(params, param_template), to_state(buffers, buffer_template))
 
     def init_state() -> TrainState:
-        _, params, buffers = nnx.split(create(config.model, config.seed), nnx.Param, Buffer)
-        params, zero = from_state(params), jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, from_state(buffers), optimizer.init(params), zero, zero)
+        _, *states = nnx.split(create(config.model, config.seed), nnx.Param, Buffer)
+        params, buffers = map(from_state, states)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, buffers, optimizer.init(params), zero, zero)
 
     # ----- where everything lies -----
     abstract = jax.eval_shape(init_state)
@@ -126,6 +127,11 @@ def make_steps(
         params=param_shardings,
         opt_state=sharding.opt_state_shardings(abstract.opt_state, abstract.params, param_shardings, mesh),
     )
+
+    # XLA:CPU spends many seconds optimizing random-number code that runs once, and what its vectorizer makes of an
+    # array depends on how the array is split: unoptimized, initial values are the same on every mesh, bit for bit.
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    init_options = {'xla_backend_optimization_level': 0} if on_cpu else None
 
     # ----- the steps -----
     share = optim.schedule(config.optim, config.train.steps)
@@ -150,7 +156,7 @@ def make_steps(
         abstract_state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout),
         logical_axes=axes,
         groups=optim.describe_groups(config.optim.name, axes),
-        init_state=jax.jit(init_state, out_shardings=layout),
+        init_state=jax.jit(init_state, out_shardings=layout, compiler_options=init_options),
         train_step=jax.jit(train, in_shardings=(layout, by_row), out_shardings=(layout, everywhere), donate_argnums=0),
         eval_step=jax.jit(evaluate, in_shardings=(layout, by_row), out_shardings=everywhere),
         put=put,
@@ -163,7 +169,7 @@ def make_steps(
 # ---------------------------------------------------------------------------------------------------------------------
 def microbatch_loss(
     config: ml_collections.ConfigDict,
-    model: nnx.Module,
+    model: Model,
     batch: Batch,
     rng: Array,
     tokens: Float[Array, ''],
@@ -234,7 +240,7 @@ def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_ste
 # ---------------------------------------------------------------------------------------------------------------------
 def train_step(
     config: ml_collections.ConfigDict,
-    build: Callable[[Tree, Tree], nnx.Module],
+    build: Callable[[Tree, Tree], Model],
     optimizer: optax.GradientTransformation,
     share: Callable[[Array], Array],
     shards: int,
@@ -268,7 +274,7 @@ def train_step(
     loss, metrics, grads = accumulate(gradients, batch, config.train.accum_steps)
 
     # ----- update -----
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     if config.optim.clip_norm:
         factor = config.optim.clip_norm / jnp.maximum(grad_norm, config.optim.clip_norm)
         grads = jax.tree.map(lambda g: g * factor, grads)
@@ -309,17 +315,16 @@ def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tr
     """
 
     def update(name: str, value: Array) -> Array:
-        *_, layer, _, kind = name.split('/')
-        if kind != 'router_bias':
+        if not name.endswith('/router_bias'):
             return value
-        load = stats[f'layer_{layer}/moe_load']
+        load = stats[f'layer_{name.split("/")[2]}/moe_load']
         return value + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
 
     return map_named(update, buffers)
 
 
 def eval_step(
-    config: ml_collections.ConfigDict, model: nnx.Module, shards: int, batch: Batch
+    config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch
 ) -> dict[str, Float[Array, '']]:
     """Sums over a batch's scored tokens: ``nll`` in nats, and their number ``tokens``."""
     context = Context(batch['segment_ids'], batch['positions'], train=False)

@@ -163,8 +163,8 @@ def run(optimizer, axes, params, grads, **options):
         return optax.apply_updates(params, updates), state
 
     state = transform.init(params)
-    for i in range(3):
-        params, state = update(params, state, jax.tree.map(lambda g: g[i], grads))
+    for slices in zip(*grads.values()):
+        params, state = update(params, state, dict(zip(grads, slices)))
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert all(leaf.dtype == jnp.float32 for leaf in floats)
     return params

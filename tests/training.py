@@ -11,7 +11,7 @@ from mixcon_jax import sharding
 def tiny_config(**options):
     """A whole configuration of a small model; options are dotted keys with ``__`` for the dot."""
     config = configs.default()
-    config.model.update(dim=16, vocab_size=61, num_blocks=2, pattern=('attention+mlp', 'attention+moe'), init_std=0.1)
+    config.model.update(dim=16, vocab_size=61, num_blocks=2, pattern=('attention+moe',), init_std=0.1)
     config.model.attention.update(num_heads=2, num_kv_heads=1)
     config.model.moe.update(num_experts=3, top_k=2, hidden_dim=8)
     config.model.mlp.hidden_dim = 24

@@ -73,7 +73,10 @@ def start_training(
     """Starts ``mixcon train`` as a process of its own on one CPU device; both streams come as one text pipe."""
     experiment = write_experiment(workdir.parent / f'{workdir.name}.experiment.py', config)
     command = [sys.executable, '-m', 'mixcon_jax.cli', 'train', f'--config={experiment}', f'--workdir={workdir}']
-    settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'} | (environment or {})
+    settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
+    # Most of a short run is importing: keep the compiled modules even where the environment says not to.
+    settings |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
+    settings |= environment or {}
     return subprocess.Popen(
         command, cwd=workdir.parent, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

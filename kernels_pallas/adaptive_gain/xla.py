@@ -95,6 +95,8 @@ def _group(K, phi, alpha, log_decay, document=None, before=None):
     the write, so such a decay would come too late for that token's own read.
     """
     chunk = phi.shape[-2]
+    # A few enormous decays would leave their sums no digits for the others; beyond these bounds lam is below rounding.
+    log_decay = jnp.maximum(log_decay, -40.0 if phi.dtype == jnp.float64 else -20.0)
     total = jnp.cumsum(log_decay, -1)
     until = total - log_decay  # the decay a read sees excludes the token's own
     strict = jnp.tril(jnp.ones((chunk, chunk), bool), -1)

@@ -57,7 +57,9 @@ def scan(inputs: Inputs, options: Options) -> Outputs:
         newest, older = (carry, None) if m is None else (carry[:, 0], carry[:, 1])
         past = newest if m is None else (1 - m[:, None]) * newest + m[:, None] * older
         live = (dt > 0)[..., None]
-        carried = jnp.where(live, jnp.exp(dt[..., None] * inputs.A) * past, newest)
+        carried = jnp.exp(dt[..., None] * inputs.A) * past
+        if m is not None:  # without a delay dt = 0 already is the identity
+            carried = jnp.where(live, carried, newest)
         x = carried + (dt * u)[..., None] * B[:, None, :]
         if options.noise_key is not None:
             x = x + jnp.where(live, token_noise(options, time, (batch, channels, states), x.dtype), 0)

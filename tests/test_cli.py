@@ -110,7 +110,6 @@ def test_data_prepare_prints_the_splits_and_baselines(trained, capsys):
         ('--config.data.sources=files:/nowhere/*.txt', '/nowhere/*.txt'),
         ('--config.data.sources=stdlob', 'stdlib'),
         ('--config.model.vocab_size=100', 'model.vocab_size'),
-        ('--config.train.init_from=/nowhere', '/nowhere'),
         ('--config.data.tokenizer=/nowhere.json', '/nowhere.json'),
         ('--stps=3', 'unknown argument --stps=3'),
     ],
@@ -120,6 +119,14 @@ def test_training_refuses_bad_input_and_writes_nothing(trained, capsys, tmp_path
     line = refused(capsys, 'train', '--config', experiment, '--workdir', tmp_path / 'run', argument)
     assert message in line
     assert not list(tmp_path.glob('run/c*')), 'nothing half-written'
+
+
+def test_weights_that_do_not_exist_are_refused_and_can_be_corrected(trained, capsys, tmp_path):
+    options = ['train', '--config', trained / 'experiment.py', '--workdir', tmp_path / 'run']
+    assert '/nowhere' in refused(capsys, *options, '--config.train.init_from=/nowhere')
+    code, out, _ = run(capsys, *options, f'--config.train.init_from={trained / "run"}')
+    assert code == 0
+    assert f'weights of {trained / "run"}, step 4' in out
 
 
 def corpus(tmp_path, name, content):
@@ -194,10 +201,10 @@ def test_other_commands_refuse_bad_input(trained, capsys, argv, message):
 
 
 def test_a_deleted_checkpoint_file_is_noticed(trained, capsys, tmp_path):
-    """Of the only checkpoint: refused with its name. tests/test_checkpoints.py has every kind of damage."""
+    """Of the only checkpoint: refused. tests/test_checkpoints.py has every kind of damage."""
     workdir = tmp_path / 'run'
     shutil.copytree(trained / 'run', workdir)
     for step in (workdir / 'checkpoints').glob('[0-9]*'):
-        files = sorted((path for path in step.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
-        files[-1].unlink()
+        for path in step.rglob('d/*'):  # the arrays
+            path.unlink()
     assert 'checkpoint' in refused(capsys, 'eval', '--workdir', workdir)

@@ -20,7 +20,6 @@ def losses(folder: Path) -> dict[str, list[float]]:
     (folder / 'corpus').mkdir(parents=True)  # keeps tiny_config from writing one
     config = tiny_config(folder, train__steps=40, eval__every=20, checkpoint__every=1000)
     config.data.sources = (f'files:{CORPUS}',)
-    config.mesh.data = 1
     result = train(config, folder / 'run')
     assert result.exit_code == 0
     records = list(read(folder / 'run' / 'metrics.jsonl'))

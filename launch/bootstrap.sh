@@ -17,7 +17,7 @@ fail() {
 }
 
 digest() {  # of what decides a .venv's content
-    { cat setup.cfg pyproject.toml "$@"; pwd; } | sha256sum | cut -d' ' -f1
+    { cat setup.cfg "$@"; pwd; } | sha256sum | cut -d' ' -f1
 }
 
 suitable() {  # whether $1 runs, is new enough and can make virtual environments
@@ -69,7 +69,7 @@ if done_already "$@"; then exit 0; fi
 mkdir -p .cache
 if command -v flock >/dev/null; then  # two makes at once: the second waits, then finds it done
     exec 9>.cache/setup.lock
-    flock 9
+    flock --nonblock 9 || { echo 'Waiting for another set-up of this folder ...' >&2; flock 9; }
     if done_already "$@"; then exit 0; fi
 fi
 : >"$log"

@@ -91,7 +91,7 @@ def pip_calls(clone: pathlib.Path) -> list[str]:
 
 def one_error(result: subprocess.CompletedProcess[str]) -> str:
     """The run's only complaint: one line, `error: ...`, and a non-zero exit."""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(('Making', 'Updating'))]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(('Making', 'Updating', 'Waiting'))]
     assert result.returncode != 0
     assert len(lines) == 1 and lines[0].startswith('error: '), result.stderr
     return lines[0]

@@ -1,16 +1,18 @@
-"""Tokens a second of the data pipeline: rows packed, batched and read ahead, from memory and from disk.
+"""Tokens a second of the data pipeline against what the quickstart's train step takes, in the same run.
 
-A train step of the quickstart needs 5 to 10 thousand tokens a second on two CPU cores; the pipeline must give ten
-times as much, or the accelerator waits for text.
+Rows are packed, batched and read ahead, from memory and from disk. The pipeline must give ten times what the step takes,
+or the accelerator waits for text.
 """
 
 import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from mixcon_jax import config as config_lib
+from mixcon_jax import sharding, step
 from mixcon_jax.data import TokenStore, TrainBatches
 from mixcon_jax.data.store import StoreWriter
 
@@ -43,7 +45,29 @@ def tokens_per_second(
     return rate
 
 
+def step_tokens_per_second(steps: int = 8) -> float:
+    """Tokens a second that the quickstart's train step takes here: the fastest of a few steps."""
+    config = config_lib.validate(config_lib.load('experiments/quickstart.py'))
+    compiled = step.make_steps(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    shape = (config.train.batch_size, config.data.seq_len)
+    batch = {key: np.ones(shape, np.int32) for key in step.BATCH_KEYS}
+    batch['loss_mask'], batch['positions'] = (
+        np.ones(shape, bool),
+        np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+    )
+    state, seconds = compiled.init_state(), []
+    for _ in range(steps + 1):
+        begin = time.perf_counter()
+        state, metrics = compiled.train_step(state, compiled.put(batch))
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - begin)
+    return shape[0] * shape[1] / min(seconds[1:])
+
+
 def main() -> None:
+    need = step_tokens_per_second()
+    print(f"the quickstart's train step takes {need:,.0f} tokens/s; the pipeline gives")
+    slowest = float('inf')
     print(f'{"documents":>12} {"T":>6} {"rows":>5} {"memory tok/s":>14} {"disk tok/s":>14}')
     with tempfile.TemporaryDirectory() as folder:
         for mean_length in (200, 6000):
@@ -53,7 +77,9 @@ def main() -> None:
             for seq_len, batch_size in ((256, 4), (4096, 8)):
                 memory, disk = (tokens_per_second(store, seq_len, batch_size) for store in stores)
                 print(f'{mean_length:>8} tok {seq_len:>6} {batch_size:>5} {memory:>14,.0f} {disk:>14,.0f}', flush=True)
-                assert memory >= 100_000, f"{memory:,.0f} tokens/s from memory is less than ten times a step's need"
+                slowest = min(slowest, memory, disk)
+    ratio = slowest / need
+    print(f'slowest of these: {ratio:.0f} times the need (target 10): {"met" if ratio >= 10 else "MISSED"}')
 
 
 if __name__ == '__main__':

@@ -112,7 +112,7 @@ def banner(
         f'data      {", ".join(config.data.sources)}: {train_batches.num_tokens:,} training tokens,'
         f' {heldout.num_tokens:,} held out, vocabulary {tokenizer.vocab_size:,}'
     )
-    epochs = ', '.join(f'{epoch:.2g}' for epoch in train_batches.epochs(config.train.steps))
+    epochs = ', '.join(short(epoch) for epoch in train_batches.epochs(config.train.steps))
     say(
         f'training  {config.train.steps:,} steps of {config.train.batch_size} x {config.data.seq_len} tokens:'
         f' {short(tokens)}, {epochs} epochs'

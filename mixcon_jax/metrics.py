@@ -25,7 +25,7 @@ from mixcon_jax.records import Record, RecordLog, keep_until, plain, read
 from mixcon_jax.workdir import explained
 
 EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps')  # read after every step; the rest is read when it is logged
-LINES = 30  # progress lines of a whole run when the output is not a terminal
+LINES = 20  # progress lines of a whole run, at least, when the output is not a terminal; and one a minute
 
 
 class Metrics:
@@ -163,7 +163,7 @@ class Progress:
     def __init__(self, steps: int, stream: io.TextIOBase, active: bool = True) -> None:
         self._steps, self._stream, self._active = steps, stream, active
         self._terminal = stream.isatty()
-        self._every = max(1, steps // LINES)
+        self._every = round_down(steps / LINES)
         self._first: tuple[int, int, float] | None = None  # step, tokens and seconds after the first step
         self._shown, self._width = 0.0, 0
 
@@ -173,10 +173,9 @@ class Progress:
             return
         if self._first is None:
             self._first = (step, tokens, seconds)
-        due = step % self._every == 0 or step == self._steps
-        if self._terminal:
-            due = step == self._steps or time.monotonic() - self._shown >= 0.2
-        if not due:
+        waited = time.monotonic() - self._shown
+        due = waited >= 0.2 if self._terminal else step % self._every == 0 or waited >= 60
+        if not due and step != self._steps:
             return
         self._shown = time.monotonic()
         line = f'step {step}/{self._steps} · loss {loss:.4f}'
@@ -276,6 +275,12 @@ def short(number: float) -> str:
         if abs(rounded) >= size:
             return f'{rounded / size:g}{unit}'
     return f'{rounded:g}'
+
+
+def round_down(number: float) -> int:
+    """The largest of 1, 2, 5, 10, 20, 50 ... that is not above it; at least 1."""
+    power = 10 ** max(0, math.floor(math.log10(max(number, 1))))
+    return max(factor * power for factor in (1, 2, 5) if factor * power <= max(number, 1))
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 WORKERS ?= 2
 WORKDIR ?= runs/quickstart
-PROMPT ?= Return the
+PROMPT ?= def __init__(self
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export JAX_PLATFORMS ?= cpu
 
@@ -18,7 +18,7 @@ setup:  ## Make .venv from the lock file (EXTRAS="gpu docs" adds to it)
 
 quickstart: setup  ## Pretrain a small MixCon on the standard library's text, then sample from it
 	@$(BIN)/mixcon train --config experiments/quickstart.py --workdir $(WORKDIR)
-	@$(BIN)/mixcon generate --workdir $(WORKDIR) --prompt '$(PROMPT)'
+	@$(BIN)/mixcon generate --workdir $(WORKDIR) --prompt '$(PROMPT)' --temperature 0.7 --top-k 40
 
 test: lint  ## Lint, type-check and run the tests
 	@$(PYTEST) -m 'not slow'

@@ -179,7 +179,6 @@ def _overrides(rest: Sequence[str], takes: bool) -> list[str]:
     while rest:
         argument = rest.pop(0)
         if not takes or not argument.startswith('--config.'):
-            command = ' '.join(sys.argv[1:2])
             raise UserError(f'unknown argument {argument}; see `mixcon {" ".join(sys.argv[1:2])} --help`')
         key, separator, value = argument.removeprefix('--config.').partition('=')
         if not separator:

@@ -1,6 +1,6 @@
 """Tokens a second of the data pipeline against what the quickstart's train step takes, in the same run.
 
-Rows are packed, batched and read ahead, from memory and from disk. The pipeline must give ten times what the step takes,
+Rows are packed, batched and read ahead, from memory and from disk. The pipeline must give ten times what a step takes,
 or the accelerator waits for text.
 """
 

@@ -2,7 +2,9 @@
 
     python -m tests.benchmarks compile_time
 
-Every figure is the fastest of three compilations, without a cache, taking turns between depths.
+Every figure is the fastest of several fresh compilations, with every cache off, taking turns between the depths. The
+limit is on CPU seconds, all of the compiler's threads together: other work on the machine stretches the wall time, which
+is printed beside them, by more than the limit allows.
 """
 
 import time
@@ -13,6 +15,7 @@ from mixcon_jax import config as configs
 from mixcon_jax import sharding, step
 
 LIMIT = 1.3  # times the compile time of 2 blocks
+DEPTHS = (2, 16)
 REPEATS = 3
 
 
@@ -31,24 +34,30 @@ def lowered(num_blocks: int) -> jax.stages.Lowered:
 def main() -> None:
     """Prints tracing and compile times and asserts the limit."""
     jax.config.update('jax_enable_compilation_cache', False)
-    depths = (2, 16)
-    tracing, compiling = {}, {depth: [] for depth in depths}
-    programs = {}
-    for depth in depths:
-        start = time.perf_counter()
-        programs[depth] = lowered(depth)
-        tracing[depth] = time.perf_counter() - start
+    tracing: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+    wall: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+    cpu: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+    lines = {}
     for _ in range(REPEATS):
-        for depth in depths:
+        for depth in DEPTHS:
+            jax.clear_caches()  # a program that is compiled again in one process comes from memory
             start = time.perf_counter()
-            programs[depth].compile()
-            compiling[depth].append(time.perf_counter() - start)
-    print(f'{"blocks":>8}{"trace s":>10}{"compile s":>11}{"lines of StableHLO":>20}')
-    for depth in depths:
-        lines = len(programs[depth].as_text().splitlines())
-        print(f'{depth:8}{tracing[depth]:10.1f}{min(compiling[depth]):11.1f}{lines:20}')
-    ratio = min(compiling[16]) / min(compiling[2])
-    print(f'compile time at 16 blocks: {ratio:.2f} times that at 2 (at most {LIMIT})')
+            program = lowered(depth)
+            tracing[depth].append(time.perf_counter() - start)
+            start, used = time.perf_counter(), time.process_time()
+            program.compile()
+            wall[depth].append(time.perf_counter() - start)
+            cpu[depth].append(time.process_time() - used)
+            lines[depth] = len(program.as_text().splitlines())
+    assert min(min(times) for times in cpu.values()) > 0.5, 'this was no compilation'
+    print(f'{"blocks":>8}{"trace s":>10}{"compile s":>11}{"CPU s":>9}{"lines of StableHLO":>20}')
+    for depth in DEPTHS:
+        times = f'{min(tracing[depth]):10.1f}{min(wall[depth]):11.1f}{min(cpu[depth]):9.1f}'
+        print(f'{depth:8}{times}{lines[depth]:20}')
+    shallow, deep = DEPTHS
+    ratio, wall_ratio = (min(times[deep]) / min(times[shallow]) for times in (cpu, wall))
+    print(f'compiling {deep} blocks: {ratio:.2f} times the CPU seconds of {shallow} (at most {LIMIT}),')
+    print(f'  {wall_ratio:.2f} times the wall time')
     assert ratio <= LIMIT
 
 

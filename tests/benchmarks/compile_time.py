@@ -3,8 +3,8 @@
     python -m tests.benchmarks compile_time
 
 Every figure is the fastest of several fresh compilations, with every cache off, taking turns between the depths. The
-limit is on CPU seconds, all of the compiler's threads together: other work on the machine stretches the wall time, which
-is printed beside them, by more than the limit allows.
+limit is on CPU seconds, all of the compiler's threads together: other work on the machine stretches the wall time,
+which is printed beside them, by more than the limit allows.
 """
 
 import time

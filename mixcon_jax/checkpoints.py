@@ -8,6 +8,7 @@ checkpoint that is damaged is set aside as ``<step>.damaged`` and the one before
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -217,7 +218,7 @@ class Checkpoints:
             self._say(f'checkpoint {expected} is missing from {self.folder}')
         for step in reversed(steps):
             try:
-                return self._together(step, lambda step=step: self._restore(step, abstract_state))
+                return self._together(step, functools.partial(self._restore, step, abstract_state))
             except Damaged as error:
                 self._report(step, str(error))
         if steps or expected is not None:
@@ -247,7 +248,7 @@ class Checkpoints:
             raise UserError(f'there is no checkpoint in {self.folder}')
         for candidate in [step] if step is not None else reversed(steps):
             try:
-                return self._together(candidate, lambda candidate=candidate: self._load(candidate, shardings or {}))
+                return self._together(candidate, functools.partial(self._load, candidate, shardings or {}))
             except Damaged as error:
                 self._report(candidate, str(error))
         raise UserError(f'{"no checkpoint" if step is None else f"checkpoint {step} is not"} intact in {self.folder}')
@@ -256,7 +257,7 @@ class Checkpoints:
         contents, meta = self._meta(step)
         wanted = named_leaves(abstract_state)
         _require_equal({n: [str(x.dtype), list(x.shape)] for n, x in wanted.items()}, contents['arrays'], step)
-        arrays = {}
+        arrays: dict[str, jax.Array] = {}
         for item, of_model in (('model', True), ('optimizer', False)):
             arrays |= self._arrays(step, item, {n: x for n, x in wanted.items() if n.startswith(MODEL) == of_model})
         _verify(arrays, contents['checksums'])
@@ -314,7 +315,8 @@ class Checkpoints:
             result = restore()
         except Damaged as error:
             reason = str(error)
-        if not np.all(multihost_utils.process_allgather(np.array(result is not None))):
+        intact = multihost_utils.process_allgather(np.array(result is not None))
+        if result is None or not np.all(intact):
             raise Damaged(reason or 'another process could not read it')
         return result
 

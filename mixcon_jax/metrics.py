@@ -5,7 +5,6 @@ always hold the same steps, each once.
 """
 
 import importlib.util
-import io
 import math
 import os
 import shutil
@@ -13,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import ml_collections
@@ -49,7 +48,7 @@ class Metrics:
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         active: bool = True,
-        stream: io.TextIOBase | None = None,
+        stream: TextIO | None = None,
     ) -> None:
         self._folder, self._config, self._clock, self._active = Path(folder), config, clock, active
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -160,7 +159,7 @@ class Metrics:
 class Progress:
     """One line that rewrites itself on a terminal; elsewhere a few dozen lines a run."""
 
-    def __init__(self, steps: int, stream: io.TextIOBase, active: bool = True) -> None:
+    def __init__(self, steps: int, stream: TextIO, active: bool = True) -> None:
         self._steps, self._stream, self._active = steps, stream, active
         self._terminal = stream.isatty()
         self._every = round_down(steps / LINES)

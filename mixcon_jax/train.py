@@ -126,7 +126,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         # 3. At step 0 with the weights of another run, where train.init_from names one.
         # 4. At step 0 with initial weights.
         newest = last(read(folder.metrics), kind='checkpoint')
-        restored = checkpoints.restore(steps.abstract_state, expected=newest and newest['step'])
+        restored = checkpoints.restore(steps.abstract_state, expected=newest['step'] if newest else None)
         identity = tuple(os.path.basename(store.path.rstrip('/')) for store in stores)
         if restored is not None:
             state, meta = restored
@@ -138,11 +138,14 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
                 state = begin.with_weights_of(config.train.init_from, state, steps, tokenizer, metrics.say)
         records = metrics.start(meta.step, meta.tokens_seen)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
-        batches = stack.enter_context(contextlib.closing(train_batches.iterate(meta.step)))
+        batches = train_batches.iterate(meta.step)
+        stack.callback(batches.close)
 
     # ----- What happens between steps --------------------------------------------------------------------------------
     stop = stack.enter_context(StopRequest())
     compiled: set[str] = set()
+    pending: tuple[int, Any] | None = None  # a dispatched step and its metrics, not read yet
+    bad_steps, tracing = 0, False
 
     @contextlib.contextmanager
     def running(name: str) -> Iterator[None]:
@@ -199,8 +202,6 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
     # ----- The loop: `step` steps have been made ---------------------------------------------------------------------
     step = saved = meta.step
     scored, final = last(records, kind='eval'), last(records, kind='final')
-    pending: tuple[int, Any] | None = None  # a dispatched step and its metrics, not read yet
-    bad_steps, tracing = 0, False
     try:
         while True:
             # What is due now. Nothing of it depends on where this start of the run began.
@@ -257,6 +258,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         metrics.record('run', step, event='stopped', **_spent(clock))
         metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
         return Result(STOPPED, step)
+    assert final is not None  # the loop ends with it
     digest = fingerprint(state.params)
     result = _scores_of(final) | {'baselines': baselines(stores)}
     record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result

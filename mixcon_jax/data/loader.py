@@ -9,7 +9,7 @@ and threads. All batches are dicts of arrays [B, T]:
     positions         int32   place within the document's span; 0 starts one
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -81,7 +81,7 @@ class _Batches:
         return self._name
 
 
-def _iterate(source: _Batches, start: int, num_threads: int, prefetch: int) -> Iterator[Batch]:
+def _iterate(source: _Batches, start: int, num_threads: int, prefetch: int) -> Generator[Batch]:
     import grain  # with it comes JAX, which preparing text has no use for: seconds
 
     dataset = grain.MapDataset.source(source)
@@ -170,7 +170,7 @@ class TrainBatches:
         counts = self.mixture.counts(step * self.batch_size)
         return [count / rows.num_rows for count, rows in zip(counts, self.rows, strict=True)]
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch]:
         """Batches from ``start_step`` on, without end, prepared ahead by data.num_threads threads."""
         source = _Batches(ENDLESS, self.__getitem__, 'TrainBatches')
         return _iterate(source, start_step, self._num_threads, self._prefetch)

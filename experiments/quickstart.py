@@ -31,6 +31,7 @@ def get_config(arg=None):
     config.optim.warmup_steps = 30
     config.train.steps = 600
     config.train.batch_size = 4
+    config.train.loss_chunk = 256
     config.eval.every = 200
     config.eval.max_rows = 64
     config.checkpoint.every = 200

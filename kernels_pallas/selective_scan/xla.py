@@ -45,8 +45,8 @@ def _states(inputs: Inputs, options: Options, time: jax.Array):
     """All states of the tokens given: (x [B, T, D, N], decayed past [B, T, D, N], final state)."""
     decay, drive = _decay_input(inputs, options, time)
     if options.delay is None:
-        first = drive[:, :1] + decay[:, :1] * inputs.initial_state[:, None]
-        _, x = lax.associative_scan(_combine, (decay, jnp.concatenate([first, drive[:, 1:]], 1)), axis=1)
+        entering = drive.at[:, 0].add(decay[:, 0] * inputs.initial_state)
+        _, x = lax.associative_scan(_combine, (decay, entering), axis=1)
         return x, x - drive, x[:, -1]
     # (x_k, x_{k-1}) evolves by a companion matrix: exact, as one tap is linear in the state.
     m = options.delay[:, None]

@@ -1,7 +1,8 @@
 """Timing shared by the benchmarks: interleaved repeats of compiled functions, against a baseline in the same run.
 
 A busy machine slows whatever happens to run at that moment, so the functions take turns, and each is judged by its
-fastest turn.
+fastest turn. A turn is two runs, of which the second is timed: the first pays for the memory and cache that the
+function before has left.
 """
 
 import time
@@ -35,12 +36,11 @@ def compile_timed(name: str, function: Callable, args: Sequence[Any]) -> tuple[C
 
 
 def compare(cases: Mapping[str, tuple[Callable, Sequence[Any]]], repeats: int = 7) -> dict[str, Timing]:
-    """Times every case `name -> (function, args)` by interleaved repeats, after one warm-up run each."""
+    """Times every case `name -> (function, args)` by interleaved repeats."""
     compiled = {name: (*compile_timed(name, function, args), args) for name, (function, args) in cases.items()}
-    for run, _, args in compiled.values():
-        jax.block_until_ready(run(*args))
     for _ in range(repeats):
         for run, timing, args in compiled.values():
+            jax.block_until_ready(run(*args))
             start = time.perf_counter()
             jax.block_until_ready(run(*args))
             timing.seconds.append(time.perf_counter() - start)

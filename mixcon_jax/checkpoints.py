@@ -11,10 +11,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mixcon_jax.checksums import checksums
 from mixcon_jax.errors import UserError
+from mixcon_jax.hush import hush_orbax
 from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
@@ -80,6 +81,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self._say, self._read_only = Path(folder).absolute(), say, read_only
         self._pending: int | None = None
+        hush_orbax()
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
@@ -98,8 +100,7 @@ class Checkpoints:
     def _clean(self) -> None:
         """Removes what unfinished saves left."""
         if jax.process_index() == 0:
-            for path in self.folder.glob('*.orbax-checkpoint-tmp*'):
-                shutil.rmtree(path, ignore_errors=True)
+            _remove_unfinished(self.folder)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices('checkpoints: cleaned')
 
@@ -183,8 +184,7 @@ class Checkpoints:
             text = ' '.join(_causes(error))
             if not isinstance(error, OSError) and not any(words in text for words in (*FULL, 'Permission denied')):
                 raise
-            for path in self.folder.glob(f'{step}.orbax-checkpoint-tmp*'):
-                shutil.rmtree(path, ignore_errors=True)
+            _remove_unfinished(self.folder)
             reason = next((words for words in FULL[:3] if words in text), text.splitlines()[0][:200])
             kept = [kept for kept in _step_folders(self.folder) if kept != step]
             last = f'checkpoint {max(kept)} is intact' if kept else 'there is none before it'
@@ -196,6 +196,8 @@ class Checkpoints:
         """Waits for a save in progress, whatever becomes of it, and frees threads."""
         with contextlib.suppress(Exception):
             self._manager.close()
+        if not self._read_only and jax.process_index() == 0:
+            _remove_unfinished(self.folder)
 
     def reached_preemption(self, step: int) -> bool:
         """With several processes: whether all have agreed to stop after this step because one was told to."""
@@ -411,6 +413,17 @@ def _step_folders(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Removes saves that were cut short; writes of theirs may still be under way, so it takes a few tries."""
+    for _ in range(20):
+        paths = list(folder.glob('*.orbax-checkpoint-tmp*'))
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+        if not any(path.exists() for path in paths):
+            break
+        time.sleep(0.1)
+
+
 def _set_aside(path: Path) -> None:
     """Renames a folder to a name that Orbax takes for no checkpoint."""
     number, target = 1, path.with_name(f'{path.name}.damaged')
@@ -430,13 +443,3 @@ def _causes(error: BaseException | None) -> Iterator[str]:
     while error is not None:
         yield f'{type(error).__name__}: {error}'
         error = error.__cause__ or error.__context__
-
-
-class _NoOrbax(logging.Filter):
-    """Drops what Orbax logs, tracebacks of failed saves included: whatever matters is raised as well."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f'{os.sep}orbax{os.sep}' not in record.pathname
-
-
-logging.getLogger('absl').addFilter(_NoOrbax())

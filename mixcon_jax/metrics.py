@@ -4,6 +4,7 @@
 always hold the same steps, each once.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import ml_collections
@@ -25,6 +26,16 @@ from mixcon_jax.workdir import explained
 
 EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps')  # read after every step; the rest is read when it is logged
 LINES = 20  # progress lines of a whole run, at least, when the output is not a terminal; and one a minute
+FLUSH_SECONDS = 10  # how long a TensorBoard event may wait
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What progress is written to."""
+
+    def write(self, text: str, /) -> Any: ...
+    def flush(self) -> Any: ...
+    def isatty(self) -> bool: ...
 
 
 class Metrics:
@@ -48,7 +59,7 @@ class Metrics:
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         active: bool = True,
-        stream: TextIO | None = None,
+        stream: Stream | None = None,
     ) -> None:
         self._folder, self._config, self._clock, self._active = Path(folder), config, clock, active
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -159,7 +170,7 @@ class Metrics:
 class Progress:
     """One line that rewrites itself on a terminal; elsewhere a few dozen lines a run."""
 
-    def __init__(self, steps: int, stream: TextIO, active: bool = True) -> None:
+    def __init__(self, steps: int, stream: Stream, active: bool = True) -> None:
         self._steps, self._stream, self._active = steps, stream, active
         self._terminal = stream.isatty()
         self._every = round_down(steps / LINES)
@@ -202,23 +213,38 @@ class Progress:
 
 
 class TensorBoard:
-    """Scalars as TensorBoard events, in one file that is written anew from the records at every start."""
+    """Scalars as TensorBoard events, in one file that is written anew from the records at every start.
+
+    Events are written here and now: tensorboardX's own thread, once the disk is full, leaves the program waiting.
+    """
 
     def __init__(self, folder: Path, records: list[Record]) -> None:
-        import tensorboardX  # slow to import, and a run may do without
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import, and a run may do without
+        from tensorboardX.proto import event_pb2, summary_pb2
 
+        self._folder, self._event, self._summary = folder, event_pb2.Event, summary_pb2.Summary
         shutil.rmtree(folder, ignore_errors=True)
-        self._writer = tensorboardX.SummaryWriter(str(folder), flush_secs=10)
+        with explained(folder):
+            folder.mkdir(parents=True)
+            self._writer = EventsWriter(str(folder / 'events'))
+        self._flushed = time.monotonic()
         for record in records:
             self.write(record)
-        self._writer.flush()
 
     def write(self, record: Record) -> None:
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record['step'], walltime=record.get('time'))
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
+        if not values:
+            return
+        event = self._event(wall_time=record.get('time'), step=record['step'], summary=self._summary(value=values))
+        with explained(self._folder):
+            self._writer.write_event(event)
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._flushed = time.monotonic()
+                self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):  # what could not be written stands in metrics.jsonl
+            self._writer.close()
 
 
 class WeightsAndBiases:

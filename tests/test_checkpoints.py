@@ -303,7 +303,8 @@ FULL_DISK = """
     checkpoints = Checkpoints('checkpoints')
     for step, size in ((1, 100), (2, 4_000_000)):
         noise = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-        state = {'params': {'w': jnp.asarray(noise)}, 'step': jnp.int32(step)}
+        arrays = {f'w{i}': part for i, part in enumerate(jnp.split(jnp.asarray(noise), 50))}
+        state = {'params': arrays, 'step': jnp.int32(step)}
         try:
             checkpoints.save(state, Meta(step, {}))
             checkpoints.wait()
@@ -323,13 +324,14 @@ def assert_one_line_and_intact(done: subprocess.CompletedProcess, folder: Path) 
     assert done.returncode == 2, done.stderr
     assert done.stdout.startswith('error: cannot save checkpoint 2') and done.stdout.count('\n') == 1
     assert 'checkpoint 1 is intact' in done.stdout
-    assert 'Traceback' not in done.stderr
-    assert [path.name for path in (folder / 'checkpoints').iterdir()] == ['1']
+    assert 'Error' not in done.stderr and 'Traceback' not in done.stderr
+    # Writes under way may leave a folder that does not count and that the next start removes.
+    assert [path.name for path in (folder / 'checkpoints').iterdir() if 'tmp' not in path.name] == ['1']
 
 
 def test_a_save_that_the_system_cuts_short_is_one_line_and_spares_the_others(tmp_path):
     """A limit on the size of files stands for a full disk, which needs no privileges."""
-    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))'
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))'
     done = run(limit + '\n' + textwrap.dedent(FULL_DISK), tmp_path)
     assert_one_line_and_intact(done, tmp_path)
     assert 'File too large' in done.stdout
@@ -344,8 +346,8 @@ def test_a_full_disk_is_one_line_and_spares_the_others(tmp_path):
     assert done.returncode == 2, done.stderr
     error, *files = done.stdout.splitlines()
     assert error.startswith('error: cannot save checkpoint 2') and 'No space left' in error
-    assert 'Traceback' not in done.stderr
-    assert files == ['1']
+    assert 'Error' not in done.stderr and 'Traceback' not in done.stderr
+    assert [name for name in files if 'tmp' not in name] == ['1']
 
 
 # ----- parameters alone -----

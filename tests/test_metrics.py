@@ -1,5 +1,6 @@
 """Records, their repair after a kill, TensorBoard drawn from them, the progress line, goodput and peaks."""
 
+import errno
 import io
 import json
 import math
@@ -211,7 +212,6 @@ def test_other_processes_write_nothing_but_know_the_records(tmp_path):
 
 def events(folder):
     """(tag, step, value) of all TensorBoard event files."""
-    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401 (the module is there)
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -235,6 +235,18 @@ def test_tensorboard_holds_what_the_records_hold_each_step_once(tmp_path):
     assert values['stats/layer_1/moe_load', 8] == pytest.approx(0.75)
     assert values['eval/loss', 20] == pytest.approx(2)
     assert len(values) == len(events(tmp_path / 'tensorboard'))
+
+
+def test_a_full_disk_under_tensorboard_is_one_line(tmp_path, monkeypatch):
+    def full(self, event):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    metrics = Metrics(tmp_path, config_of(every=1), Clock(), stream=io.StringIO())
+    metrics.start(0)
+    monkeypatch.setattr('tensorboardX.event_file_writer.EventsWriter.write_event', full)
+    with pytest.raises(UserError, match=r'tensorboard: No space left'):
+        metrics.train(1, step_metrics(1))
+    metrics.close()
 
 
 def test_scalars_pass_over_what_is_not_finite(tmp_path):

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument('--batch-size', type=int, default=0, help="rows of a batch (default: the run's)")
 
-    command = add('generate', _generate, 'Continue prompts with a checkpoint, streaming to the terminal.')
+    command = add('generate', _generate, 'Continue prompts with a checkpoint; a single one streams to the terminal.')
     _takes_checkpoint(command)
     command.add_argument('--prompt', action='append', help='text to continue; repeat it for several (default: none)')
     command.add_argument('--max-new-tokens', type=int, default=128, help='tokens to generate (default: 128)')

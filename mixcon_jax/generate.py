@@ -34,7 +34,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UserError(f'temperature={self.temperature} must be at least 0 (0 is greedy)')
         if self.top_k < 0:
             raise UserError(f'top_k={self.top_k} must be at least 0 (0 keeps every token)')
@@ -96,7 +96,7 @@ def generate_text(
     step: int | str | None = None,
     out: TextIO | None = None,
 ) -> list[str]:
-    """Continues prompts with a run's checkpoint, streaming one prompt, or printing several as they end.
+    """Continues prompts with a run's checkpoint, streaming a single one, or printing several at the end.
 
     Every prompt starts a document. A sample ends at the end-of-text token or after ``max_new_tokens``.
 
@@ -113,6 +113,8 @@ def generate_text(
     Returns:
       The texts, prompt included, sample after sample of each prompt.
     """
+    if not 0 <= seed <= 2**32 - num_samples:
+        raise UserError(f'seed={seed} must be between 0 and {2**32 - num_samples}')
     out = out or sys.stdout
     trained = load_model(workdir, step)
     tokenizer = trained.tokenizer
@@ -161,8 +163,9 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6,))
 def _step(graphdef, sampling, vocab_size, variables, tokens, context, state, keys, index):
     """Runs the model on new tokens and draws the next one of each row; the old state's buffers are reused."""
-    hidden, state, _ = nnx.merge(graphdef, variables)(tokens, context, state)
-    logits = nnx.merge(graphdef, variables).logits(hidden[:, -1])[:, :vocab_size]
+    model = nnx.merge(graphdef, variables)
+    hidden, state, _ = model(tokens, context, state)
+    logits = model.logits(hidden[:, -1])[:, :vocab_size]
     draws = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
     return sample(logits, draws, sampling), state
 

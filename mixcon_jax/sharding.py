@@ -6,7 +6,7 @@ table maps those names to mesh axes, and XLA inserts the communication.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,12 +109,28 @@ def opt_state_shardings(opt_state: Tree, params: Tree, shardings: Tree, mesh: Me
 def constrain(x: Array, *logical_axes: str | None) -> Array:
     """Asks XLA to lay ``x`` out by the logical names of its dimensions, rows being ``'batch'``.
 
-    Only inside a step (``jax.sharding.use_abstract_mesh``) of more than one device; elsewhere ``x`` comes back as it
-    is. Under fsdp the same devices split parameters and rows: naming the rows' layout at the entry of a block makes
-    XLA gather weights, rather than split activations by width and add up partial sums.
+    Only inside a step (``jax.sharding.use_abstract_mesh``) of more than one device; elsewhere ``x`` comes back as is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     spec = partition_spec(logical_axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def by_rows(function: Callable[..., Array], rows: Sequence[Array], whole: Sequence[Array]) -> Array:
+    """Runs ``function(*rows, *whole)`` on each device's own rows of a batch.
+
+    For computations that XLA cannot split by itself, such as a sort: without this every device would gather all rows.
+
+    Args:
+      function: takes arrays and returns one whose first dimension is the rows'.
+      rows: arrays ``[B, ...]`` that the batch axes of the mesh share out.
+      whole: arrays that every device gets whole, such as weights; their gradients are summed over the devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*rows, *whole)
+    split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
+    specs = (split,) * len(rows) + (everywhere,) * len(whole)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(*rows, *whole)

@@ -323,9 +323,7 @@ def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tr
     return map_named(update, buffers)
 
 
-def eval_step(
-    config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch
-) -> dict[str, Float[Array, '']]:
+def eval_step(config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch) -> dict[str, Array]:
     """Sums over a batch's scored tokens: ``nll`` in nats, and their number ``tokens``."""
     context = Context(batch['segment_ids'], batch['positions'], train=False)
     hidden, _, _ = model(batch['tokens'], context)
@@ -333,7 +331,7 @@ def eval_step(
     _, nll, _ = cross_entropy(
         hidden, model.head(), batch['targets'], mask, chunk=config.train.loss_chunk, shards=shards
     )
-    return {'nll': nll, 'tokens': jnp.sum(mask, dtype=jnp.float32)}
+    return {'nll': nll, 'tokens': jnp.sum(mask, dtype=jnp.int32)}
 
 
 def load_params_into(state: TrainState, params: Tree) -> TrainState:

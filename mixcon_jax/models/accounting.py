@@ -57,7 +57,8 @@ def flops_per_token(model, seq_len: int) -> float:
     """Operations of one training token, forward and backward (three times the forward's).
 
     Counts two per multiply-add of every matrix that the token meets (top_k experts, the head, not the embedding's
-    look-up), causal attention over ``seq_len / 2`` keys, the scan's state updates and the gain's chunked products.
+    look-up), causal attention over ``seq_len / 2`` keys, the scan's state updates and the matrix gain's products.
+    Elementwise work (gates, taps, norms, a diagonal gain) is left out.
     Recomputation (``remat``) is not counted, as usual for MFU.
     """
     forward = 0.0
@@ -87,7 +88,8 @@ def _mixer_flops(model, mixer: str, seq_len: int) -> float:
         gain = inner * (4 * conba.head_dim + 4 * conba.gain_chunk)
     elif conba.control == 'slow':
         gain = 2 * inner * conba.head_dim
-    readout = 2 * inner * model.ssm.d_state**2 * ((conba.state_scaling == 'readout') + (conba.delay == 'state'))
+    # delay='state' is folded into C, once a token.
+    readout = 2 * model.ssm.d_state**2 * (inner * (conba.state_scaling == 'readout') + (conba.delay == 'state'))
     return scan * (1 + conba.feedback_iters) + gain * max(1, conba.feedback_iters) + readout
 
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 class Context:
     """Documents, positions and mode of a batch of tokens.
 
-    A row may pack several documents, and may be padded on either side. Padding takes no part in routing, statistics or
-    states. A call that continues an earlier one (with a state) continues its positions and segment ids.
+    A row may pack several documents, and may be padded after its last token and before its very first one. Padding
+    takes no part in routing, statistics or states. A call that continues an earlier one (with a state) continues its
+    positions and segment ids.
 
     Attributes:
       segment_ids: `[B, T]`, the token's document within its row, from 1; 0 is padding.

@@ -79,7 +79,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, '*b d']) -> Float[Array, '*b v']:
         """Returns float32 logits; for few tokens, as training never forms them for all."""
-        return (hidden @ self.head().astype(hidden.dtype)).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=wide)
 
 
 def create(config, seed: int | Int[Array, ''] = 0) -> Decoder:

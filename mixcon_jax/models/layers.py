@@ -121,7 +121,7 @@ class Window:
     def state(self) -> Float[Array, 'b k c']:
         """Returns the last K real tokens, skipping padding after them."""
         tokens = self._context.positions.shape[1]
-        if tokens == 1:
+        if tokens == 1:  # decoding: a select instead of a gather
             return jnp.where(self._context.mask[..., None], self._values[:, 1:], self._values[:, :-1])
         ends = jnp.max(jnp.where(self._context.mask, jnp.arange(1, tokens + 1), 0), axis=1)
         index = ends[:, None] + jnp.arange(self._length)
@@ -151,5 +151,5 @@ class ShortConv(nnx.Module):
 def masked_mean(x: Float[Array, 'b t *c'], context: Context) -> Float[Array, '']:
     """Mean over the real tokens and everything behind them."""
     mask = context.mask.reshape(context.mask.shape + (1,) * (x.ndim - 2))
-    count = jnp.maximum(context.mask.sum(), 1) * math.prod(x.shape[2:])
+    count = jnp.maximum(context.mask.sum(), 1).astype(jnp.float32) * math.prod(x.shape[2:])
     return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32)) / count

@@ -1,14 +1,17 @@
 """Mixture of SwiGLU experts: softmax router, top-k, dropless."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.mlp import mlp_hidden_dim
 from mixcon_jax.models.layers import Aux, Buffer, Parameters, State, masked_mean, normal, output_std
+from mixcon_jax.sharding import by_rows
 
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
 
@@ -45,7 +48,9 @@ class MoE(nnx.Module):
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
         options = self.options
-        logits = x.astype(jnp.promote_types(x.dtype, jnp.float32)) @ self.router[...]
+        # Full precision also where float32 products are rounded by default: near ties decide which expert runs.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.matmul(x.astype(wide), self.router[...], precision=jax.lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits, axis=-1)
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
         _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), options.top_k)
@@ -56,36 +61,50 @@ class MoE(nnx.Module):
 
         tokens = x.shape[0] * x.shape[1]
         dense = options.implementation == 'dense' or (not options.implementation and tokens <= DENSE_TOKENS)
-        y = self._dense(x, chosen, weights) if dense else self._grouped(x, chosen, weights, context)
+        experts = [w.astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_down)]
+        if dense:
+            y = self._dense(x, chosen, weights, *experts)
+        else:
+            y = by_rows(self._grouped, (x, chosen, weights, context.mask), experts)
         return y, state, self._aux(logits, probabilities, chosen, context)
 
     def _dense(
-        self, x: Float[Array, 'b t d'], chosen: Int[Array, 'b t k'], weights: Float[Array, 'b t k']
+        self,
+        x: Float[Array, 'b t d'],
+        chosen: Int[Array, 'b t k'],
+        weights: Float[Array, 'b t k'],
+        w_gate: Float[Array, 'e d f'],
+        w_up: Float[Array, 'e d f'],
+        w_down: Float[Array, 'e f d'],
     ) -> Float[Array, 'b t d']:
         """Runs every expert on every token: the smallest form, for few tokens and as an oracle."""
         one_hot = jax.nn.one_hot(chosen, self.options.num_experts, dtype=weights.dtype)
         mix = jnp.einsum('btk,btke->bte', weights, one_hot).astype(x.dtype)
-        gate = jnp.einsum('btd,edf->btef', x, self.w_gate.astype(x.dtype))
-        up = jnp.einsum('btd,edf->btef', x, self.w_up.astype(x.dtype))
-        return jnp.einsum('btef,bte,efd->btd', jax.nn.silu(gate) * up, mix, self.w_down.astype(x.dtype))
+        hidden = jax.nn.silu(jnp.einsum('btd,edf->btef', x, w_gate)) * jnp.einsum('btd,edf->btef', x, w_up)
+        return jnp.einsum('btef,bte,efd->btd', hidden, mix, w_down)
 
     def _grouped(
-        self, x: Float[Array, 'b t d'], chosen: Int[Array, 'b t k'], weights: Float[Array, 'b t k'], context: Context
+        self,
+        x: Float[Array, 'b t d'],
+        chosen: Int[Array, 'b t k'],
+        weights: Float[Array, 'b t k'],
+        mask: Bool[Array, 'b t'],
+        w_gate: Float[Array, 'e d f'],
+        w_up: Float[Array, 'e d f'],
+        w_down: Float[Array, 'e f d'],
     ) -> Float[Array, 'b t d']:
         """Sorts (token, choice) pairs by expert and multiplies each group by its expert; padding sorts last."""
         batch, length, dim = x.shape
         experts, k = self.options.num_experts, self.options.top_k
-        owner = jnp.where(context.mask[..., None], chosen, experts).reshape(-1)
+        owner = jnp.where(mask[..., None], chosen, experts).reshape(-1)
         order = jnp.argsort(owner, stable=True)
-        sizes = jnp.bincount(owner, length=experts)
+        product = functools.partial(
+            grouped_matmul, group_sizes=jnp.bincount(owner, length=experts), block=self.options.group_block
+        )
         rows = x.reshape(-1, dim)[order // k]
-
-        def product(rows: Float[Array, 'm i'], weight: nnx.Param) -> Float[Array, 'm o']:
-            return grouped_matmul(rows, weight.astype(x.dtype), sizes, block=self.options.group_block)
-
-        hidden = jax.nn.silu(product(rows, self.w_gate)) * product(rows, self.w_up)
-        rows = product(hidden, self.w_down) * weights.reshape(-1)[order].astype(x.dtype)[:, None]
-        # Undoing the sort by a gather keeps the sum over choices deterministic, where a scatter-add need not be.
+        rows = product(jax.nn.silu(product(rows, w_gate)) * product(rows, w_up), w_down)
+        rows = rows * weights.reshape(-1)[order].astype(x.dtype)[:, None]
+        # A gather undoes the sort, so that each token's choices are added in a fixed order.
         return rows[jnp.argsort(order)].reshape(batch, length, k, dim).sum(axis=2)
 
     def _aux(
@@ -98,18 +117,20 @@ class MoE(nnx.Module):
         """Losses and statistics over the real tokens.
 
         Balance loss: E sum_i f_i p_i with f_i the share of (token, choice) pairs that went to expert i and p_i its mean
-        probability; it is 1 when balanced. z-loss: mean of logsumexp(logits)^2.
+        probability; it is 1 when balanced, E / top_k when collapsed. z-loss: mean of logsumexp(logits)^2.
         """
         experts, mask = self.options.num_experts, context.mask[..., None]
         count = jnp.maximum(context.mask.sum(), 1)
         picks = jax.nn.one_hot(chosen, experts, dtype=probabilities.dtype).sum(axis=2)
-        load = jnp.sum(jnp.where(mask, picks, 0), axis=(0, 1)) / (count * self.options.top_k)
+        routed = jnp.sum(jnp.where(mask, picks, 0), axis=(0, 1))
+        pairs = count * self.options.top_k
+        load = routed / pairs
         mean = jnp.sum(jnp.where(mask, probabilities, 0), axis=(0, 1)) / count
         entropy = -jnp.sum(probabilities * jnp.log(jnp.maximum(probabilities, 1e-30)), axis=-1)
         stats = {
             'moe_load': load,
             'moe_entropy': masked_mean(entropy, context),
-            'moe_dropped': jnp.zeros(()),  # dropless
+            'moe_dropped': 1 - routed.sum() / pairs,  # share of the pairs that no expert took
         }
         losses = {
             'balance': experts * jnp.sum(jax.lax.stop_gradient(load) * mean),

@@ -20,7 +20,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
-        self.config = options = config.attention
+        self.options = options = config.attention
         self.head_dim = options.head_dim or config.dim // options.num_heads
         self.dtype = jnp.dtype(config.dtype)
         q_width, kv_width = options.num_heads * self.head_dim, options.num_kv_heads * self.head_dim
@@ -34,7 +34,7 @@ class Attention(nnx.Module):
 
     def init_state(self, batch: int, max_len: int) -> State:
         """Returns an empty cache of ``max_len`` tokens a row."""
-        shape = (batch, max_len, self.config.num_kv_heads, self.head_dim)
+        shape = (batch, max_len, self.options.num_kv_heads, self.head_dim)
         return {
             'k': jnp.zeros(shape, self.dtype),
             'v': jnp.zeros(shape, self.dtype),
@@ -46,13 +46,13 @@ class Attention(nnx.Module):
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
         """Attends to this call's tokens and, with a state, to all before them; the cache must have room for T more."""
-        q = self._heads(project(x, self.q_proj), self.config.num_heads)
-        k = self._heads(project(x, self.k_proj), self.config.num_kv_heads)
-        v = self._heads(project(x, self.v_proj), self.config.num_kv_heads)
-        if self.config.rope:
-            q, k = (rotate(value, context.positions, self.config.rope_theta) for value in (q, k))
+        q = self._heads(project(x, self.q_proj), self.options.num_heads)
+        k = self._heads(project(x, self.k_proj), self.options.num_kv_heads)
+        v = self._heads(project(x, self.v_proj), self.options.num_kv_heads)
+        if self.options.rope:
+            q, k = (rotate(value, context.positions, self.options.rope_theta) for value in (q, k))
         if state is None:
-            y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.config.block_size)
+            y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.options.block_size)
         else:
             start = state['length']
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
                 segment_ids=context.segment_ids,
                 kv_segment_ids=state['segment_ids'],
                 q_offset=start,
-                block_size=self.config.block_size,
+                block_size=self.options.block_size,
             )
         return project(y.reshape(*x.shape[:2], -1).astype(x.dtype), self.o_proj), state, {}
 

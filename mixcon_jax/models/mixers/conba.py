@@ -138,12 +138,12 @@ class Conba(SelectiveSSM):
         """Runs pass ``i``: the selective scan of drive ``u`` with every in-loop option."""
         options = self.options
         extra: dict[str, Any] = {'prior': True} if prior else {}
-        if options.state_scaling == 'readout':
-            delay = self.delay_weight[...] if options.delay == 'state' else None
-            extra['readout'] = (self.readout_weight[...], self.readout_bias[...], delay)
-        elif options.delay == 'state':
-            identity = (jnp.zeros((self.d_state, self.d_state)), jnp.full((self.d_state,), UNIT_SWISH))
-            extra['readout'] = (*identity, self.delay_weight[...])
+        scaled = options.state_scaling == 'readout'
+        extra['readout'] = (
+            self.readout_weight[...] if scaled else None,
+            self.readout_bias[...] if scaled else None,
+            self.delay_weight[...] if options.delay == 'state' else None,
+        )
         if options.delay == 'companion':
             extra['delay'] = jax.nn.sigmoid(self.companion_logit[...])
         if context.train and context.rng is not None and options.process_noise:

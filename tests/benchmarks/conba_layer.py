@@ -4,7 +4,8 @@ The Mamba layer's time beside its own scan's shows how much of a layer the scan 
 """
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +60,11 @@ def scan_gradient(dim: int, batch: int, length: int, states: int = 16) -> tuple[
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)), (u, dt, A, B, C)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (('dim', 128), ('batch', 4), ('length', 512), ('repeats', 9)):
         parser.add_argument(f'--{name}', type=int, default=value)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     print(f'one layer, forward + backward, B{args.batch} T{args.length} dim {args.dim} (inner {2 * args.dim})')
     cases = {
         name: layer_gradient(mixer, options, args.dim, args.batch, args.length)
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -5,13 +5,19 @@ Real processes of the real command are killed: while they start, compile, train,
 
 import os
 import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
+from mixcon_jax import config as configs
 from mixcon_jax.records import Record, last, read
-from tests.tiny import start_training, tiny_config
+from tests.tiny import ROOT, start_training, tiny_config
 
 TIMELESS = ('time', 'goodput', 'time_shares', 'tokens_per_second', 'flops_per_second', 'mfu')
 
@@ -125,3 +131,60 @@ def test_killed_many_times(tmp_path, devices):
             break
     finish(config, parts)
     assert_same_outcome(whole, parts, steps)
+
+
+WORKER = """
+    import sys
+    import jax
+    jax.distributed.initialize('127.0.0.1:{port}', 2, int(sys.argv[1]))
+    from mixcon_jax import config
+    from mixcon_jax.train import train
+    print(train(config.read('{config}'), '{workdir}').exit_code)
+"""
+
+
+def run_pair(config, workdir: Path, while_running) -> list[str]:
+    """Trains with two processes; returns what they printed."""
+    path = workdir.parent / 'pair.json'
+    path.write_text(configs.to_json(config))
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    script = textwrap.dedent(WORKER.format(port=port, config=path, workdir=workdir))
+    settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+    command = [sys.executable, '-c', script]
+    options = {'env': settings, 'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+    pair = [subprocess.Popen([*command, str(i)], **options) for i in range(2)]
+    try:
+        while_running(pair)
+        return [process.communicate(timeout=600)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_past_a_damaged_checkpoint(tmp_path):
+    """SIGTERM to one of them; parameters are spread over both; one checkpoint is spoilt; one process goes on alone."""
+    config = tiny_config(
+        tmp_path, model__pattern=('attention+mlp',), train__steps=600, checkpoint__every=100, eval__every=300,
+        mesh__fsdp=2, mesh__data=1, log__every=50,
+    )  # fmt: skip
+    workdir = tmp_path / 'pair'
+
+    def stop_one(pair) -> None:
+        while not (workdir / 'checkpoints' / '100').exists():
+            assert all(process.poll() is None for process in pair), [process.communicate()[0] for process in pair]
+            time.sleep(0.05)
+        pair[1].send_signal(signal.SIGTERM)
+
+    outputs = run_pair(config, workdir, stop_one)
+    assert [output.splitlines()[-1] for output in outputs] == ['75', '75'], outputs
+    stopped = last(read(workdir / 'metrics.jsonl'), kind='run')
+    assert stopped['event'] == 'stopped' and (workdir / 'checkpoints' / str(stopped['step'])).is_dir()
+    (workdir / 'checkpoints' / str(stopped['step']) / 'meta' / 'metadata').write_text('{')
+    configs.put(config, 'mesh.fsdp', 1)
+    output = finish(config, workdir)
+    assert f'checkpoint {stopped["step"]} is damaged' in output
+    steps = [record['step'] for record in read(workdir / 'metrics.jsonl') if record['kind'] == 'train']
+    assert steps == [1, *range(50, 601, 50)]

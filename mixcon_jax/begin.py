@@ -50,8 +50,8 @@ def require_same_data(meta: Meta, identity: tuple[str, ...], tokenizer: Tokenize
         )
     if meta.data != identity:
         raise UserError(
-            f'the data has changed since checkpoint {meta.step}: it was {", ".join(meta.data)}, now it is'
-            f' {", ".join(identity)}; restore the sources, or start a new workdir with train.init_from'
+            f'the text of data.sources has changed since checkpoint {meta.step}; restore it,'
+            ' or start a new workdir with train.init_from'
         )
 
 
@@ -64,7 +64,7 @@ def with_weights_of(
       source: ``workdir``, ``workdir:best`` or ``workdir:STEP``.
     """
     folder, _, which = source.rpartition(':')
-    if not folder or os.path.isdir(source) or not (which == 'best' or which.isdigit()):
+    if not folder or os.path.isdir(source) or not (which == 'best' or which.isdecimal()):
         folder, which = source, ''
     wanted = which if which in ('', 'best') else int(which)
     layout = named_leaves(steps.abstract_state)

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from mixcon_jax import records
 from mixcon_jax.checksums import checksums
 from mixcon_jax.errors import UserError
 from mixcon_jax.hush import hush_orbax
@@ -85,7 +86,10 @@ class Checkpoints:
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
-        self._losses = {step: self._saved_loss(step) for step in _step_folders(self.folder)}
+        # A run that was stopped before an evaluation makes it up after the save: then only its records know the loss.
+        written = records.read(self.folder.parent / 'metrics.jsonl')
+        evaluated = {record['step']: record['loss'] for record in written if record['kind'] == 'eval'}
+        self._losses = {step: self._saved_loss(step) or evaluated.get(step) for step in _step_folders(self.folder)}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep_last), KeepBest(keep_best, self._losses)]
@@ -118,6 +122,11 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step with the lowest held-out loss among those that are kept, or None if none was evaluated."""
         return next(iter(best_steps(self.steps(), self._losses)), None)
+
+    def learn(self, step: int, heldout_loss: float) -> None:
+        """Takes the held-out loss of a checkpoint that was saved before it was evaluated."""
+        if step in self._losses:
+            self._losses[step] = heldout_loss
 
     # ----- saving -----
 
@@ -223,7 +232,7 @@ class Checkpoints:
                 return self._together(step, functools.partial(self._restore, step, abstract_state))
             except Damaged as error:
                 self._report(step, str(error))
-        if steps or expected is not None:
+        if steps or expected is not None or any(self.folder.glob('*.damaged*')):
             raise UserError(
                 f'no intact checkpoint is left in {self.folder}; copy one back, or delete the workdir to begin anew'
             )
@@ -377,7 +386,7 @@ def load_params(
     Raises:
       UserError: the folder is no run, or holds no such intact checkpoint.
     """
-    folder = Path(workdir) / 'checkpoints'
+    folder = Path(workdir).expanduser() / 'checkpoints'
     if not folder.is_dir():
         raise UserError(f'{workdir} holds no checkpoints; give the workdir of a run')
     checkpoints = Checkpoints(folder, say=say, read_only=True)

@@ -168,7 +168,7 @@ def _step(text: str) -> int | str | None:
     """Reads --step: None is the newest."""
     if text in ('', 'last'):
         return None
-    if text == 'best' or text.isdigit():
+    if text == 'best' or text.isdecimal():
         return 'best' if text == 'best' else int(text)
     raise UserError(f'--step {text!r} must be a number, "best" or "last"')
 

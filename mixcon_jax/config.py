@@ -5,7 +5,9 @@ The options themselves, each with its default and meaning, stand in ``mixcon_jax
 
 import difflib
 import json
+import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
             raise ConfigError(f'override {override!r} has no value; write {key}=VALUE')
         _option(key)
     argv = ['mixcon', f'--config={path}', *(f'--config.{override}' for override in overrides)]
+    sys.modules.pop('config_config', None)  # ml_collections runs every file in this one module, leftovers included
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     try:
@@ -77,8 +80,8 @@ def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             put(config, key, float(value))
         elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
             items = [value] if isinstance(value, str) else list(value)
-            if option.element is str:
-                items = [part.strip() for item in items for part in str(item).split(',') if part.strip()]
+            if option.element is str and len(items) == 1:  # as the command line gives it
+                items = [part.strip() for part in str(items[0]).split(',') if part.strip()]
             if option.element is float:
                 items = [float(item) if type(item) is int else item for item in items]
             put(config, key, tuple(items))
@@ -193,6 +196,10 @@ def _check_leaf(key: str, value: Any, option: Option) -> None:
     expected = type(option.default)
     if type(value) is not expected:
         raise ConfigError(f'{key}={value!r} is a {type(value).__name__}; it must be a {expected.__name__}')
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f'{key}={value!r} must be finite')
+    if expected is int and abs(value) >= 2**53:
+        raise ConfigError(f'{key}={value!r} is too large')
     if option.element is not None:
         for item in value:
             if type(item) is not option.element:
@@ -288,4 +295,6 @@ def _option(key: str) -> Option:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    """The message in one line; where the first only announces what follows, the last."""
+    lines = (str(error) or type(error).__name__).strip().splitlines()
+    return lines[-1].strip() if lines[0].endswith(':') else lines[0]

@@ -35,7 +35,8 @@ def load_model(workdir: str | Path, step: int | str | None = None) -> TrainedMod
     Raises:
       UserError: no such run or checkpoint, or one whose arrays don't fit its configuration.
     """
-    if not Path(workdir).is_dir():
+    workdir = Path(workdir).expanduser()
+    if not workdir.is_dir():
         raise UserError(f'workdir {workdir} does not exist; give the folder that `mixcon train --workdir` wrote')
     trees, meta = load_params(workdir, step)
     config = configs.resolve(configs.from_dict(meta.config))

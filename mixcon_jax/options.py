@@ -81,7 +81,7 @@ OPTIONS: dict[str, Any] = {
             'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
             'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
             'implementation': Option(
-                '', 'Selective scan: "" picks the best here.', one_of('', 'reference', 'associative', 'chunked'),
+                '', 'Selective scan: "" picks the best here.', one_of('', 'reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative'),
             ),
             'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
         },

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from mixcon_jax.errors import UserError
+
 Record = dict[str, Any]
 
 
@@ -24,8 +26,10 @@ def read(path: str | Path) -> list[Record]:
     """All whole records of a file, none if there is no file; a torn line, which a kill may leave, is passed over."""
     try:
         lines = Path(path).read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({os.strerror(error.errno or 0)})') from error
     records = []
     for line in lines:
         try:

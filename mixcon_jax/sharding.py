@@ -6,7 +6,7 @@ table maps those names to mesh axes, and XLA inserts the communication.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from mixcon_jax.config import ConfigError
+from mixcon_jax.mesh import AXES, BATCH_AXES
 from mixcon_jax.trees import Tree, map_named, named_leaves
-
-AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
-BATCH_AXES = ('data', 'fsdp')  # the mesh axes that share out the rows of a batch
 
 # Logical axis -> mesh axes. A name that is absent stays whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
@@ -116,21 +114,3 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
         return x
     spec = partition_spec(logical_axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def by_rows(function: Callable[..., Array], rows: Sequence[Array], whole: Sequence[Array]) -> Array:
-    """Runs ``function(*rows, *whole)`` on each device's own rows of a batch.
-
-    For computations that XLA cannot split by itself, such as a sort: without this every device would gather all rows.
-
-    Args:
-      function: takes arrays and returns one whose first dimension is the rows'.
-      rows: arrays ``[B, ...]`` that the batch axes of the mesh share out.
-      whole: arrays that every device gets whole, such as weights; their gradients are summed over the devices.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function(*rows, *whole)
-    split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
-    specs = (split,) * len(rows) + (everywhere,) * len(whole)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(*rows, *whole)

@@ -7,7 +7,6 @@ repeats the steps after its newest checkpoint and ends with the same metrics and
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,8 +113,6 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         metrics = Metrics(folder.path, config, clock, flops, begin.peak_flops(config), active=first_process)
         stack.callback(metrics.close)
         begin.banner(metrics.say, config, folder, steps, train_batches, heldout, tokenizer)
-        if first_process:
-            folder.commit(config, tokenizer_json)
         keep = config.checkpoint
         checkpoints = Checkpoints(folder.checkpoints, keep.keep_last, keep.keep_best, say=metrics.say)
         stack.callback(checkpoints.close)
@@ -127,7 +124,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         # 4. At step 0 with initial weights.
         newest = last(read(folder.metrics), kind='checkpoint')
         restored = checkpoints.restore(steps.abstract_state, expected=newest['step'] if newest else None)
-        identity = tuple(os.path.basename(store.path.rstrip('/')) for store in stores)
+        identity = tuple(store.fingerprint for store in stores)
         if restored is not None:
             state, meta = restored
             begin.require_same_data(meta, identity, tokenizer)
@@ -136,13 +133,15 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             state, meta = steps.init_state(), Meta(0, config.to_dict())
             if config.train.init_from:
                 state = begin.with_weights_of(config.train.init_from, state, steps, tokenizer, metrics.say)
+        if first_process:
+            folder.commit(config, tokenizer_json)  # only now: what is refused above leaves the run's files alone
         records = metrics.start(meta.step, meta.tokens_seen)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
         batches = train_batches.iterate(meta.step)
         stack.callback(batches.close)
 
     # ----- What happens between steps --------------------------------------------------------------------------------
-    stop = stack.enter_context(StopRequest())
+    stop = stack.enter_context(StopRequest(alone=jax.process_count() == 1))
     compiled: set[str] = set()
     pending: tuple[int, Any] | None = None  # a dispatched step and its metrics, not read yet
     bad_steps, tracing = 0, False
@@ -160,14 +159,14 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         metrics.say(f'compiled  {name} in {clock.seconds["compile"] - before:.1f} s')
 
     def should_stop(step: int) -> bool:
-        # With several processes JAX takes the signal and all agree on the step.
+        # Several processes agree on the step.
         return checkpoints.reached_preemption(step) if jax.process_count() > 1 else stop.requested
 
     def evaluate(kind: str, rows: HeldoutBatches, step: int) -> Record:
         """Scores the parameters on held-out rows; raises _Stopped when a signal comes meanwhile."""
 
         def eval_batch(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
-            if jax.process_count() == 1 and stop.requested:
+            if stop.requested:
                 raise _Stopped
             with running('eval_step'):
                 return steps.eval_step(state, steps.put(batch))
@@ -206,7 +205,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         while True:
             # What is due now. Nothing of it depends on where this start of the run began.
             at_end, stopping = step == last_step, should_stop(step)
-            score_due = _due(step, config.eval.every, at_end) and not (scored and scored['step'] == step)
+            score_due = _due(step, config.eval.every, at_end) and not _covers(scored, step, watched)
             save_due = _due(step, config.checkpoint.every, at_end) and step != saved
             trace_ends = log.profile_start > 0 and step == log.profile_start + log.profile_steps - 1
             if score_due or save_due or at_end or stopping or trace_ends:
@@ -218,8 +217,9 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             try:
                 if score_due and not stopping:
                     scored = evaluate('eval', watched, step)
+                    checkpoints.learn(step, scored['loss'])
                 if at_end and not stopping and final is None:
-                    if watched is heldout and scored and scored['step'] == step:  # the very same rows
+                    if scored is not None and _covers(scored, step, heldout):  # the very same rows
                         final = scored
                         metrics.record('final', step, **_scores_of(final))
                     else:
@@ -238,6 +238,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
                 read_pending()
                 jax.profiler.start_trace(str(folder.path / 'profile'))
                 tracing = True
+                stack.callback(_end_trace)
             with clock.spend('data'):
                 batch = next(batches)
             with running('train_step'):
@@ -272,6 +273,17 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop, and after
 # ---------------------------------------------------------------------------------------------------------------------
+def _covers(scores: Record | None, step: int, rows: HeldoutBatches) -> bool:
+    """Whether these scores are of this step and of all these rows."""
+    return scores is not None and scores['step'] == step and scores['tokens'] == rows.num_tokens
+
+
+def _end_trace() -> None:
+    """Writes a trace that is still open, however the run ends."""
+    with contextlib.suppress(RuntimeError):  # it has ended
+        jax.profiler.stop_trace()
+
+
 def _due(step: int, every: int, at_end: bool) -> bool:
     return every > 0 and step > 0 and (at_end or step % every == 0)
 

@@ -55,11 +55,15 @@ class Workdir:
           UserError: the run here is of another configuration.
         """
         record = last(read(self.metrics), kind='run')
-        if record is None or record.get('event') != 'done' or record['step'] != config.train.steps:
+        if (
+            record is None
+            or record.get('event') != 'done'
+            or record['step'] != configs.get(config, 'train.steps', None)
+        ):
             return None
         try:
             self.require_same(config)
-        except (TypeError, ZeroDivisionError):  # a value that validate() refuses
+        except (TypeError, ZeroDivisionError, AttributeError, KeyError):  # what validate() refuses
             return None
         return record if (self.checkpoints / str(record['step'])).is_dir() else None
 
@@ -84,7 +88,10 @@ class Workdir:
         for path, text in ((self.config, configs.to_json(config)), (self.tokenizer, tokenizer_json)):
             scratch = path.with_name(f'.{path.name}.tmp')
             with explained(path):
-                scratch.write_text(text)
+                with scratch.open('w') as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
                 os.replace(scratch, path)
 
     @contextlib.contextmanager
@@ -113,7 +120,9 @@ class Workdir:
             finally:
                 if made and not self.config.exists():
                     (self.path / '.lock').unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):  # something else is in them
+                        if self.checkpoints.exists():
+                            self.checkpoints.rmdir()
                         self.path.rmdir()
 
 

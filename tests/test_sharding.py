@@ -97,3 +97,21 @@ def test_a_batch_that_does_not_split_is_refused(batch_size, accum):
     config = tiny_config(train__batch_size=batch_size, train__accum_steps=accum)
     with pytest.raises(ConfigError, match=r'train\.batch_size .* multiple of .*accum_steps'):
         step.make_steps(config, mesh_of(config, 4))
+
+
+def test_experts_multiply_only_their_devices_rows():
+    """Without a split by rows every device would sort and multiply all rows; the compiled buffers tell."""
+    config = configs.default()
+    config.model.update(dim=32, pattern=('attention+moe',))
+    config.train.batch_size, config.data.seq_len = 16, 128
+    pairs = 16 * 128 * config.model.moe.top_k
+    for data, fsdp in ((1, 1), (2, 2)):
+        config.mesh.update(data=data, fsdp=fsdp)
+        steps = step.make_steps(config, sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp]))
+        types = {key: 'bool' if key == 'loss_mask' else 'int32' for key in step.BATCH_KEYS}
+        batch = {key: jax.ShapeDtypeStruct((16, 128), dtype) for key, dtype in types.items()}
+        program = steps.train_step.lower(steps.abstract_state, batch).compile().as_text()
+        width = config.model.mlp.hidden_dim or 96 // config.model.moe.top_k
+        assert f'f32[{pairs // (data * fsdp)},{width}]' in program
+        if data * fsdp > 1:
+            assert f'f32[{pairs},' not in program

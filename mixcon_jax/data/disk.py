@@ -57,6 +57,6 @@ def explained(cache: Path) -> Iterator[None]:
             raise UserError(
                 f'data.cache_dir: {cache}: disk full; nothing half-written is left; free space or choose another folder'
             ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if code is not None:
             raise UserError(f'data.cache_dir: {cache}: cannot write here ({os.strerror(code)})') from error
         raise

@@ -16,6 +16,7 @@ from mixcon_jax import step as steps
 from mixcon_jax.data import files
 from mixcon_jax.data.loader import HeldoutBatches, heldout_from_texts
 from mixcon_jax.data.prepare import prepare, require_tokenizer
+from mixcon_jax.errors import UserError
 from mixcon_jax.inference import load_model
 
 
@@ -88,6 +89,11 @@ def evaluate(
     else:
         stores = prepare(config.data)
         require_tokenizer(stores, trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
+        if trained.data != tuple(store.fingerprint for store in stores):
+            raise UserError(
+                f'the text of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
+                ' restore it, or name files to score'
+            )
         batches = HeldoutBatches(config, stores, rows)
     graphdef, variables = nnx.split(trained.model)
 

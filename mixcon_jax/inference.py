@@ -23,6 +23,7 @@ class TrainedModel:
     tokenizer: tokenizers.Tokenizer
     config: ml_collections.ConfigDict
     step: int
+    data: tuple[str, ...]  # fingerprints of the token stores that it was trained on
 
 
 def load_model(workdir: str | Path, step: int | str | None = None) -> TrainedModel:
@@ -54,4 +55,4 @@ def load_model(workdir: str | Path, step: int | str | None = None) -> TrainedMod
             )
         states.append(to_state(trees[kind], template))
     tokenizer = tokenizers.from_json(meta.tokenizer, f'the tokenizer of checkpoint {meta.step}')
-    return TrainedModel(nnx.merge(graphdef, *states), tokenizer, config, meta.step)
+    return TrainedModel(nnx.merge(graphdef, *states), tokenizer, config, meta.step, meta.data)

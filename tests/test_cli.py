@@ -118,7 +118,7 @@ def test_training_refuses_bad_input_and_writes_nothing(trained, capsys, tmp_path
     experiment = trained / 'experiment.py'
     line = refused(capsys, 'train', '--config', experiment, '--workdir', tmp_path / 'run', argument)
     assert message in line
-    assert not list(tmp_path.glob('run/c*')), 'nothing half-written'
+    assert not (tmp_path / 'run').exists(), 'nothing half-written'
 
 
 def test_weights_that_do_not_exist_are_refused_and_can_be_corrected(trained, capsys, tmp_path):

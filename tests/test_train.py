@@ -52,6 +52,11 @@ def copy_of(folder: Path, tmp_path: Path, step: int) -> Path:
     return workdir
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, byte for byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
 def stop_at(monkeypatch, step: int, number: int) -> None:
     """Sends this process a signal when the metrics of a step are read."""
     original = Metrics.train
@@ -151,6 +156,9 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(folder, tmp_p
     assert last(read(tmp_path / 'run' / 'metrics.jsonl'), kind='eval') is None
     train(small_config(folder), tmp_path / 'run')
     assert outcome(tmp_path / 'run') == outcome(folder / 'whole')
+    for workdir in (tmp_path / 'run', folder / 'whole'):
+        losses = Checkpoints(workdir / 'checkpoints', read_only=True)._losses
+        assert losses == {r['step']: r['loss'] for r in read(workdir / 'metrics.jsonl') if r['kind'] == 'eval'}
 
 
 def test_a_damaged_newest_checkpoint_costs_only_time(folder, tmp_path, capsys):
@@ -232,9 +240,35 @@ def test_changed_text_is_refused(folder, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 2, signal.SIGTERM)
         train(config, tmp_path / 'run')
+    before = contents(tmp_path / 'run')
     write_corpus(tmp_path / 'corpus', seed=1)
     with pytest.raises(UserError, match='data'):
         train(config, tmp_path / 'run')
+    assert contents(tmp_path / 'run') == before
+
+
+def test_text_that_was_copied_but_not_changed_goes_on(folder, tmp_path):
+    config = small_config(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2, signal.SIGTERM)
+        train(config, tmp_path / 'run')
+    for path in (tmp_path / 'corpus').iterdir():
+        path.touch()
+    assert train(config, tmp_path / 'run').exit_code == DONE
+
+
+def test_the_final_scores_cover_all_rows_whatever_was_watched_before_an_interruption(folder, tmp_path):
+    workdir = copy_of(folder, tmp_path, 4)
+    fewer = small_config(folder, eval__max_rows=2)
+    with pytest.MonkeyPatch.context() as patch:
+        original = train_module.score
+        interrupt = lambda b, rows, step: signal.raise_signal(signal.SIGTERM) or original(b, rows, step)
+        patch.setattr(
+            train_module, 'score', lambda b, rows, step: (interrupt if rows.num_rows > 2 else original)(b, rows, step)
+        )
+        assert train(fewer, workdir).exit_code == STOPPED
+    result = train(small_config(folder), workdir)
+    assert result.metrics == train(small_config(folder), folder / 'whole').metrics
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_later(folder, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def _read_jsonl(path: str, text_field: str) -> Iterator[Document]:
                 end = '' if line.endswith(b'\n') else '; it has no line end: is the file truncated?'
                 raise UserError(f'{where}: not valid JSON ({error.msg} at column {error.colno}){end}') from error
             except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-                raise UserError(f'{where}: JSON that cannot be read ({type(error).__name__})') from error
+                raise UserError(f'{where}: not valid JSON (nested too deeply, or a number too long)') from error
             yield Document(text_of(record, text_field, where), where)
 
 

@@ -5,13 +5,14 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
 
 from mixcon_jax import goodput
 from mixcon_jax.checkpoints import Meta, load_params
-from mixcon_jax.data import HeldoutBatches, Tokenizer, TrainBatches
+from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
 from mixcon_jax.metrics import short
@@ -94,8 +95,8 @@ def banner(
     config: ml_collections.ConfigDict,
     folder: Workdir,
     steps: Steps,
-    train_batches: TrainBatches,
-    heldout: HeldoutBatches,
+    train_batches: Any,
+    heldout: Any,
     tokenizer: Tokenizer,
 ) -> None:
     model, counts, device = config.model, accounting.parameter_count(config.model), jax.devices()[0]
@@ -108,14 +109,15 @@ def banner(
         f'          {counts.total:,} parameters, {counts.active:,} active per token'
         + (f", {counts.conba:,} of them Conba's additions" if counts.conba else '')
     )
-    say(
-        f'data      {", ".join(config.data.sources)}: {train_batches.num_tokens:,} training tokens,'
-        f' {heldout.num_tokens:,} held out, vocabulary {tokenizer.vocab_size:,}'
-    )
-    epochs = ', '.join(short(epoch) for epoch in train_batches.epochs(config.train.steps))
+    if train_batches.num_tokens is None:  # a task
+        data, epochs = f'made as needed, {heldout.num_tokens:,} answers held out', ''
+    else:
+        data = f'{train_batches.num_tokens:,} training tokens, {heldout.num_tokens:,} held out'
+        epochs = f', {", ".join(short(epoch) for epoch in train_batches.epochs(config.train.steps))} epochs'
+    say(f'data      {", ".join(config.data.sources)}: {data}, vocabulary {tokenizer.vocab_size:,}')
     say(
         f'training  {config.train.steps:,} steps of {config.train.batch_size} x {config.data.seq_len} tokens:'
-        f' {short(tokens)}, {epochs} epochs'
+        f' {short(tokens)}{epochs}'
     )
     if peak_flops(config) is None:
         say(f'          no MFU: the peak of {device.device_kind!r} is not known; set log.peak_flops')

@@ -1,11 +1,15 @@
-"""The ``mixcon`` command: train, eval, generate, config and data, each a thin shell around one function."""
+"""The ``mixcon`` command: train, eval, generate, report, config and data, each a thin shell around one function."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mixcon_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mixcon_jax.evaluate import Scores
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -18,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     known, rest = parser.parse_known_args(argv)
     try:
-        overrides = _overrides(rest, takes=hasattr(known, 'config'))
+        command = f'mixcon {" ".join(sys.argv[1:2])}'
+        overrides = parse_overrides(rest, command, takes=hasattr(known, 'config'))
         code = known.run(known, overrides)
     except UserError as error:
         sys.exit(_complain(str(error)))
@@ -73,6 +78,16 @@ def build_parser() -> argparse.ArgumentParser:
     takes_config(command)
     command.add_argument('--help-options', action='store_true', help='print every option with its meaning instead')
 
+    command = add('report', _report, 'Turn run directories, also unfinished ones, into tables and figures.')
+    command.add_argument('folders', nargs='+', metavar='FOLDER', help='run directories, or folders above some')
+    command.add_argument('--out', metavar='DIR', help='folder to write to (default: report in the first FOLDER)')
+    command.add_argument('--baseline', metavar='NAME', help='arm to compare the others with (default: the first)')
+
+    command = add('watch', _watch, 'Show runs in the terminal as they train: a table of all, one in detail.')
+    command.add_argument('folders', nargs='+', metavar='DIR', help='a run, or any folder that holds runs')
+    command.add_argument('--once', action='store_true', help='print one snapshot; so does output that is no terminal')
+    command.add_argument('--interval', type=float, default=2.0, help='seconds between two looks (default: 2)')
+
     data = commands.add_parser('data', help='Prepare text for training.', allow_abbrev=False)
     actions = data.add_subparsers(metavar='action', required=True)
     command = add('prepare', _prepare, 'Train or load the tokenizer and write the token stores.', actions)
@@ -106,11 +121,23 @@ def _eval(known: argparse.Namespace, overrides: list[str]) -> int:
     if known.batch_size < 0:
         raise UserError(f'--batch-size {known.batch_size} must be at least 1')
     scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size)
-    print(
-        f'step {scores.step}: loss {scores.loss:.4f} nats per token, perplexity {scores.perplexity:.2f}, '
-        f'{scores.bits_per_byte:.4f} bits per byte, over {scores.tokens:,} tokens of {scores.bytes:,} bytes'
-    )
+    print(f'step {scores.step}: {_described(scores)}')
     return 0
+
+
+def _described(scores: 'Scores') -> str:
+    """Scores in a line or, of a task with several lengths, a line each."""
+    start = f'loss {scores.loss:.4f} nats per token, '
+    if scores.bits_per_byte is not None:
+        return (
+            f'{start}perplexity {scores.perplexity:.2f}, {scores.bits_per_byte:.4f} bits per byte, '
+            f'over {scores.tokens:,} tokens of {scores.bytes:,} bytes'
+        )
+    lines = [f'{start}accuracy {scores.accuracy:.4f} over {scores.tokens:,} answers']
+    if len(scores.by_length) > 1:
+        for length, part in scores.by_length.items():
+            lines.append(f'  {length:6} tokens: accuracy {part.accuracy:.4f} over {part.tokens:,} answers')
+    return '\n'.join(lines)
 
 
 def _generate(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -144,6 +171,12 @@ def _config(known: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _watch(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.watch import watch
+
+    return watch(known.folders, known.once, known.interval)
+
+
 def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax import config as configs
     from mixcon_jax.data.prepare import baselines, prepare
@@ -161,6 +194,14 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _report(known: argparse.Namespace, overrides: list[str]) -> int:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # shapes are all it needs: the accelerators are the runs'
+    from mixcon_jax.report import report
+
+    report(known.folders, known.out, known.baseline)
+    return 0
+
+
 # ----- arguments ----------------------------------------------------------------------------------------------------
 
 
@@ -173,13 +214,22 @@ def _step(text: str) -> int | str | None:
     raise UserError(f'--step {text!r} must be a number, "best" or "last"')
 
 
-def _overrides(rest: Sequence[str], takes: bool) -> list[str]:
-    """Turns ``--config.key=value`` and ``--config.key value`` into ``key=value``."""
+def parse_overrides(rest: Sequence[str], command: str, takes: bool = True) -> list[str]:
+    """Turns ``--config.key=value`` and ``--config.key value`` into ``key=value``.
+
+    Args:
+      rest: arguments that the parser of ``command`` did not know.
+      command: whose help is named when one of them is something else.
+      takes: whether the command takes a configuration at all.
+
+    Raises:
+      UserError: an argument is unknown or has no value.
+    """
     overrides, rest = [], list(rest)
     while rest:
         argument = rest.pop(0)
         if not takes or not argument.startswith('--config.'):
-            raise UserError(f'unknown argument {argument}; see `mixcon {" ".join(sys.argv[1:2])} --help`')
+            raise UserError(f'unknown argument {argument}; see `{command} --help`')
         key, separator, value = argument.removeprefix('--config.').partition('=')
         if not separator:
             if not rest or rest[0].startswith('--'):

@@ -73,19 +73,29 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
 
 def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a copy with numbers and tuples in their option's type: ``1`` for a float is ``1.0``, ``'a,b'`` splits."""
-    config = ml_collections.ConfigDict(config.to_dict())
+    values = config.to_dict()  # a plain one: setting a ConfigDict's entries to another type is slow
     for key, option in leaves():
-        value = get(config, key, None)
+        *path, name = key.split('.')
+        group = _group(values, path)
+        value = group.get(name)
         if isinstance(option.default, float) and type(value) is int:
-            put(config, key, float(value))
+            group[name] = float(value)
         elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
             items = [value] if isinstance(value, str) else list(value)
             if option.element is str and len(items) == 1:  # as the command line gives it
                 items = [part.strip() for part in str(items[0]).split(',') if part.strip()]
             if option.element is float:
                 items = [float(item) if type(item) is int else item for item in items]
-            put(config, key, tuple(items))
-    return config
+            group[name] = tuple(items)
+    return ml_collections.ConfigDict(values)
+
+
+def _group(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The dict at a path of nested ones; a new one where there is none."""
+    for name in path:
+        found = values.get(name)
+        values = found if isinstance(found, dict) else {}
+    return values
 
 
 def get(config: ml_collections.ConfigDict, key: str, *default: Any) -> Any:
@@ -139,11 +149,12 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Reads ``config.to_dict()``'s form, also after a round trip through JSON."""
-    config = default()
+    config = default().to_dict()
     for key, value in flatten(ml_collections.ConfigDict(dict(values))).items():
         _option(key)
-        put(config, key, value)
-    return canonical(config)
+        *path, name = key.split('.')
+        _group(config, path)[name] = value
+    return canonical(ml_collections.ConfigDict(config))
 
 
 def read(path: str | Path) -> ml_collections.ConfigDict:
@@ -240,6 +251,13 @@ def _check_model(model: ml_collections.ConfigDict) -> None:
 
 
 def _check_data(data: ml_collections.ConfigDict) -> None:
+    if any(spec.startswith('synthetic:') for spec in data.sources):
+        from mixcon_jax.data import synthetic
+
+        try:
+            synthetic.check(data)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     if data.weights and len(data.weights) != len(data.sources):
         raise ConfigError(
             f'data.weights has {len(data.weights)} numbers for {len(data.sources)} data.sources; give one each, or none'

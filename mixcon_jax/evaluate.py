@@ -14,10 +14,20 @@ from flax import nnx
 
 from mixcon_jax import step as steps
 from mixcon_jax.data import files
-from mixcon_jax.data.loader import HeldoutBatches, heldout_from_texts
-from mixcon_jax.data.prepare import prepare, require_tokenizer
+from mixcon_jax.data.dataset import open_dataset
+from mixcon_jax.data.loader import heldout_from_texts
+from mixcon_jax.data.prepare import require_tokenizer
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Scores over the rows of one length: mean cross-entropy in nats, accuracy, and the number of scored tokens."""
+
+    loss: float
+    accuracy: float
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +37,20 @@ class Scores:
     Attributes:
       step: the checkpoint's step.
       loss: mean cross-entropy in nats per token.
-      bits_per_byte: the sum of the cross-entropy in bits over the bytes of the original text.
+      accuracy: share of the tokens to which no other was preferred.
+      bits_per_byte: the sum of the cross-entropy in bits over the bytes of the original text; None without text.
       tokens: scored tokens, each document's end included.
       bytes: bytes of the original text.
+      by_length: the same by the rows' number of tokens T.
     """
 
     step: int
     loss: float
-    bits_per_byte: float
+    accuracy: float
+    bits_per_byte: float | None
     tokens: int
     bytes: int
+    by_length: Mapping[int, Part]
 
     @property
     def perplexity(self) -> float:
@@ -44,25 +58,29 @@ class Scores:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def score(
-    eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], batches: HeldoutBatches, step: int
-) -> Scores:
+def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], batches: Any, step: int) -> Scores:
     """Scores every row of ``batches``.
 
     Args:
-      eval_batch: batch -> ``{'nll': sum of nats, 'tokens': their number}``; results are fetched one batch late, so that
-        the device never waits.
-      batches: held-out rows, each target once.
+      eval_batch: batch -> ``{'nll': sum of nats, 'correct': right predictions, 'tokens': their number}``; results are
+        fetched one batch late, so that the device never waits.
+      batches: held-out rows, each target once: ``HeldoutBatches`` or ``SyntheticHeldout``.
       step: what to call the checkpoint.
     """
-    nll, tokens, pending = 0.0, 0, None
-    for result in itertools.chain(map(eval_batch, batches), [None]):
+    sums: dict[int, list[float]] = {}  # of each length: nats, right predictions, tokens
+    pending = None
+    dispatched = ((batch['tokens'].shape[1], eval_batch(batch)) for batch in batches)
+    for item in itertools.chain(dispatched, [None]):
         if pending is not None:
-            nll, tokens = nll + float(pending['nll']), tokens + int(pending['tokens'])
-        pending = result
-    return Scores(
-        step, nll / max(tokens, 1), nll / math.log(2) / max(batches.num_bytes, 1), tokens, round(batches.num_bytes)
-    )
+            length, result = pending
+            values = (float(result['nll']), float(result['correct']), int(result['tokens']))
+            sums[length] = [a + b for a, b in zip(sums.get(length, (0.0, 0.0, 0)), values, strict=True)]
+        pending = item
+    parts = {length: Part(n / max(t, 1), c / max(t, 1), int(t)) for length, (n, c, t) in sums.items()}
+    nll, correct, tokens = (sum(values) for values in zip(*sums.values(), strict=True))
+    bits = nll / math.log(2) / batches.num_bytes if batches.num_bytes else None
+    most = max(tokens, 1)
+    return Scores(step, nll / most, correct / most, bits, int(tokens), round(batches.num_bytes), parts)
 
 
 def evaluate(
@@ -87,14 +105,14 @@ def evaluate(
         documents = [document.text for file in found for document in files.read(file, config.data.text_field)]
         batches = heldout_from_texts(documents, trained.tokenizer, config, rows)
     else:
-        stores = prepare(config.data)
-        require_tokenizer(stores, trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
-        if trained.data != tuple(store.fingerprint for store in stores):
+        dataset = open_dataset(config)
+        require_tokenizer(dataset.stores, trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
+        if trained.data != dataset.identity:
             raise UserError(
                 f'the text of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
                 ' restore it, or name files to score'
             )
-        batches = HeldoutBatches(config, stores, rows)
+        batches = dataset.heldout_batches(rows)
     graphdef, variables = nnx.split(trained.model)
 
     @jax.jit

@@ -2,12 +2,29 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixcon_jax.sharding import constrain
+
+
+class Sums(NamedTuple):
+    """Sums over the scored tokens.
+
+    Attributes:
+      total: what to differentiate, nll + z_coef * z; the others carry no gradient.
+      nll: cross-entropy, in nats.
+      z: logsumexp squared.
+      correct: targets that no other token's logit exceeds.
+    """
+
+    total: Float[Array, '']
+    nll: Float[Array, '']
+    z: Float[Array, '']
+    correct: Float[Array, '']
 
 
 def cross_entropy(
@@ -19,7 +36,7 @@ def cross_entropy(
     chunk: int,
     z_coef: float = 0.0,
     shards: int = 1,
-) -> tuple[Float[Array, ''], Float[Array, ''], Float[Array, '']]:
+) -> Sums:
     """Sums of the cross-entropy over the masked tokens.
 
     Products run in the type of ``hidden`` and accumulate in float32, the type of logits and logsumexp. Gradients are
@@ -34,9 +51,6 @@ def cross_entropy(
       chunk: tokens at a time on each device.
       z_coef: weight of the z-loss, logsumexp(logits)^2 (PaLM, Chowdhery et al., 2022).
       shards: into how many parts the devices split the rows; each goes through chunks of its own.
-
-    Returns:
-      The sum to differentiate, nll + z_coef * z; then nll (nats) and z (logsumexp squared), which carry no gradient.
     """
     batch, length = targets.shape
     tokens = batch // shards * length
@@ -51,29 +65,35 @@ def cross_entropy(
 
     # Gathered here, once, rather than inside the loop, once a chunk.
     head = constrain(head.astype(hidden.dtype), None, 'vocab')
-    return _sums(split(hidden), head, split(targets), split(mask), z_coef)
+    return Sums(*_sums(split(hidden), head, split(targets), split(mask), z_coef))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sums(h: Array, head: Array, targets: Array, mask: Array, z_coef: float) -> tuple[Array, Array, Array]:
+def _sums(h: Array, head: Array, targets: Array, mask: Array, z_coef: float) -> tuple[Array, ...]:
     """The sums over chunks of tokens `[chunks, shards, size, ...]`, without gradients."""
 
     def body(sums: Array, xs: tuple) -> tuple[Array, None]:
         h, targets, mask = xs
         return sums + _chunk_sums(h, head, targets, mask)[0], None
 
-    zeros = jnp.zeros((2,), jnp.promote_types(h.dtype, jnp.float32))
-    (nll, z), _ = jax.lax.scan(body, zeros, (h, targets, mask))
-    return nll + z_coef * z, nll, z
+    zeros = jnp.zeros((3,), jnp.promote_types(h.dtype, jnp.float32))
+    sums, _ = jax.lax.scan(body, zeros, (h, targets, mask))
+    return _with_total(sums, z_coef)
+
+
+def _with_total(sums: Array, z_coef: float) -> tuple[Array, ...]:
+    nll, z, correct = sums
+    return nll + z_coef * z, nll, z, correct
 
 
 def _chunk_sums(h: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    """One chunk's (nll, z), and what its gradient is made of: logits, their logsumexp, the targets' places."""
+    """One chunk's (nll, z, correct), and what its gradient is made of: logits, their logsumexp, the targets' places."""
     logits = jnp.einsum('scd,dv->scv', h, head, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
     lse = jax.nn.logsumexp(logits, axis=-1)
     hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    nll = lse - jnp.sum(jnp.where(hit, logits, 0), axis=-1)
-    return jnp.stack([jnp.sum(jnp.where(mask, value, 0)) for value in (nll, lse * lse)]), (logits, lse, hit)
+    wanted = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    values = (lse - wanted, lse * lse, (wanted >= logits.max(axis=-1)).astype(lse.dtype))
+    return jnp.stack([jnp.sum(jnp.where(mask, value, 0)) for value in values]), (logits, lse, hit)
 
 
 def _sums_forward(h: Array, head: Array, targets: Array, mask: Array, z_coef: float) -> tuple[tuple, tuple]:
@@ -91,8 +111,8 @@ def _sums_forward(h: Array, head: Array, targets: Array, mask: Array, z_coef: fl
 
     # Every shard adds up a gradient of its own; they meet once, after the loop.
     d_head = constrain(jnp.zeros((shards, *head.shape), wide), 'batch', None, 'vocab')
-    (sums, d_head), d_h = jax.lax.scan(body, (jnp.zeros((2,), wide), d_head), (h, targets, mask))
-    return (sums[0] + z_coef * sums[1], sums[0], sums[1]), (d_h, d_head.sum(axis=0).astype(head.dtype))
+    (sums, d_head), d_h = jax.lax.scan(body, (jnp.zeros((3,), wide), d_head), (h, targets, mask))
+    return _with_total(sums, z_coef), (d_h, d_head.sum(axis=0).astype(head.dtype))
 
 
 def _sums_backward(z_coef: float, residuals: tuple[Array, Array], cotangents: tuple) -> tuple:

@@ -277,7 +277,10 @@ class WeightsAndBiases:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """A record's numbers by a slashed name; of statistics the mean over blocks and, of vectors, the largest."""
+    """A record's numbers by a slashed name; of statistics the mean over blocks.
+
+    Of vectors, such as the experts' load, the largest element bears the name, and the smallest the name with ``_min``.
+    """
     if record['kind'] not in ('train', 'eval', 'final'):
         return {}
     values = {}
@@ -288,6 +291,8 @@ def scalars(record: Record) -> dict[str, float]:
             for name, item in value.items():
                 array = np.array(item, np.float64)
                 values[f'{key}/{name}'] = float(array.max(axis=-1).mean() if array.ndim > 1 else array.mean())
+                if array.ndim > 1:
+                    values[f'{key}/{name}_min'] = float(array.min(axis=-1).mean())
         elif isinstance(value, int | float):
             values[f'{record["kind"]}/{key}'] = float(value)
     return values

@@ -130,7 +130,8 @@ OPTIONS: dict[str, Any] = {
     'data': {
         'sources': Option(
             ('stdlib',),
-            'Text: "stdlib", "files:GLOB" (.txt .jsonl .parquet, also .gz .zst), "huggingface:NAME[/SUBSET]" or "store:PATH".',
+            'Text: "stdlib", "files:GLOB" (.txt .jsonl .parquet, also .gz .zst), "huggingface:NAME[/SUBSET]" or "store:PATH";'
+            ' or a task: "synthetic:selective_copying", "synthetic:induction" or "synthetic:mqar".',
             Check(lambda value: len(value) > 0, 'at least one source'), element=str,
         ),
         'weights': Option((), 'Sampling weight of each source; empty means by size.', element=float),
@@ -143,6 +144,18 @@ OPTIONS: dict[str, Any] = {
         'packing': Option(True, 'Pack several documents into a row; off gives each row one document.'),
         'prefetch': Option(8, 'Batches prepared ahead.', COUNT),
         'num_threads': Option(2, 'Threads that read rows.', POSITIVE),
+        'synthetic': {
+            'symbols': Option(16, 'Symbols that a synthetic task uses.', at_least(2)),
+            'num_items': Option(8, 'What there is to remember: symbols to copy, or pairs; induction has always one.', POSITIVE),
+            'min_items': Option(0, 'Items at the beginning of the curriculum; 0 means num_items.', COUNT),
+            'min_length': Option(0, 'Tokens of a sequence at the beginning of the curriculum; 0 means data.seq_len.', COUNT),
+            'curriculum_steps': Option(0, 'Steps until the curriculum reaches data.seq_len and num_items; 0 is none.', COUNT),
+            'eval_lengths': Option(
+                (), 'Tokens of the sequences that are scored; empty means data.seq_len.',
+                Check(lambda value: all(v >= 2 for v in value), 'lengths of at least 2'), element=int,
+            ),
+            'eval_rows': Option(256, 'Sequences that are scored at each length.', POSITIVE),
+        },
     },
     'optim': {
         'name': Option('adamw', 'Optimizer.', one_of('adamw', 'muon', 'lion', 'adafactor')),

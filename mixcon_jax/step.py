@@ -67,7 +67,7 @@ class Steps:
       groups: optimizer group and decay of every parameter, by name.
       init_state: makes the state of step 0, each device only its own part; the same on every mesh.
       train_step: ``(state, batch) -> (state, metrics)``, jitted; the old state's buffers are reused.
-      eval_step: ``(state, batch) -> {'nll', 'tokens'}``, jitted: nats and number of the scored tokens.
+      eval_step: ``(state, batch) -> {'nll', 'correct', 'tokens'}``, jitted: sums over the scored tokens.
       put: makes a global batch on the devices from this process's rows.
       model: ``state -> Decoder`` with the state's parameters.
     """
@@ -182,11 +182,11 @@ def microbatch_loss(
 
     Returns:
       The loss to differentiate, in nats per token plus weighted auxiliary losses, and metrics: ``loss`` (the
-      cross-entropy alone), ``z_loss``, the auxiliary losses unweighted, and the model's ``stats``.
+      cross-entropy alone), ``z_loss``, ``accuracy``, the auxiliary losses unweighted, and the model's ``stats``.
     """
     context = Context(batch['segment_ids'], batch['positions'], rng=rng, train=True)
     hidden, _, aux = model(batch['tokens'], context)
-    total, nll, z = cross_entropy(
+    sums = cross_entropy(
         hidden,
         model.head(),
         batch['targets'],
@@ -197,9 +197,10 @@ def microbatch_loss(
     )
     part = 1.0 / config.train.accum_steps
     losses = {name: value * part for name, value in aux['losses'].items()}
-    loss = total / tokens + sum(loss_coefficient(config, name) * value for name, value in losses.items())
+    loss = sums.total / tokens + sum(loss_coefficient(config, name) * value for name, value in losses.items())
     stats = jax.tree.map(lambda value: value * part, aux['stats'])
-    return loss, {'loss': nll / tokens, 'z_loss': z / tokens, 'stats': stats, **losses}
+    means = {'loss': sums.nll / tokens, 'z_loss': sums.z / tokens, 'accuracy': sums.correct / tokens}
+    return loss, means | {'stats': stats} | losses
 
 
 def loss_coefficient(config: ml_collections.ConfigDict, name: str) -> float:
@@ -254,9 +255,10 @@ def train_step(
     the optimizer's state, its own count included, stay as they were.
 
     Returns:
-      The new state, and metrics: ``loss`` (nats per token, without auxiliary terms), ``z_loss``, ``balance`` and
-      ``router_z`` where there are experts (all unweighted), ``grad_norm`` (before clipping), ``learning_rate``,
-      ``tokens`` (scored), ``bad``, ``bad_steps``, ``skipped``, and ``stats``, the model's own.
+      The new state, and metrics: ``loss`` (nats per token, without auxiliary terms), ``z_loss``, ``accuracy``
+      (share of scored tokens predicted right), ``balance`` and ``router_z`` where there are experts (all unweighted),
+      ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (all that are no padding), ``bad``, ``bad_steps``,
+      ``skipped``, and ``stats``, the model's own.
     """
     key = jax.random.fold_in(jax.random.key(config.seed + config.train.seed_noise), state.step)
     tokens = jnp.sum(batch['loss_mask'], dtype=jnp.int32)
@@ -297,7 +299,7 @@ def train_step(
     metrics |= {
         'grad_norm': grad_norm,
         'learning_rate': config.optim.learning_rate * rate,
-        'tokens': tokens,
+        'tokens': jnp.sum(batch['segment_ids'] > 0, dtype=jnp.int32),
         'bad': bad,
         'bad_steps': state.bad_steps,
         'skipped': state.skipped,
@@ -324,14 +326,12 @@ def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tr
 
 
 def eval_step(config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch) -> dict[str, Array]:
-    """Sums over a batch's scored tokens: ``nll`` in nats, and their number ``tokens``."""
+    """Sums over a batch's scored tokens: ``nll`` in nats, those predicted right, ``correct``, and all, ``tokens``."""
     context = Context(batch['segment_ids'], batch['positions'], train=False)
     hidden, _, _ = model(batch['tokens'], context)
     mask = batch['loss_mask']
-    _, nll, _ = cross_entropy(
-        hidden, model.head(), batch['targets'], mask, chunk=config.train.loss_chunk, shards=shards
-    )
-    return {'nll': nll, 'tokens': jnp.sum(mask, dtype=jnp.int32)}
+    sums = cross_entropy(hidden, model.head(), batch['targets'], mask, chunk=config.train.loss_chunk, shards=shards)
+    return {'nll': sums.nll, 'correct': sums.correct, 'tokens': jnp.sum(mask, dtype=jnp.int32)}
 
 
 def load_params_into(state: TrainState, params: Tree) -> TrainState:

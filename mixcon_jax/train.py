@@ -18,9 +18,7 @@ import numpy as np
 from mixcon_jax import begin
 from mixcon_jax import config as configs
 from mixcon_jax.checkpoints import Checkpoints, Meta
-from mixcon_jax.data import HeldoutBatches, TrainBatches, baselines, prepare
-from mixcon_jax.data import tokenizer as tokenizers
-from mixcon_jax.data.store import read_file
+from mixcon_jax.data import open_dataset
 from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import Scores, score
 from mixcon_jax.fingerprint import fingerprint
@@ -44,8 +42,9 @@ class Result:
       exit_code: 0 done, 75 stopped by a signal and saved, 3 aborted on steps that were not finite.
       step: steps made.
       fingerprint: hash of the parameters of a run that is done, else empty.
-      metrics: of a run that is done, those of the final evaluation: loss, perplexity, bits_per_byte, tokens, bytes and
-        baselines (``gzip`` and ``unigram``, in bits per byte of the same text).
+      metrics: of a run that is done, those of the final evaluation: loss, perplexity, accuracy, bits_per_byte (None
+        without text), tokens, bytes, by_length where there are several, and baselines (of text ``gzip`` and ``unigram``
+        in bits per byte, of a task ``chance``).
     """
 
     exit_code: int
@@ -97,16 +96,14 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
 
     # ----- Data, model, files ----------------------------------------------------------------------------------------
     with clock.spend('startup'):
-        stores = prepare(config.data)
-        tokenizer_json = read_file(stores[0].path, 'tokenizer.json')
-        tokenizer = tokenizers.from_json(tokenizer_json, stores[0].tokenizer)
+        dataset = open_dataset(config)
+        tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         begin.require_vocabulary(config, tokenizer)
         share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-        train_batches = TrainBatches(config, stores, **share)
-        heldout = watched = HeldoutBatches(config, stores, config.eval.batch_size, **share)
+        train_batches = dataset.train_batches(**share)
+        heldout = watched = dataset.heldout_batches(config.eval.batch_size, **share)
         if config.eval.max_rows:  # fewer rows during the run
-            rows = config.eval.max_rows
-            watched = HeldoutBatches(config, stores, config.eval.batch_size, max_rows=rows, **share)
+            watched = dataset.heldout_batches(config.eval.batch_size, config.eval.max_rows, **share)
 
         steps = make_steps(config, make_mesh(config.mesh))
         flops = accounting.flops_per_token(config.model, config.data.seq_len)
@@ -124,10 +121,9 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         # 4. At step 0 with initial weights.
         newest = last(read(folder.metrics), kind='checkpoint')
         restored = checkpoints.restore(steps.abstract_state, expected=newest['step'] if newest else None)
-        identity = tuple(store.fingerprint for store in stores)
         if restored is not None:
             state, meta = restored
-            begin.require_same_data(meta, identity, tokenizer)
+            begin.require_same_data(meta, dataset.identity, tokenizer)
             metrics.say(f'going on after step {meta.step} of {last_step}')
         else:
             state, meta = steps.init_state(), Meta(0, config.to_dict())
@@ -162,7 +158,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         # Several processes agree on the step.
         return checkpoints.reached_preemption(step) if jax.process_count() > 1 else stop.requested
 
-    def evaluate(kind: str, rows: HeldoutBatches, step: int) -> Record:
+    def evaluate(kind: str, rows: Any, step: int) -> Record:
         """Scores the parameters on held-out rows; raises _Stopped when a signal comes meanwhile."""
 
         def eval_batch(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
@@ -182,7 +178,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             note(checkpoints.wait())
             metrics.sync()  # a checkpoint must never be ahead of the records
             loss = next((scores['loss'] for scores in (scored, final) if scores and scores['step'] == step), None)
-            contents = Meta(step, config.to_dict(), tokenizer_json, identity, metrics.tokens_seen, loss)
+            contents = Meta(step, config.to_dict(), tokenizer_json, dataset.identity, metrics.tokens_seen, loss)
             checkpoints.save(state, contents)
 
     def note(complete: int | None) -> None:
@@ -261,7 +257,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         return Result(STOPPED, step)
     assert final is not None  # the loop ends with it
     digest = fingerprint(state.params)
-    result = _scores_of(final) | {'baselines': baselines(stores)}
+    result = _scores_of(final) | {'baselines': dataset.baselines()}
     record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result
     metrics.record('run', step, event='done', **record, **_spent(clock))
     metrics.sync()
@@ -273,7 +269,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop, and after
 # ---------------------------------------------------------------------------------------------------------------------
-def _covers(scores: Record | None, step: int, rows: HeldoutBatches) -> bool:
+def _covers(scores: Record | None, step: int, rows: Any) -> bool:
     """Whether these scores are of this step and of all these rows."""
     return scores is not None and scores['step'] == step and scores['tokens'] == rows.num_tokens
 
@@ -303,11 +299,13 @@ def _abort(step: int, bad_steps: int, metrics: Metrics, checkpoints: Checkpoints
 
 
 def _values(scores: Scores) -> dict[str, Any]:
-    return {key: getattr(scores, key) for key in SCORES}
+    """Scores as a record holds them; by length where there are several."""
+    by_length = {str(length): dataclasses.asdict(part) for length, part in scores.by_length.items()}
+    return {key: getattr(scores, key) for key in SCORES} | ({'by_length': by_length} if len(by_length) > 1 else {})
 
 
 def _scores_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in SCORES}
+    return {key: record[key] for key in (*SCORES, 'by_length') if key in record}
 
 
 def _spent(clock: Clock) -> dict[str, Any]:

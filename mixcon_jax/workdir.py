@@ -30,8 +30,8 @@ FREE = (
     'train.max_bad_steps',
 )  # fmt: skip
 
-SCORES = ('loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes')
-BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams'}
+SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
+BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance'}
 
 
 class Workdir:
@@ -151,7 +151,10 @@ def explained(path: Path) -> Iterator[None]:
 
 def describe(values: Mapping[str, Any]) -> str:
     """Scores in a line."""
-    numbers = {key: math.nan if values[key] is None else values[key] for key in SCORES}
+    numbers = {key: math.nan if values.get(key) is None else values[key] for key in SCORES}
+    if not values['bytes']:  # a task
+        lengths = ', '.join(f'{length}: {part["accuracy"]:.3f}' for length, part in values.get('by_length', {}).items())
+        return f'loss {numbers["loss"]:.4f} · accuracy {numbers["accuracy"]:.4f}' + (f' ({lengths})' if lengths else '')
     return (
         f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f}'
         f' · {numbers["bits_per_byte"]:.4f} bits per byte'

@@ -118,8 +118,9 @@ def test_step_knows_neither_data_nor_files(name: str):
 @pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'experiments')])
 def test_experiments_are_data(name: str):
     """An experiment file only describes: reading it must start nothing and load no accelerator."""
-    allowed = {'experiments', 'mixcon_jax.models.presets', *FOUNDATION}
+    allowed = {'experiments', 'mixcon_jax.models.presets', 'mixcon_jax.models.accounting', *FOUNDATION}
     assert all(any_within(other, allowed) for other in ours(name)), ours(name)
+    assert 'mixcon_jax.models.accounting' not in imports(name, lazy=False), 'only sweep() may count parameters'
     assert not {other for other in imports(name) if other.split('.')[0] in ('jax', 'flax', 'optax', 'orbax')}
 
 

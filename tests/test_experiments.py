@@ -1,11 +1,13 @@
 """Every experiment file loads, validates and says what it is."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
 
 from mixcon_jax import config as configs
+from mixcon_jax import sweeps
 from mixcon_jax.models import accounting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,3 +32,53 @@ def test_the_quickstart_is_a_whole_mixcon():
 def test_the_papers_model_takes_a_preset(preset):
     config = configs.load(f'{ROOT}/experiments/mixcon/paper.py:{preset}')
     assert config.model.conba.state_scaling == ('output' if preset == 'conba' else 'readout')
+
+
+@functools.cache
+def load_cases(path):
+    return sweeps.cases(path)
+
+
+SWEEPS = [path for path in FILES if 'def sweep(' in path.read_text()]
+
+
+@pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)
+def test_every_case_of_a_sweep_is_valid_and_every_seed_has_the_same_arms(path):
+    found = load_cases(str(path))
+    arms: dict[int, list[str]] = {}
+    for case in found:
+        arms.setdefault(case.config.seed, []).append(case.name)
+    assert len(arms) >= 3 and len({tuple(names) for names in arms.values()}) == 1, arms
+
+
+@pytest.mark.parametrize('argument', ['', ':long'])
+def test_the_arms_of_the_ratio_have_equal_parameters_and_tokens(argument):
+    found = load_cases(f'{ROOT}/experiments/ablations/attention_conba_ratio.py{argument}')
+    counts = {case.name: accounting.parameter_count(case.config.model).total for case in found if not case.config.seed}
+    assert max(counts.values()) / min(counts.values()) < 1.02, counts
+    tokens = {case.config.train.steps * case.config.train.batch_size * case.config.data.seq_len for case in found}
+    assert len(tokens) == 1 and min(tokens) >= (4_000_000 if argument else 700_000)
+
+
+def test_the_arms_of_conba_parts_and_the_baselines_have_nanos_parameters():
+    folder = ROOT / 'experiments'
+    nano = accounting.parameter_count(configs.load(f'{folder}/mixcon/nano.py').model).total
+    for case in load_cases(f'{folder}/ablations/conba_parts.py')[:7]:
+        assert abs(accounting.parameter_count(case.config.model).total / nano - 1) < 0.02, case.name
+    for path in (folder / 'baselines').glob('*.py'):
+        counts = accounting.parameter_count(configs.load(str(path)).model)
+        assert abs(counts.active / nano - 1) < 0.02, path
+
+
+def test_the_arms_of_moe_have_equal_active_parameters():
+    cases = load_cases(f'{ROOT}/experiments/ablations/moe.py')[:4]
+    active = [accounting.parameter_count(case.config.model).active for case in cases]
+    assert max(active) / min(active) < 1.005
+
+
+@pytest.mark.parametrize(
+    'name, total', [('130m', 130e6), ('350m', 350e6), ('1_3b', 1.3e9), ('5b', 5e9)], ids=lambda value: str(value)
+)
+def test_the_ladder_has_the_sizes_of_its_names(name, total):
+    model = configs.load(f'{ROOT}/experiments/mixcon/{name}.py').model
+    assert abs(accounting.parameter_count(model).total / total - 1) < 0.02

@@ -33,7 +33,8 @@ def dense(hidden, head, targets, mask, z_coef):
     softmax = np.exp(logits - lse[..., None])
     d_logits = softmax * (1 + 2 * z_coef * lse)[..., None] - np.eye(head.shape[1])[targets]
     d_logits *= mask[..., None]
-    return (nll, z), (d_logits @ head.T, np.einsum('btd,btv->dv', hidden, d_logits))
+    correct = (logits.argmax(axis=-1) == targets)[mask].sum()
+    return (nll, z, correct), (d_logits @ head.T, np.einsum('btd,btv->dv', hidden, d_logits))
 
 
 @pytest.mark.parametrize('z_coef', [0.0, 0.03])
@@ -43,12 +44,13 @@ def test_sums_and_gradients_are_those_of_the_dense_form(size, chunk, z_coef):
     hidden, head, targets, mask = problem(sum(size) + chunk, *size)
 
     def scaled(hidden, head):  # the gradient must follow an outer factor too
-        total, nll, z = cross_entropy(hidden, head, targets, mask, chunk=chunk, z_coef=z_coef)
-        return 0.37 * total, (nll, z)
+        total, nll, z, correct = cross_entropy(hidden, head, targets, mask, chunk=chunk, z_coef=z_coef)
+        return 0.37 * total, (nll, z, correct)
 
-    (total, (nll, z)), grads = jax.jit(jax.value_and_grad(scaled, (0, 1), has_aux=True))(hidden, head)
-    (want_nll, want_z), want_grads = dense(hidden, head, targets, mask, z_coef)
+    (total, (nll, z, correct)), grads = jax.jit(jax.value_and_grad(scaled, (0, 1), has_aux=True))(hidden, head)
+    (want_nll, want_z, want_correct), want_grads = dense(hidden, head, targets, mask, z_coef)
     np.testing.assert_allclose([nll, z], [want_nll, want_z], rtol=1e-5, atol=1e-6)
+    assert correct == want_correct
     np.testing.assert_allclose(total, 0.37 * (want_nll + z_coef * want_z), rtol=1e-5, atol=1e-6)
     for got, want in zip(grads, want_grads):
         np.testing.assert_allclose(got, 0.37 * want, rtol=1e-4, atol=2e-5)
@@ -59,7 +61,7 @@ def test_splitting_rows_over_shards_changes_nothing(shards):
     hidden, head, targets, mask = problem(3, 6, 9, 7, 31)
     function = jax.value_and_grad(lambda h, w: cross_entropy(h, w, targets, mask, chunk=4, shards=shards)[0], (0, 1))
     total, grads = jax.jit(function)(hidden, head)
-    (want, _), want_grads = dense(hidden, head, targets, mask, 0.0)
+    (want, *_), want_grads = dense(hidden, head, targets, mask, 0.0)
     np.testing.assert_allclose(total, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, want_grads)
 
@@ -76,7 +78,7 @@ def test_bfloat16_products_leave_float32_sums_and_own_gradient_types():
     function = jax.value_and_grad(lambda h, w: cross_entropy(h, w, targets, mask, chunk=8)[0], (0, 1))
     total, (d_hidden, d_head) = function(hidden, head * 0.1)
     rounded = (head * 0.1).astype(jnp.bfloat16).astype(jnp.float32)
-    (want, _), (want_hidden, want_head) = dense(hidden.astype(jnp.float32), rounded, targets, mask, 0.0)
+    (want, *_), (want_hidden, want_head) = dense(hidden.astype(jnp.float32), rounded, targets, mask, 0.0)
     assert (total.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(total, want, rtol=1e-5)  # logits are float32 sums of bfloat16 products
     np.testing.assert_allclose(d_hidden.astype(jnp.float32), want_hidden, atol=2e-2 * np.abs(want_hidden).max())

@@ -1,5 +1,6 @@
 """Text to batches: sources, tokenizers, token stores, and packed, sharded, resumable batches."""
 
+from mixcon_jax.data.dataset import Dataset, open_dataset
 from mixcon_jax.data.loader import HeldoutBatches, TrainBatches, heldout_from_texts
 from mixcon_jax.data.prepare import PreparedStore, baselines, prepare, require_tokenizer
 from mixcon_jax.data.sources import open_source
@@ -7,6 +8,7 @@ from mixcon_jax.data.store import TokenStore
 from mixcon_jax.data.tokenizer import Tokenizer
 
 __all__ = [
+    'Dataset',
     'HeldoutBatches',
     'PreparedStore',
     'TokenStore',
@@ -14,6 +16,7 @@ __all__ = [
     'TrainBatches',
     'baselines',
     'heldout_from_texts',
+    'open_dataset',
     'open_source',
     'prepare',
     'require_tokenizer',

@@ -90,6 +90,10 @@ class Tokenizer:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._json
+
     def stream(self, skip_special: bool = True) -> 'StreamDecoder':
         """A decoder for tokens that arrive one by one."""
         return StreamDecoder(self, skip_special)

@@ -1,6 +1,7 @@
 """Sizes of a model by counting, without allocating it: parameters, operations per token, bytes of decode state."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -45,6 +46,44 @@ def parameter_count(model) -> Counts:
         plain.conba.update(CONBA_OFF | {'observation_noise': 0.0})
         conba = total - sum(math.prod(shape) for _, shape, _ in parameters(plain))
     return Counts(total, active, embedding, conba)
+
+
+def width_for(model, total: int, key: str = 'mlp.hidden_dim') -> int:
+    """The width at which ``config.model`` comes nearest to ``total`` parameters: arms of an ablation made equal.
+
+    Args:
+      model: ``config.model``; it is not changed.
+      total: parameters to have.
+      key: the option to choose: a width of the FFNs, in which the number of parameters is affine, up to the rounding of
+        an expert's width that is derived from it.
+
+    Raises:
+      ValueError: without any of that width there are too many already, or none of the parameters depend on it.
+    """
+    trial = model.copy_and_resolve_references()
+    *groups, name = key.split('.')
+    options = functools.reduce(lambda group, part: group[part], groups, trial)
+
+    def counted(width: int) -> int:
+        options[name] = width
+        return sum(math.prod(shape) for _, shape, _ in parameters(trial))
+
+    # Of an MLP's width w and of an expert's, which is w // top_k where moe.hidden_dim is 0.
+    unit = model.moe.top_k
+    first = counted(unit)
+    each = counted(unit + 1) - first
+    each_expert = counted(2 * unit) - first - unit * each if unit > 1 else 0
+    slope = each + each_expert / unit
+    if slope <= 0:
+        raise ValueError(f'model.{key} changes no number of parameters; choose a width that the pattern uses')
+
+    def computed(width: int) -> int:
+        return first + each * (width - unit) + each_expert * (max(1, width // unit) - 1)
+
+    if total < computed(1) - slope / 2:
+        raise ValueError(f'the model has {computed(1):,} parameters at model.{key}=1, more than the {total:,} wanted')
+    near = max(1, round((total - first) / slope) + unit)
+    return min(range(max(1, near - unit), near + unit + 1), key=lambda width: abs(computed(width) - total))
 
 
 def parameters(model) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:

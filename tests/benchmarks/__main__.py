@@ -8,7 +8,9 @@ import sys
 import time
 import traceback
 
-BENCHMARKS = ('selective_scan', 'conba_layer', 'compile_time', 'data_pipeline', 'checkpoint_stall')
+BENCHMARKS = (
+    'selective_scan', 'conba_layer', 'train_step', 'decode', 'compile_time', 'data_pipeline', 'checkpoint_stall',
+)  # fmt: skip
 
 
 def main(names: list[str]) -> int:

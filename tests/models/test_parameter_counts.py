@@ -14,7 +14,7 @@ from flax import nnx
 from experiments.mixcon import paper
 from mixcon_jax import config as configs
 from mixcon_jax.models import presets
-from mixcon_jax.models.accounting import parameter_count
+from mixcon_jax.models.accounting import parameter_count, width_for
 from mixcon_jax.models.decoder import create
 
 HEAD = 128  # width of a head in all of these models
@@ -166,3 +166,45 @@ def test_counts_are_those_of_an_allocated_model(pattern, tied):
     model.update(dim=48, vocab_size=101, num_blocks=3, pattern=pattern, tie_embeddings=tied)
     arrays = jax.tree.leaves(nnx.state(create(model), nnx.Param))
     assert parameter_count(model).total == sum(math.prod(array.shape) for array in arrays)
+
+
+# Which widths depend on the chosen one: the MLP's; the experts', derived from it, rounded down; or the experts' alone.
+WIDTHS = {
+    'mlp': (('attention+mlp', 'mamba+mlp'), 2, 0, 'mlp.hidden_dim'),
+    'mlp and one expert a token': (('attention+mlp', 'attention+moe'), 1, 0, 'mlp.hidden_dim'),
+    'mlp and two experts a token': (('attention+mlp', 'mamba+moe'), 2, 0, 'mlp.hidden_dim'),
+    'three experts a token': (('attention+moe',), 3, 0, 'mlp.hidden_dim'),
+    'experts of their own width': (('attention+moe', 'attention+mlp'), 2, 24, 'moe.hidden_dim'),
+}
+
+
+@pytest.mark.parametrize('name', WIDTHS)
+def test_no_other_width_comes_nearer_to_the_wanted_parameters(name):
+    pattern, top_k, expert, key = WIDTHS[name]
+    model = configs.default().model
+    model.update(dim=16, vocab_size=61, pattern=pattern)
+    model.attention.update(num_heads=2, num_kv_heads=1)
+    model.moe.update(num_experts=3, top_k=top_k, hidden_dim=expert)
+    before = model.to_dict()
+
+    def total(width: int) -> int:
+        trial = configs.default()
+        trial.model = model.copy_and_resolve_references()
+        configs.put(trial, f'model.{key}', width)
+        return parameter_count(trial.model).total
+
+    wanted = total(41) + 333
+    width = width_for(model, wanted, key)
+    assert model.to_dict() == before
+    distance = {other: abs(total(other) - wanted) for other in range(width - top_k - 1, width + top_k + 2)}
+    assert distance[width] == min(distance.values())
+
+
+def test_a_width_that_cannot_be_had_is_refused():
+    model = configs.default().model
+    model.update(dim=16, vocab_size=61, pattern=('attention+mlp',))
+    model.attention.update(num_heads=2, num_kv_heads=1)
+    with pytest.raises(ValueError, match=r'at model\.mlp\.hidden_dim=1, more than the 1,000'):
+        width_for(model, 1000)
+    with pytest.raises(ValueError, match=r'model\.moe\.hidden_dim changes no number of parameters'):
+        width_for(model, 100_000, 'moe.hidden_dim')

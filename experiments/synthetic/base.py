@@ -1,0 +1,58 @@
+"""The models and the budget that the synthetic tasks share: small enough for a CPU, and fixed before anything was run.
+
+Four layers of width 32, each a mixer and an MLP, about 50k parameters. Sequences of at most 64 tokens of 16 symbols,
+where the published versions train on 256 (induction) to 4096 (selective copying) with up to 400,000 steps; the shorter
+sequences and a curriculum (from 8 tokens with one item, over the first half of the steps) are what makes 1500 steps of
+1024 tokens enough to tell architectures apart. Scored at 64, 128, 256 and 512 tokens: up to eight times the trained
+length. The argument names an architecture; the task here is selective copying.
+"""
+
+from mixcon_jax.config import default
+
+ARCHITECTURES = {  # name: mixers, RoPE
+    'attention': (('attention',) * 4, False),
+    'attention RoPE': (('attention',) * 4, True),
+    'mamba': (('mamba',) * 4, False),
+    'conba': (('conba',) * 4, False),
+    '2:6': (('conba', 'attention', 'conba', 'conba'), False),
+}
+
+
+def get_config(arg=None):
+    """Returns the configuration; the argument is one of ARCHITECTURES (default: 2:6, one layer in four attention)."""
+    config = default()
+    config.name = arg or '2:6'
+    mixers, rope = ARCHITECTURES[config.name]
+
+    model = config.model
+    model.vocab_size = 20
+    model.dim = 32
+    model.pattern = tuple(f'{mixer}+mlp' for mixer in mixers)
+    model.mlp.hidden_dim = 64
+    model.attention.num_heads = 2
+    model.attention.num_kv_heads = 2
+    model.attention.rope = rope
+
+    config.data.sources = ('synthetic:selective_copying',)
+    config.data.seq_len = 64
+    task = config.data.synthetic
+    task.symbols = 16
+    task.num_items = 8
+    task.min_items = 1
+    task.min_length = 8
+    task.curriculum_steps = 750
+    task.eval_lengths = (64, 128, 256, 512)
+    task.eval_rows = 256
+
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 50
+    config.optim.weight_decay = 0.0
+    config.train.steps = 1500
+    config.train.batch_size = 16
+    config.eval.every = 500
+    config.eval.batch_size = 32
+    config.eval.max_rows = 64
+    config.checkpoint.every = 750
+    config.checkpoint.keep_last = 1
+    config.log.tensorboard = False
+    return config

@@ -1,0 +1,57 @@
+"""What a run learns from and is scored on, whatever its kind: prepared text, or a synthetic task."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from mixcon_jax.data import synthetic
+from mixcon_jax.data.loader import HeldoutBatches, TrainBatches
+from mixcon_jax.data.prepare import PreparedStore, baselines, prepare
+from mixcon_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The data of one configuration; its batches are this process's shares.
+
+    Attributes:
+      config: the whole configuration.
+      tokenizer: of the text, or one that names a task's symbols.
+      identity: what the data is known by: other data has another one.
+      stores: of prepared text; empty for a task.
+    """
+
+    config: ml_collections.ConfigDict
+    tokenizer: Tokenizer
+    identity: tuple[str, ...]
+    stores: tuple[PreparedStore, ...]
+
+    def train_batches(self, **share: int) -> Any:
+        """Endless training batches (``TrainBatches`` or ``SyntheticTrain``) of process_index of process_count."""
+        if not self.stores:
+            return synthetic.SyntheticTrain(self.config, **share)
+        return TrainBatches(self.config, self.stores, **share)
+
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> Any:
+        """Held-out batches (``HeldoutBatches`` or ``SyntheticHeldout``), of ``max_rows`` rows, or with 0 of all."""
+        if not self.stores:
+            return synthetic.SyntheticHeldout(self.config, batch_size, max_rows=max_rows, **share)
+        return HeldoutBatches(self.config, self.stores, batch_size, max_rows=max_rows, **share)
+
+    def baselines(self) -> dict[str, float]:
+        """What simple models reach: bits per byte of the held-out text, or the accuracy of guessing."""
+        return baselines(self.stores) if self.stores else synthetic.baselines(self.config.data)
+
+
+def open_dataset(config: ml_collections.ConfigDict) -> Dataset:
+    """Prepares text, or finds it prepared; a synthetic task needs nothing.
+
+    Raises:
+      UserError: the text, the tokenizer or the disk does not allow it.
+    """
+    data = config.data
+    if synthetic.is_synthetic(data):
+        return Dataset(config, synthetic.tokenizer(data), synthetic.identity(data), ())
+    stores = tuple(prepare(data))
+    return Dataset(config, stores[0].load_tokenizer(), tuple(store.fingerprint for store in stores), stores)

@@ -1,0 +1,1 @@
+"""What `mixcon report` is made of: runs -> arms -> comparison -> tables and figures."""

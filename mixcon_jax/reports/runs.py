@@ -1,0 +1,204 @@
+"""Run directories as a report reads them: finished or not, and never changed."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from mixcon_jax import config as configs
+from mixcon_jax import records
+from mixcon_jax.errors import UserError
+from mixcon_jax.records import Record
+
+NO_RUNS_INSIDE = ('checkpoints', 'tensorboard', 'profile')  # of a run directory
+DONE, STOPPED, ABORTED, UNFINISHED = 'done', 'stopped', 'aborted', 'unfinished'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run directory.
+
+    Attributes:
+      path: the folder, as it was found.
+      config: the resolved configuration.
+      records: the whole records of metrics.jsonl.
+    """
+
+    path: Path
+    config: ml_collections.ConfigDict
+    records: tuple[Record, ...]
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def step(self) -> int:
+        """Steps made, as far as they are recorded."""
+        return max((record['step'] for record in self.records), default=0)
+
+    @functools.cached_property
+    def state(self) -> str:
+        """``done``, ``stopped`` (saved on a signal), ``aborted`` (not finite) or ``unfinished``: running, or killed."""
+        newest = next((record for record in reversed(self.records) if record['kind'] == 'run'), {})
+        event = newest.get('event')
+        if event == DONE:
+            return DONE if newest['step'] == self.config.train.steps else UNFINISHED
+        return event if event in (STOPPED, ABORTED) else UNFINISHED
+
+    @functools.cached_property
+    def final(self) -> Record | None:
+        """The scores over all held-out rows, of a run that is done."""
+        if self.state != DONE:
+            return None
+        return next((record for record in reversed(self.records) if record['kind'] == 'final'), None) or next(
+            record for record in reversed(self.records) if record['kind'] == 'run'
+        )
+
+    @functools.cached_property
+    def evals(self) -> tuple[Record, ...]:
+        """The scores during the run, which may be over fewer rows than the final ones."""
+        return tuple(r for r in self.records if r['kind'] == 'eval' and math.isfinite(number(r, 'loss')))
+
+    @property
+    def train(self) -> tuple[Record, ...]:
+        return tuple(record for record in self.records if record['kind'] == 'train')
+
+    @property
+    def tokens_seen(self) -> float:
+        """Real (unpadded) training tokens so far; 0 before the first record of a step."""
+        return self.tokens_at(self.step)
+
+    def tokens_at(self, step: float) -> float:
+        """Training tokens after ``step`` steps: between two records by interpolation, after the last at its rate."""
+        steps, tokens = self._tokens
+        if step > steps[-1] > 0:
+            return float(tokens[-1] * step / steps[-1])
+        return float(np.interp(step, steps, tokens))
+
+    @functools.cached_property
+    def _tokens(self) -> tuple[list[float], list[float]]:
+        """Steps, and the tokens seen after each, from (0, 0) on."""
+        seen = {float(r['step']): number(r, 'tokens_seen') for r in self.records if r['kind'] in ('train', 'run')}
+        known = sorted((step, tokens) for step, tokens in seen.items() if step > 0 and math.isfinite(tokens))
+        return [0.0, *(step for step, _ in known)], [0.0, *(tokens for _, tokens in known)]
+
+    @property
+    def rates(self) -> list[float]:
+        """Training tokens per second of every record that has them."""
+        rates = [number(record, 'tokens_per_second') for record in self.train]
+        return [rate for rate in rates if math.isfinite(rate)]
+
+    @property
+    def started(self) -> float:
+        """Seconds since 1970; infinite when nothing is recorded."""
+        return min((t for r in self.records if math.isfinite(t := number(r, 'time'))), default=math.inf)
+
+    @property
+    def last_time(self) -> float:
+        """When the newest record was written, in seconds since 1970; -inf when there is none."""
+        return max((t for r in self.records if math.isfinite(t := number(r, 'time'))), default=-math.inf)
+
+    @property
+    def devices(self) -> int | None:
+        """Devices of its newest start."""
+        found = [record['devices'] for record in self.records if isinstance(record.get('devices'), int)]
+        return found[-1] if found else None
+
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """What tells held-out texts apart: scores of two runs compare only where it is equal."""
+        final, data = self.final or {}, self.config.data
+        if final.get('bytes'):
+            return *data.sources, final['bytes']
+        task = data.synthetic
+        return *data.sources, task.symbols, task.num_items, task.eval_lengths or data.seq_len, final.get('tokens')
+
+
+def number(record: Record | None, key: str) -> float:
+    """A field as a number; NaN where it is missing, null or something else."""
+    value = (record or {}).get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def find(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+    """Reads every run directory at or below ``folders``, each once.
+
+    Returns:
+      The runs, and a note about each one that is damaged: without readable configuration or records it is left out.
+
+    Raises:
+      UserError: a folder does not exist, or there is no readable run.
+    """
+    runs, notes = [], []
+    for folder in _run_folders(folders):
+        try:
+            run, note = read(folder)
+        except UserError as error:
+            notes.append(f'left out: {error}')
+            continue
+        runs.append(run)
+        if note:
+            notes.append(note)
+    if not runs:
+        where = ', '.join(map(str, folders))
+        detail = f' ({len(notes)} damaged; {notes[0]})' if notes else ''
+        raise UserError(f'no run found in {where}{detail}; give a workdir of `mixcon train`, or a folder above some')
+    return runs, notes
+
+
+def _run_folders(folders: Sequence[str | Path]) -> Iterator[Path]:
+    """Every folder that is or was to be a run's, in the order of their names; hidden ones are passed over."""
+    seen = set()
+    for top in folders:
+        if not os.path.isdir(Path(top).expanduser()):
+            raise UserError(f'{top} is not a folder; give a workdir of `mixcon train`, or a folder above some')
+        for path, inner, files in os.walk(Path(top).expanduser(), followlinks=True):
+            real = os.path.realpath(path)
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            if 'metrics.jsonl' in files or ('config.json' in files and 'checkpoints' in inner):
+                yield Path(path)
+                inner[:] = [name for name in inner if name not in NO_RUNS_INSIDE]
+            inner[:] = sorted(name for name in inner if not name.startswith('.'))
+
+
+def read(folder: Path) -> tuple[Run, str]:
+    """Reads one run directory.
+
+    Returns:
+      The run, and a note about lines that cannot be read; a torn last line, which a kill may leave, is none.
+
+    Raises:
+      UserError: the configuration or every line of metrics.jsonl is unreadable.
+    """
+    path = folder / 'config.json'
+    try:
+        config = configs.validate(configs.read(path))
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f'{path}: {error}') from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # JSON, but no configuration
+        words = ' '.join(str(error).split())
+        raise UserError(f'{path} is not a configuration ({type(error).__name__}: {words})') from error
+    path = folder / 'metrics.jsonl'
+    try:
+        lines = [line for line in path.read_bytes().split(b'\n')[:-1] if line.strip()]
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({os.strerror(error.errno or 0)})') from error
+    good = tuple(
+        record
+        for record in records.read(path)
+        if type(record['step']) is int and record['step'] >= 0 and isinstance(record['kind'], str)
+    )
+    if lines and not good:
+        raise UserError(f'{path} holds no readable record')
+    bad = max(0, len(lines) - len(good))
+    return Run(folder, config, good), f'{path}: {bad} unreadable lines passed over' if bad else ''

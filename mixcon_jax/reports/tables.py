@@ -1,0 +1,280 @@
+"""Tables of a report as Markdown and CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from mixcon_jax.metrics import short
+from mixcon_jax.reports.arms import LONG_CONTEXT, Arm, shown
+from mixcon_jax.reports.comparison import CONFIDENCE, Difference, Score, Summary, summary, t_factor
+from mixcon_jax.reports.curves import accuracies
+from mixcon_jax.reports.runs import DONE, Run, number
+from mixcon_jax.workdir import BASELINES
+
+NONE = '–'
+SCORES = {'loss': 'loss', 'bits_per_byte': 'bits per byte', 'accuracy': 'accuracy'}
+Row = dict[str, Any]
+
+
+# ----- CSV ----------------------------------------------------------------------------------------------------------
+
+
+def run_rows(arms: Sequence[Arm]) -> list[Row]:
+    """One row a run, with full precision."""
+    return [_run_row(arm, run) for arm in arms for run in arm.runs]
+
+
+def _run_row(arm: Arm, run: Run) -> Row:
+    evaluated = run.evals[-1] if run.evals else None
+    trained = run.train[-1] if run.train else None
+    ended = next((record for record in reversed(run.records) if record['kind'] == 'run'), None)
+    rate = float(np.median(run.rates)) if run.rates else math.nan
+    return {
+        'arm': arm.label, 'name': run.config.name, 'seed': run.seed, 'path': str(run.path), 'state': run.state,
+        'step': run.step, 'steps': run.config.train.steps, 'tokens_seen': round(run.tokens_seen),
+        'training_flops': run.tokens_seen * arm.sizes.flops_per_token,
+        'final_loss': number(run.final, 'loss'), 'final_bits_per_byte': number(run.final, 'bits_per_byte'),
+        'final_perplexity': number(run.final, 'perplexity'), 'heldout_tokens': number(run.final, 'tokens'),
+        'heldout_bytes': number(run.final, 'bytes'), 'final_accuracy': number(run.final, 'accuracy'),
+        'eval_step': number(evaluated, 'step'), 'eval_loss': number(evaluated, 'loss'),
+        'eval_bits_per_byte': number(evaluated, 'bits_per_byte'), 'train_loss': number(trained, 'loss'),
+        'tokens_per_second': rate,
+        'devices': run.devices, 'seconds': number(ended, 'seconds'), 'started': stamp(run.started),
+        'last_record': stamp(run.last_time),
+    } | _options(arm)  # fmt: skip
+
+
+def arm_rows(arms: Sequence[Arm], baseline: Arm, score: Score, differences: Mapping[str, Difference]) -> list[Row]:
+    """One row an arm, with full precision."""
+    rows = []
+    for arm in arms:
+        sizes, rate = arm.sizes, arm.tokens_per_second
+        row: Row = {'arm': arm.label} | _options(arm)
+        row |= {
+            'parameters': sizes.counts.total, 'parameters_active': sizes.counts.active,
+            'parameters_conba': sizes.counts.conba, 'flops_per_token': sizes.flops_per_token,
+            'tokens_per_second': rate, 'context': arm.config.data.seq_len, 'state_bytes': sizes.state_bytes,
+            f'state_bytes_{LONG_CONTEXT}': sizes.state_bytes_long, 'tokens_seen': round(arm.tokens_seen),
+            'runs': len(arm.runs), 'finished': len(arm.finished),
+        }  # fmt: skip
+        for key in SCORES:
+            about = summary(arm.finals(key).values())
+            row |= {f'{key}_mean': about.mean, f'{key}_sd': about.sd, f'{key}_min': about.low, f'{key}_max': about.high}
+        found = differences.get(arm.label)
+        interval = (found and found.interval) or (math.nan, math.nan)
+        row |= {
+            'baseline': baseline.label, 'score': score.key, 'pairs': found.n if found else None,
+            'difference': found.mean if found else None, 'difference_error': found.error if found else None,
+            'difference_low': interval[0], 'difference_high': interval[1],
+            'same_sign': found.same_sign if found else None, 'verdict': found.verdict if found else 'baseline',
+            'verdict_bonferroni': found.strict_verdict if found else 'baseline',
+        }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _options(arm: Arm) -> Row:
+    return {key: shown(value) if isinstance(value, tuple) else value for key, value in arm.options.items()}
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """CSV with a header; missing numbers are empty cells."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else int(value) if value.is_integer() else value
+    return value
+
+
+# ----- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, the first ``left`` columns set left and the others right."""
+    lines = [head, ['---' if column < left else '---:' for column in range(len(head))], *rows]
+    return '\n'.join('| ' + ' | '.join(cell.replace('|', r'\|') for cell in line) + ' |' for line in lines) + '\n'
+
+
+def sizes(arms: Sequence[Arm]) -> str:
+    """Parameters, operations, speed and state of every arm, and its runs."""
+    lengths = sorted({arm.config.data.seq_len for arm in arms})
+    trained = f'{lengths[0]}' if len(lengths) == 1 else 'trained length'
+    head = (
+        'arm', 'parameters', 'active', 'of Conba', 'FLOPs/token', 'tokens/s', f'state at {trained}',
+        f'state at {LONG_CONTEXT}', 'tokens seen', 'runs',
+    )  # fmt: skip
+    rows = []
+    for arm in arms:
+        counts, cost = arm.sizes.counts, arm.sizes
+        rows.append((
+            arm.label, f'{counts.total:,}', f'{counts.active:,}', f'{counts.conba:,}', short(cost.flops_per_token),
+            NONE if math.isnan(arm.tokens_per_second) else f'{arm.tokens_per_second:,.0f}', kibi(cost.state_bytes),
+            kibi(cost.state_bytes_long), short(arm.tokens_seen), states(arm),
+        ))  # fmt: skip
+    return table(head, rows)
+
+
+def options(arms: Sequence[Arm]) -> str:
+    """The options in which the arms differ."""
+    keys = list(arms[0].options)
+    rows = [(arm.label, *(shown(arm.options[key]) for key in keys)) for arm in arms]
+    return table(('arm', *keys), rows, left=1 + len(keys))
+
+
+def finals(arms: Sequence[Arm]) -> str:
+    """Final scores of the finished runs; scores that no run has are left out."""
+    keys = [key for key in SCORES if any(arm.finals(key) for arm in arms)]
+    head = ['arm', 'seeds']
+    for key in keys:
+        head += [SCORES[key], 'min to max']
+    rows = []
+    for arm in arms:
+        row = [arm.label, str(len(arm.finished))]
+        for key in keys:
+            about = summary(arm.finals(key).values())
+            row += [mean(about), span(about)]
+        each = ', '.join(f'{seed}: {value:.4f}' for seed, value in arm.finals('loss').items())
+        rows.append([*row, each or NONE])
+    return table([*head, 'loss by seed'], rows)
+
+
+def unfinished(arms: Sequence[Arm]) -> str:
+    """The newest evaluation of every run that is not done; empty when all are."""
+    rows = []
+    for arm in arms:
+        for run in arm.runs:
+            if run.state == DONE:
+                continue
+            newest = run.evals[-1] if run.evals else None
+            at = str(newest['step']) if newest else NONE
+            scored = (at, fixed(number(newest, 'loss')), fixed(number(newest, 'bits_per_byte')))
+            made = f'{run.step} of {run.config.train.steps}'
+            rows.append((arm.label, str(run.seed), run.state, made, *scored, stamp(run.last_time) or NONE))
+    head = ('arm', 'seed', 'state', 'step', 'evaluated at', 'loss', 'bits per byte', 'last record')
+    return table(head, rows, 3) if rows else ''
+
+
+def differences(found: Mapping[str, Difference]) -> str:
+    """Differences to the baseline, paired by seed."""
+    rows = []
+    for label, difference in found.items():
+        interval = difference.interval
+        side = 'lower' if difference.mean < 0 else 'higher'
+        rows.append((
+            label, str(difference.n), signed(difference.mean), fixed(difference.error),
+            f'{signed(interval[0])} to {signed(interval[1])}' if interval else NONE,
+            f'{difference.same_sign} of {difference.n} {side}' if difference.n else NONE,
+            difference.verdict, difference.strict_verdict,
+        ))  # fmt: skip
+    percent = f'{100 * CONFIDENCE:.0f} %'
+    head = ('arm', 'pairs', 'difference', 'standard error', f'{percent} interval', 'seeds', 'verdict', 'all together')
+    return table(head, rows)
+
+
+def caveats(found: Mapping[str, Difference], score: Score, baseline: Arm) -> str:
+    """How to read the differences, with the numbers of this report."""
+    with_interval = [difference for difference in found.values() if difference.interval]
+    count = len(with_interval)
+    text = (
+        f"Differences are an arm's final {score.name} minus that of {baseline.label}, in {score.unit}, seed by seed;"
+        f' {score.better} is better. *Resolved* ("lower", "higher") means that the {100 * CONFIDENCE:.0f} % t interval'
+        ' of the mean difference leaves out 0. "Not resolved" does not mean equal: the interval says how large a'
+        ' difference these seeds cannot exclude. The intervals speak of new seeds (initial values, data order) of these'
+        ' very configurations on what was held out here, not of other hyperparameters, sizes or data, and assume'
+        ' differences that are about normal, which so few seeds cannot check.\n'
+    )
+    if count > 1:
+        pairs = min(difference.n for difference in with_interval)
+        text += (
+            f'\n**Multiple comparisons.** Each interval is for its comparison alone. Of {count} comparisons of arms'
+            f' that do not differ, at least one would look resolved with a probability of up to'
+            f' {100 * min(1.0, count * (1 - CONFIDENCE)):.0f} %. The column *all together* holds for all at once'
+            f' (Bonferroni): with {pairs} pairs its intervals are'
+            f' {t_factor(pairs, count) / t_factor(pairs):.1f} times as wide. Neither column corrects for arms that'
+            ' were tried and not shown, or for having chosen the baseline after looking.\n'
+        )
+    return text
+
+
+def lengths(arms: Sequence[Arm]) -> str:
+    """Accuracy over the sequence length; empty when no run has it."""
+    tables = {arm.label: accuracies(arm) for arm in arms}
+    columns = sorted({length for found, _ in tables.values() for length in found})
+    if not columns:
+        return ''
+    rows = []
+    for label, (found, final) in tables.items():
+        if found:
+            cells = (fixed(summary(found.get(length, ())).mean, 3) for length in columns)
+            rows.append((label if final else f'{label} (unfinished)', *cells))
+    return table(('arm', *map(str, columns)), rows)
+
+
+def simpler_models(arms: Sequence[Arm]) -> str:
+    """What simpler models reach on what was held out, if the runs agree on it; empty otherwise."""
+    found = {
+        tuple(sorted(record['baselines'].items()))
+        for arm in arms
+        for run in arm.finished
+        for record in run.records
+        if isinstance(record.get('baselines'), dict)
+    }
+    if len(found) != 1:
+        return ''
+    units = {'chance': 'accuracy'}
+    parts = [
+        f'{BASELINES[key]} {value:.3f} ({units.get(key, "bits per byte")})'
+        for key, value in found.pop()
+        if key in BASELINES
+    ]
+    return f'For comparison: {", ".join(parts)}.\n' if parts else ''
+
+
+def states(arm: Arm) -> str:
+    return ', '.join(f'{count} {state}' for state, count in arm.states().items())
+
+
+def mean(about: Summary) -> str:
+    """Mean and sample standard deviation."""
+    if not about.n:
+        return NONE
+    return fixed(about.mean) + ('' if math.isnan(about.sd) else f' ± {about.sd:.4f}')
+
+
+def span(about: Summary) -> str:
+    return f'{about.low:.4f} to {about.high:.4f}' if about.n > 1 else NONE
+
+
+def fixed(value: float, digits: int = 4) -> str:
+    return f'{value:.{digits}f}' if math.isfinite(value) else NONE
+
+
+def signed(value: float) -> str:
+    return f'{value:+.4f}' if math.isfinite(value) else NONE
+
+
+def kibi(count: int) -> str:
+    """Bytes in binary units."""
+    size = float(count)
+    for unit in ('B', 'KiB', 'MiB', 'GiB'):
+        if size < 1024 or unit == 'GiB':
+            break
+        size /= 1024
+    return f'{size:.4g} {unit}'
+
+
+def stamp(seconds: float) -> str:
+    """A time in UTC; empty when there is none."""
+    return datetime.fromtimestamp(seconds, UTC).strftime('%Y-%m-%d %H:%M:%S') if math.isfinite(seconds) else ''

@@ -1,0 +1,1 @@
+"""Behind ``mixcon watch``: reading runs as they grow, and drawing them in characters."""

@@ -1,0 +1,100 @@
+"""What there is to say about a run in a few characters: cells of the tables of ``mixcon watch``."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from mixcon_jax.watching.follow import Run, number
+
+COLORS = {
+    'starting': 'blue', 'running': 'green', 'silent': 'yellow', 'stopped': 'magenta', 'aborted': 'red', 'done': 'bold',
+}  # fmt: skip
+
+
+def titles(runs: Sequence[Run]) -> list[str]:
+    """The name of each run; the folder where it has none or another run has the same name and seed."""
+    keys = [(run.option('name', ''), run.option('seed')) for run in runs]
+    return [str(key[0]) if key[0] and keys.count(key) == 1 else str(run.folder) for run, key in zip(runs, keys)]
+
+
+def state_cell(run: Run, now: float) -> Text:
+    """Its state; of a silent run with the time since its newest record."""
+    state = run.state(now)
+    return Text(f'silent for {duration(now - run.seen)}' if state == 'silent' else state, COLORS.get(state, ''))
+
+
+def progress(run: Run, width: int = 10) -> Text:
+    """A bar of the share of the steps that have been made."""
+    done = min(width, width * run.step // run.steps) if run.steps else 0
+    return Text('━' * done, 'green') + Text('━' * (width - done), 'bright_black')
+
+
+def newest(record: Mapping[str, Any] | None, key: str, words: Callable[[float], str]) -> Text:
+    """A number of a record; a dash where there is none yet, and in red where it is not finite."""
+    if record is None or key not in record:
+        return Text('–', 'dim')
+    value = number(record[key])
+    return Text(words(value)) if math.isfinite(value) else Text('nan', 'bold red')
+
+
+def time_left(run: Run, now: float) -> str:
+    """Time to the last step; how long a run took that is done."""
+    if run.state(now) == 'done' and run.event is not None and 'seconds' in run.event:
+        return f'({duration(number(run.event["seconds"]))})'
+    seconds = run.seconds_left(now)
+    return '–' if seconds is None else duration(seconds)
+
+
+# ----- tables -------------------------------------------------------------------------------------------------------
+
+
+def grid(rows: Sequence[Sequence[str | Text]], width: int, right: Sequence[int] = ()) -> Table:
+    """Cells in columns, of which the last takes what is left of the width."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for column in range(len(rows[0])):
+        last = column == len(rows[0]) - 1
+        most = room_beside([row[:-1] for row in rows], width) if last else None
+        justify: Any = 'right' if column in right else 'left'
+        table.add_column(justify=justify, no_wrap=True, overflow='ellipsis', max_width=most)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def room_beside(rows: Sequence[Sequence[str | Text]], width: int) -> int:
+    """Columns that are left beside these cells, which have two blanks between them."""
+    return max(1, width - sum(2 + max(len(row[column]) for row in rows) for column in range(len(rows[0]))))
+
+
+# ----- words --------------------------------------------------------------------------------------------------------
+
+
+def percent(share: float) -> str:
+    """A share in percent: three digits below ten, else none behind the point."""
+    return f'{100 * share:.1f} %' if 0 < share < 0.0995 else f'{100 * share:.0f} %'
+
+
+def short(value: float) -> str:
+    """A number in three digits: 12.3k, 4.56M."""
+    rounded = float(f'{value:.3g}')
+    for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(rounded) >= size:
+            return f'{rounded / size:g}{unit}'
+    return f'{rounded:g}'
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that matter: 42s, 3m 05s, 2h 10m, 4d 03h."""
+    if not math.isfinite(seconds):
+        return '–'
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds}s'
+    if seconds < 3600:
+        return f'{seconds // 60}m {seconds % 60:02d}s'
+    if seconds < 86400:
+        return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
+    return f'{seconds // 86400}d {seconds % 86400 // 3600:02d}h'

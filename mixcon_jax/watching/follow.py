@@ -1,0 +1,247 @@
+"""Follows runs by their files alone: finds them in a folder tree, reads what each appended, says how each is doing.
+
+Loads neither JAX nor NumPy, writes nothing, and takes no lock: a training process never notices that it is watched.
+"""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+RUN_FILES = {'config.json', 'metrics.jsonl'}
+ENDED = ('stopped', 'aborted', 'done')
+BLOCK = 32 << 20  # bytes read at once
+PARSED, NEWEST = 500, 100  # of a block: training records parsed, about; and those at its end, which all are
+PATIENCE, START_PATIENCE = 60.0, 600.0  # seconds a run may be silent, at least: between records, and before the first
+HEAD = 256  # bytes that tell a file from another in its place
+
+
+def number(value: Any) -> float:
+    """A number of a record; what is null there, or is none, counts as NaN."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+class Curve:
+    """A series over steps in bounded memory: once there are too many points, neighbours are averaged.
+
+    Attributes:
+      points: ``[step, value]`` each, by step; the step is the last of those averaged.
+    """
+
+    def __init__(self, limit: int = 1024) -> None:
+        self.points: list[list[float]] = []
+        self._limit, self._width, self._in_last = limit, 1, 0
+
+    def add(self, step: float, value: float) -> None:
+        """Appends a value; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        if self.points and self._in_last < self._width:
+            mean = self.points[-1][1]
+            self.points[-1] = [step, mean + (value - mean) / (self._in_last + 1)]
+        else:
+            self.points.append([step, value])
+            self._in_last = 0
+        self._in_last += 1
+        if len(self.points) == self._limit and self._in_last == self._width:
+            pairs = zip(self.points[::2], self.points[1::2])
+            self.points = [[later[0], (earlier[1] + later[1]) / 2] for earlier, later in pairs]
+            self._width *= 2
+            self._in_last = self._width
+
+
+class Run:
+    """One run, as far as it has been read.
+
+    Attributes:
+      folder: its workdir.
+      config: its configuration, as nested dicts; empty when it cannot be read.
+      train, scores, event: the newest record of kind ``train``, of ``eval`` or ``final``, and of ``run``.
+      step: steps made, of the newest record.
+      saved: step of the newest complete checkpoint, None before there is one.
+      seen: time of the newest record, in seconds since 1970.
+      curves: ``loss``, ``grad_norm``, ``learning_rate``, ``heldout`` over steps.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / 'metrics.jsonl'
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins anew: the file is another one now, and the configuration may be."""
+        self._offset, self._head = 0, b''
+        self._identity: tuple[int, int] | None = None
+        self.config: dict[str, Any] = _config(self.folder)
+        self.train: Record | None = None
+        self.scores: Record | None = None
+        self.event: Record | None = None
+        self.step, self.seen = 0, 0.0
+        self.saved: int | None = None
+        self.curves = {name: Curve() for name in ('loss', 'grad_norm', 'learning_rate', 'heldout')}
+        self._recent: deque[tuple[float, int]] = deque(maxlen=NEWEST)  # time and step of this start's train records
+        self._longest = 0.0  # seconds between two neighbouring records
+
+    # ----- reading ---------------------------------------------------------------------------------------------------
+
+    def update(self) -> bool:
+        """Reads what is new; returns whether the run is still there."""
+        try:
+            with open(self._path, 'rb') as file:
+                status, head = os.fstat(file.fileno()), file.read(HEAD)
+                identity = (status.st_dev, status.st_ino)
+                same = identity == self._identity and head.startswith(self._head) and status.st_size >= self._offset
+                if self._identity and not same:
+                    self._forget()
+                self._identity, self._head = identity, head
+                self._read(file)
+        except OSError:  # deleted, or between two places
+            return False
+        return True
+
+    def _read(self, file: Any) -> None:
+        """Takes all whole lines after the last one taken; a torn one at the end is left for the next time."""
+        file.seek(self._offset)
+        while block := file.read(BLOCK):
+            whole = block.rfind(b'\n') + 1
+            if not whole and len(block) < BLOCK:
+                return
+            for line, adjacent in _thinned(block[:whole].splitlines()):
+                self._take(line, adjacent)
+            self._offset += whole or len(block)
+            file.seek(self._offset)
+
+    def _take(self, line: bytes, adjacent: bool) -> None:
+        """Reads one record; ``adjacent`` says whether the one before it was read too."""
+        try:
+            record = json.loads(line)
+            kind, step = record['kind'], int(record['step'])
+        except (ValueError, TypeError, KeyError):  # torn by a kill
+            return
+        now = number(record.get('time'))
+        if kind == 'run':
+            self.event = record
+            self._recent.clear()
+        elif adjacent and self._recent and now > self.seen:  # not before the first, which waits for compilation
+            self._longest = max(self._longest, now - self.seen)
+        if kind == 'train':
+            self.train = record
+            self._recent.append((now, step))
+            for name in ('loss', 'grad_norm', 'learning_rate'):
+                self.curves[name].add(step, number(record.get(name)))
+        elif kind in ('eval', 'final'):
+            self.scores = record
+            self.curves['heldout'].add(step, number(record.get('loss')))
+        elif kind == 'checkpoint':
+            self.saved = step
+        if kind != 'checkpoint':  # which comes when it is complete, steps later
+            self.step = step
+        if math.isfinite(now):
+            self.seen = now
+
+    # ----- how it is doing -------------------------------------------------------------------------------------------
+
+    def option(self, key: str, default: Any = None) -> Any:
+        """An option by its dotted key; ``default`` where the configuration has none."""
+        value: Any = self.config
+        for name in key.split('.'):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return default if value is None else value
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the run is to make, if that is known."""
+        steps = self.option('train.steps')
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+    def state(self, now: float) -> str:
+        """``starting``, ``running``, ``silent``, ``stopped`` (saved), ``aborted`` or ``done``.
+
+        A run is silent when no record came for a minute and for three times as long as it ever took; before the first
+        record of a step, which waits for compilation, for ten minutes.
+        """
+        if self.event is not None and self.event.get('event') in ENDED:
+            return self.event['event']
+        patience = max(PATIENCE, 3 * self._longest) if self._recent else START_PATIENCE
+        if self.seen and now - self.seen > patience:
+            return 'silent'
+        return 'running' if self._recent else 'starting'
+
+    def seconds_per_step(self) -> float | None:
+        """Of the newest records of this start, evaluations and checkpoints between them included."""
+        if len(self._recent) < 2:
+            return None
+        (began, first), (ended, last) = self._recent[0], self._recent[-1]
+        return (ended - began) / (last - first) if last > first and ended > began else None
+
+    def seconds_left(self, now: float) -> float | None:
+        """Until the last step, from ``now``; None when it cannot be known or the run is not running."""
+        pace = self.seconds_per_step()
+        if pace is None or self.steps is None or self.state(now) != 'running':
+            return None
+        ended, last = self._recent[-1]
+        return max(0.0, (self.steps - last) * pace - max(0.0, now - ended))
+
+
+class Runs:
+    """All runs below some folders, as they come and go."""
+
+    def __init__(self, roots: Sequence[str | Path]) -> None:
+        self._roots = [Path(root).expanduser() for root in roots]
+        self._runs: dict[str, Run] = {}
+        self._next_search = 0.0
+
+    def update(self) -> list[Run]:
+        """Looks for new runs, reads what all have appended; returns those that are there, by folder."""
+        began = time.monotonic()
+        if began >= self._next_search:
+            for folder in find(self._roots):
+                key = os.path.realpath(folder)
+                if key not in self._runs:
+                    self._runs[key] = Run(folder)
+            ended = time.monotonic()
+            self._next_search = ended + 20 * (ended - began)  # large trees and slow disks are searched less often
+        for key, run in list(self._runs.items()):
+            if not run.update():
+                del self._runs[key]
+        return [self._runs[key] for key in sorted(self._runs)]
+
+
+def find(roots: Sequence[Path]) -> Iterator[Path]:
+    """Folders of runs: those that hold config.json and metrics.jsonl. Hidden folders are passed over."""
+    for root in roots:
+        for folder, folders, files in os.walk(root):
+            if set(files) >= RUN_FILES:
+                folders.clear()  # checkpoints hold thousands of files
+                yield Path(folder)
+            else:
+                folders[:] = [name for name in folders if not name.startswith('.')]
+
+
+def _thinned(lines: list[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """The lines to parse, each with whether the line before it is among them.
+
+    Of very many, most training records are left out: a long run's file has hundreds of megabytes, and no terminal shows
+    that many points.
+    """
+    stride, adjacent = max(1, len(lines) // PARSED), True
+    for index, line in enumerate(lines):
+        if index % stride and index < len(lines) - NEWEST and line.startswith(b'{"kind": "train"'):
+            adjacent = False
+        else:
+            yield line, adjacent
+            adjacent = True
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / 'config.json').read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

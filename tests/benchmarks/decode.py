@@ -1,0 +1,77 @@
+"""Decoding one token after a long context: tokens/s and bytes of state, `python -m tests.benchmarks.decode`.
+
+Every architecture has as many parameters. The context is really read first, so that caches are full.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mixcon_jax.models import accounting, decoder
+from mixcon_jax.models.accounting import parameter_count
+from mixcon_jax.models.context import Context
+from tests.benchmarks.train_step import BASELINE, PATTERNS, experiment
+
+STEPS = 64  # tokens a turn
+
+
+def decoding(model_config, batch: int, context_length: int) -> Callable[[], None]:
+    """Reads a context of random tokens; returns a function that decodes STEPS tokens from there, greedily."""
+    model = decoder.create(model_config)
+    graphdef, variables = nnx.split(model)
+
+    def forward(variables, tokens, context, state):
+        model = nnx.merge(graphdef, variables)
+        hidden, state, _ = model(tokens, context, state)
+        return jnp.argmax(model.logits(hidden[:, -1:]), -1).astype(jnp.int32), state
+
+    @jax.jit
+    def decode(variables, token, state):
+        def step(carry, position):
+            token, state = carry
+            one = jnp.ones((batch, 1), jnp.int32)
+            return forward(variables, token, Context(segment_ids=one, positions=one * position), state), None
+
+        return jax.lax.scan(step, (token, state), context_length + jnp.arange(STEPS))[0]
+
+    tokens = jax.random.randint(jax.random.key(0), (batch, context_length), 0, model_config.vocab_size)
+    state = model.init_state(batch, context_length + STEPS)
+    token, state = jax.jit(forward)(variables, tokens, Context.whole(batch, context_length), state)
+    return lambda: jax.block_until_ready(decode(variables, token, state))
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--dim', type=int, default=64)
+    parser.add_argument('--batch', type=int, default=4)
+    parser.add_argument('--contexts', type=int, nargs='+', default=[512, 8192])
+    parser.add_argument('--repeats', type=int, default=5)
+    args = parser.parse_args(arguments)
+    total = parameter_count(experiment(PATTERNS['MixCon 2:6'], args.dim, args.batch, 512).model).total
+    configs = {name: experiment(pattern, args.dim, args.batch, 512, total) for name, pattern in PATTERNS.items()}
+    for context in args.contexts:
+        runs = {name: decoding(config.model, args.batch, context) for name, config in configs.items()}
+        best = dict.fromkeys(runs, float('inf'))
+        for repeat in range(args.repeats + 1):  # the first turn compiles
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if repeat:
+                    best[name] = min(best[name], time.perf_counter() - start)
+        print(f'{args.batch} sequences after a context of {context} tokens, dim {args.dim}, {total:,} parameters')
+        print(f'{"":12}{"tokens/s":>10}{"speed":>8}{"state bytes":>14}{"share":>8}')
+        bytes_of = {name: accounting.state_bytes(config.model, context) for name, config in configs.items()}
+        for name in runs:
+            print(
+                f'{name:12}{args.batch * STEPS / best[name]:10.0f}{best[BASELINE] / best[name]:7.2f}x'
+                f'{bytes_of[name]:14,}{bytes_of[name] / bytes_of[BASELINE]:8.3f}'
+            )
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,535 @@
+"""`mixcon watch`: what it makes of records as they are written, cut, replaced and deleted, and what it shows."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mixcon_jax import cli, metrics
+from mixcon_jax import watch as watching
+from mixcon_jax.errors import UserError
+from mixcon_jax.records import RecordLog, keep_until
+from mixcon_jax.watching import cells, charts, follow
+from mixcon_jax.watching.details import details
+from mixcon_jax.watching.follow import Curve, Run, Runs
+
+ROOT = Path(__file__).resolve().parents[1]
+PATTERN = ['conba+mlp', 'conba+moe', 'attention+mlp']
+STARTED = {'kind': 'run', 'step': 0, 'time': 1000.0, 'event': 'started'}
+
+
+def train(step, time, **values):
+    """A training record; the loss is 6 at step 0 and falls to 2."""
+    record = {'kind': 'train', 'step': step, 'time': time, 'loss': 2 + 4 / (1 + step / 10), 'grad_norm': 0.5}
+    record |= {'learning_rate': 1e-3, 'tokens_seen': 100 * step, 'tokens_per_second': 1234.5, 'goodput': 0.75}
+    return record | {'time_shares': {'startup': 0.05, 'compile': 0.1, 'data': 0.0, 'evaluation': 0.1}} | values
+
+
+def scores(step, time, loss=3.0):
+    return {'kind': 'eval', 'step': step, 'time': time, 'loss': loss, 'bits_per_byte': 1.5}
+
+
+def event(name, step, time):
+    return {'kind': 'run', 'step': step, 'time': time, 'event': name}
+
+
+def steps(first, last, time=1010.0, pace=0.5):
+    """A record every 10 steps, from ``time`` on, ``pace`` seconds a step."""
+    return [train(step, time + pace * (step - first)) for step in range(first, last + 1, 10)]
+
+
+def text_of(records):
+    return ''.join(json.dumps(record) + '\n' for record in records)
+
+
+def write(folder, records, name='a', seed=0, steps=100, num_blocks=1):
+    """Writes a run's folder by hand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = {'pattern': PATTERN, 'num_blocks': num_blocks, 'dim': 64}
+    config = {'name': name, 'seed': seed, 'train': {'steps': steps}, 'model': model}
+    (folder / 'config.json').write_text(json.dumps(config))
+    (folder / 'metrics.jsonl').write_text(text_of(records))
+    return folder
+
+
+def append(folder, *records):
+    with open(folder / 'metrics.jsonl', 'a') as file:
+        file.write(text_of(records))
+
+
+def opened(folder, *args, **kwargs):
+    run = Run(write(folder, *args, **kwargs))
+    assert run.update()
+    return run
+
+
+def known(run):
+    """Everything a run knows from its records."""
+    curves = {name: curve.points for name, curve in run.curves.items()}
+    return run.train, run.scores, run.event, run.step, run.saved, run.seen, curves, run.seconds_per_step()
+
+
+def shown(renderable, width):
+    """What a terminal of that width shows, as text; no line may be longer."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+    console.print(renderable)
+    text = console.export_text()
+    assert all(len(line) <= width for line in text.splitlines())
+    return text
+
+
+# ----- reading ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_however_the_file_grows_each_whole_line_is_read_once(tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    records = [STARTED, *steps(1, 101), scores(101, 1062), event('done', 101, 1063)]
+    raw = text_of(records[:5]).encode() + b'{"kind": "train", "st\xff\n[1]\nnull\n' + text_of(records[5:]).encode()
+    taken, take = [], Run._take
+    monkeypatch.setattr(Run, '_take', lambda self, line, *rest: (taken.append(line), take(self, line, *rest)))
+    folder = write(tmp_path / 'run', [])
+    run = Run(folder)
+    for part in np.split(np.frombuffer(raw, np.uint8), np.sort(rng.integers(0, len(raw), 20))):
+        with open(folder / 'metrics.jsonl', 'ab') as file:
+            file.write(part.tobytes())
+        assert run.update()
+    assert b'\n'.join(taken) + b'\n' == raw
+    assert run.step == 101 and run.event['event'] == 'done'
+    assert known(run) == known(opened(tmp_path / 'whole', records))
+
+
+def test_a_torn_last_line_waits_for_its_rest(tmp_path):
+    folder = write(tmp_path / 'run', [STARTED, train(1, 1001)])
+    run, line = Run(folder), text_of([train(10, 1002)])
+    for end, step in ((20, 1), (len(line) - 1, 1), (len(line), 10)):
+        write(folder, [STARTED, train(1, 1001)])
+        with open(folder / 'metrics.jsonl', 'a') as file:
+            file.write(line[:end])
+        run.update()
+        assert run.step == step
+
+
+def test_a_resumed_run_goes_back_to_what_its_file_keeps(tmp_path):
+    run = opened(tmp_path / 'run', [STARTED, *steps(1, 71), scores(71, 1050)])
+    keep_until(run.folder / 'metrics.jsonl', 31)
+    append(run.folder, event('resumed', 31, 2000))
+    assert run.update() and run.step == 31 and run.scores is None
+    assert run.state(2001) == 'starting'
+    assert known(run) == known(_fresh(run))
+    append(run.folder, train(41, 2010), train(51, 2030))
+    run.update()
+    assert run.seconds_per_step() == 2, 'the pause before the resumption does not count'
+    assert known(run) == known(_fresh(run))
+
+
+def _fresh(run):
+    other = Run(run.folder)
+    other.update()
+    return other
+
+
+@pytest.mark.parametrize('last', [11, 91], ids=['shorter', 'longer'])
+def test_a_file_that_was_written_anew_in_its_place_is_read_from_its_start(tmp_path, last):
+    run = opened(tmp_path / 'run', [STARTED, *steps(1, 51)], name='first')
+    write(run.folder, [STARTED | {'time': 5000.0}, *steps(1, last, time=5010)], name='second')
+    run.update()
+    assert run.step == last and run.option('name') == 'second'
+    assert known(run) == known(_fresh(run))
+
+
+def test_of_a_long_file_most_training_records_go_by_but_nothing_else(tmp_path, monkeypatch):
+    log = RecordLog(tmp_path / 'sample.jsonl')
+    log.append('train', 1, {})
+    log.close()
+    assert (tmp_path / 'sample.jsonl').read_bytes().startswith(b'{"kind": "train"'), 'what thinning looks for'
+
+    records = [STARTED]
+    for step in range(1, 20_001):
+        records += [train(step, 1000 + step)] + ([scores(step, 1000 + step, loss=step)] if step % 1000 == 0 else [])
+    taken, take = [], Run._take
+    monkeypatch.setattr(Run, '_take', lambda self, *args: (taken.append(args), take(self, *args)))
+    run = opened(tmp_path / 'run', records, steps=40_000)
+    assert len(taken) < 1000
+    assert [y for _, y in run.curves['heldout'].points] == list(range(1000, 20_001, 1000))
+    assert run.train == records[-2] and run.seconds_per_step() == 1
+    assert run.state(20_000 + 1000 + 59) == 'running' and run.state(20_000 + 1000 + 61) == 'silent'
+
+
+@pytest.mark.parametrize('count', [1, 7, 16, 64, 1000])
+def test_a_curve_keeps_its_mean_and_its_ends_in_bounded_memory(count):
+    values = np.random.default_rng(count).normal(size=count)
+    curve = Curve(limit=16)
+    for step, value in enumerate(values):
+        curve.add(step, value)
+        curve.add(step, float('nan'))
+    assert len(curve.points) <= 16 and curve.points[-1][0] == count - 1
+    assert [step for step, _ in curve.points] == sorted({step for step, _ in curve.points})
+    edges = [-1, *(int(step) for step, _ in curve.points)]
+    for (_, value), first, last in zip(curve.points, edges, edges[1:], strict=False):
+        assert value == pytest.approx(values[first + 1 : last + 1].mean())
+
+
+def test_runs_come_and_go(tmp_path):
+    runs = Runs([tmp_path / 'sweep', tmp_path / 'sweep' / 'b', tmp_path / 'none'])
+    assert runs.update() == []
+    write(tmp_path / 'sweep' / 'b' / 'seed-1', [STARTED])
+    (tmp_path / 'sweep' / 'b' / 'seed-2').mkdir()
+    (tmp_path / 'sweep' / 'b' / 'seed-2' / 'config.json').write_text('{}')
+    write(tmp_path / 'sweep' / '.hidden', [STARTED])
+    write(tmp_path / 'sweep' / 'b' / 'seed-1' / 'checkpoints' / '3', [STARTED])
+
+    def names():
+        runs._next_search = 0.0
+        return [run.folder.name for run in runs.update()]
+
+    assert names() == ['seed-1'], 'once, however many folders lead to it'
+    write(tmp_path / 'sweep' / 'a', [STARTED])
+    assert names() == ['a', 'seed-1']
+    shutil.rmtree(tmp_path / 'sweep' / 'b')
+    assert names() == ['a']
+    os.remove(tmp_path / 'sweep' / 'a' / 'metrics.jsonl')
+    assert names() == []
+
+
+def test_a_large_tree_is_not_searched_every_time(tmp_path, monkeypatch):
+    searched = []
+    monkeypatch.setattr(follow, 'find', lambda roots: (searched.append(1), time.sleep(0.05), iter([]))[2])
+    runs = Runs([tmp_path])
+    for _ in range(5):
+        runs.update()
+    assert len(searched) == 1
+
+
+# ----- how a run is doing -------------------------------------------------------------------------------------------
+
+RUNNING = [STARTED, *steps(1, 31)]  # the newest record is of second 1025, they come every 5 seconds
+
+
+@pytest.mark.parametrize(
+    'records, now, state',
+    [
+        ([], 5000, 'starting'),
+        ([STARTED], 1599, 'starting'),
+        ([STARTED], 1601, 'silent'),
+        ([STARTED, train(1, 1100)], 1101, 'running'),
+        (RUNNING, 1025 + 59, 'running'),
+        (RUNNING, 1025 + 61, 'silent'),
+        ([*RUNNING, train(41, 1125)], 1125 + 299, 'running'),  # a record took 100 seconds once
+        ([*RUNNING, train(41, 1125)], 1125 + 301, 'silent'),
+        ([*RUNNING, event('stopped', 31, 1026)], 9000, 'stopped'),
+        ([*RUNNING, event('aborted', 31, 1026)], 9000, 'aborted'),
+        ([*RUNNING, event('done', 31, 1026)], 9000, 'done'),
+        ([*RUNNING, event('stopped', 31, 1026), event('resumed', 31, 9000)], 9100, 'starting'),
+        ([*RUNNING, event('stopped', 31, 1026), event('resumed', 31, 9000), train(40, 9010)], 9011, 'running'),
+        ([*RUNNING, {'kind': 'checkpoint', 'step': 20, 'time': 1080}], 1090, 'running'),
+    ],
+)
+def test_state(tmp_path, records, now, state):
+    assert opened(tmp_path / 'run', records).state(now) == state
+
+
+def test_seconds_left_are_the_remaining_steps_at_the_newest_pace_less_what_has_passed(tmp_path):
+    run = opened(tmp_path / 'run', [STARTED], steps=100)
+    assert run.seconds_left(1001) is None
+    append(run.folder, train(1, 1100))  # 100 seconds of compilation say nothing
+    run.update()
+    assert run.seconds_left(1101) is None
+    append(run.folder, train(11, 1120), scores(11, 1130), train(21, 1150))  # 20 steps in 50 seconds
+    run.update()
+    assert run.seconds_per_step() == 2.5
+    assert run.seconds_left(1150) == 79 * 2.5
+    assert run.seconds_left(1160) == 79 * 2.5 - 10
+    assert run.seconds_left(1150 + 55) == 79 * 2.5 - 55
+    assert run.seconds_left(1150 + 70) is None, 'silent'
+    append(run.folder, train(91, 1150 + 175), train(100, 1150 + 198))
+    run.update()
+    assert run.seconds_left(1150 + 199) == 0
+    append(run.folder, event('done', 100, 1400) | {'seconds': 400.2})
+    run.update()
+    assert run.seconds_left(1401) is None
+
+
+def test_an_unknown_length_leaves_no_time(tmp_path):
+    run = opened(tmp_path / 'run', RUNNING)
+    (run.folder / 'config.json').write_text('{"train": ')
+    run = _fresh(run)
+    assert run.steps is None and run.seconds_left(1026) is None
+    assert '31/?' in shown(watching.view([run], 1026, 80), 80)
+
+
+# ----- what is shown ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A run of each state but one, in folders of their own."""
+    write(tmp_path / 'a' / 'seed-0', [*RUNNING, scores(31, 1026, loss=3.25)], name='2:6')
+    write(tmp_path / 'a' / 'seed-1', [*RUNNING, event('done', 31, 1026) | {'seconds': 125}], name='2:6', seed=1)
+    write(tmp_path / 'b', [STARTED | {'time': 1025.0}], name='8:0 [RoPE]')
+    write(tmp_path / 'c', [*RUNNING, event('aborted', 31, 1026)], name='diverged')
+    write(tmp_path / 'd', [train(5, 700, loss=None)], name='killed')
+    return Runs([tmp_path]).update()
+
+
+def test_the_table_at_full_width(several):
+    text = shown(watching.overview(several, 1027, 140), 140)
+    assert '1 starting  1 running  1 silent  1 aborted  1 done' in text
+    for title in ('run', 'seed', 'state', 'step', 'loss', 'held out', 'tokens/s', 'left', 'goodput'):
+        assert title in text.splitlines()[1]
+    assert 'MFU' not in text, 'where it is known'
+    line = {row.split()[0]: row.split() for row in text.splitlines()[2:]}
+    running = next(row for row in text.splitlines() if 'running' in row and '2:6' in row)
+    assert running.split() == ['2:6', '0', 'running', '31/100', '━' * 10, '2.9756', '3.2500', '1.23k', '32s', '75', '%']
+    assert '[RoPE]' in line['8:0'] and '0/100' in line['8:0'] and '–' in line['8:0']
+    assert 'nan' in line['killed'] and 'silent for 5m 27s' in text
+    assert '(2m 05s)' in text
+
+
+def test_a_narrow_table_keeps_what_matters_most(several):
+    text = shown(watching.overview(several, 1027, 60), 60)
+    title = text.splitlines()[1].split()
+    assert title[:5] == ['run', 'seed', 'state', 'step', 'loss'] and 'goodput' not in title and 'tokens/s' not in title
+    assert 'silent for 5m 27s' in text and '31/100' in text and '2.9756' in text
+    for width in (20, 30, 40):
+        assert 'aborted' in shown(watching.overview(several, 1027, width), width) or width == 20
+
+
+def test_mfu_has_a_column_where_it_is_known(tmp_path):
+    runs = [opened(tmp_path / name, [STARTED, train(1, 1001, **mfu)]) for name, mfu in (('a', {'mfu': 0.4}), ('b', {}))]
+    text = shown(watching.overview(runs, 1002, 140), 140)
+    assert 'MFU' in text and '40 %' in text
+
+
+def test_runs_of_one_name_and_seed_are_told_apart_by_their_folders(tmp_path):
+    runs = [opened(tmp_path / name, RUNNING) for name in ('x', 'y')]
+    text = shown(watching.overview(runs, 1026, 200), 200)
+    assert str(tmp_path / 'x') in text and str(tmp_path / 'y') in text
+
+
+def test_more_runs_than_lines_show_the_active_ones_first(tmp_path):
+    folders = [tmp_path / f'{number:02d}' for number in range(30)]
+    for number, folder in enumerate(folders):
+        ended = [event('done', 31, 1026)] if number < 25 else []
+        write(folder, [*RUNNING, *ended], name=f'arm-{number}')
+    runs = Runs([tmp_path]).update()
+    for height in (10, 20):
+        text = shown(watching.view(runs, 1026, 80, height), 80)
+        lines = text.splitlines()
+        assert len(lines) == height and lines[-1] == f'and {30 - (height - 3)} more'
+        assert [line.split()[0] for line in lines[2:7]] == [f'arm-{number}' for number in range(25, 30)]
+    whole = shown(watching.view(runs, 1026, 80), 80)
+    assert 'arm-24' in whole and 'gradient norm' not in whole
+    high = shown(watching.view(runs, 1026, 80, 60), 80)
+    assert 'arm-24' in high and 'gradient norm' in high and len(high.splitlines()) <= 60
+
+
+STATS = {
+    'layer_0/alpha': [0.125, 0.25], 'layer_0/gain_norm': [1.5, 2.5], 'layer_1/gain_norm': [0.75, None],
+    'layer_1/moe_dropped': [0.0, 0.02], 'layer_1/moe_entropy': [1.25, 1.0],
+    'layer_1/moe_load': [[0.2, 0.3, 0.25, 0.25], [0.03, 0.47, 0.25, 0.25]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('width', [60, 140])
+def test_one_run_in_detail(tmp_path, width):
+    records = [STARTED, *steps(1, 31), scores(31, 1026), {'kind': 'checkpoint', 'step': 21, 'time': 1027}]
+    records += [train(41, 1030, stats=STATS, skipped=2, bad_steps=0)]
+    run = opened(tmp_path / 'run', records, name='hybrid', num_blocks=2)
+    text = shown(watching.view([run], 1031, width, 50), width)
+    for words in (
+        'hybrid · seed 0',
+        'step 41/100',
+        'running',
+        'learning rate',
+        '0.001',
+        'gradient norm',
+        '●',
+        'step 41',
+    ):
+        assert words in text
+    assert '1.5000 bits per byte at step 31' in text and 'checkpoint at step 21' in text and '4.1k seen' in text
+    assert 'steps 75 %' in text and 'compile 10 %' in text and 'data' not in text.split('experts')[0].split('■')[-1]
+    assert 'skipped steps' in text
+    # Layer 1 of the second block is layer 4 of 6.
+    assert 'share of tokens, 25 % is even' in text
+    rows = [line.split('layer ')[1].split() for line in text.splitlines() if 'layer ' in line]
+    bars = ['▃▃', '▅▅', '▄▄', '▄▄'] if width > 60 else ['▃▅▄▄']
+    assert [row[0] for row in rows] == ['1', '4', '0', '1', '3', '4']
+    assert rows[0][1:] == ['20', '%', 'to', '30', '%', 'entropy', '1.25', *bars]
+    assert ' '.join(rows[1]).startswith('4 3.0 % to 47 % entropy 1.00 dropped 2.0 %')
+    gains = {row[0]: row[1:] for row in rows[2:]}
+    assert gains == {'0': ['1.5', '0.125'], '3': ['2.5', '0.25'], '1': ['0.75', 'nan'], '4': ['nan', 'nan']}
+
+
+def test_of_many_layers_the_least_even_and_the_range_are_shown(tmp_path):
+    uneven = [[1 / 64] * 63 + [1 / 64 + layer / 100] for layer in range(20)]
+    stats = {'layer_1/moe_load': uneven, 'layer_0/gain_norm': [float(layer) for layer in range(20)]}
+    run = opened(tmp_path / 'run', [STARTED, train(1, 1001, stats=stats)], num_blocks=20)
+    for width in (60, 140):
+        text = shown(details(run, 1002, width, 6), width)
+        assert 'worst 8 of 20 layers' in ' '.join(text.split())
+        assert 'layer 58' in text and 'layer 1 ' not in text
+        assert 'Conba: 20 layers' in text
+        rows = {line.split()[-2]: line.split()[-1] for line in text.splitlines() if line.split()[-2:-1]}
+        assert (rows['least'], rows['mean'], rows['greatest']) == ('0', '9.5', '19')
+
+
+def test_a_task_shows_accuracy_instead_of_bits_per_byte(tmp_path):
+    answers = {'kind': 'eval', 'step': 1, 'time': 1002.0, 'loss': 0.5, 'accuracy': 0.875, 'bits_per_byte': None}
+    run = opened(tmp_path / 'run', [STARTED, train(1, 1001), answers])
+    assert 'accuracy 0.8750 at step 1' in shown(details(run, 1003, 80, 6), 80)
+
+
+def test_a_run_without_a_step_can_be_shown(tmp_path):
+    for records in ([], [STARTED], [STARTED, train(1, 1001, loss=None, grad_norm=None)]):
+        run = opened(tmp_path / 'run', records)
+        for width in (20, 60, 140):
+            shown(watching.view([run], 1001, width, 24), width)
+
+
+def test_the_details_stay_with_one_run_while_it_runs(tmp_path):
+    first, second = opened(tmp_path / 'a', RUNNING), opened(tmp_path / 'b', [*RUNNING, train(41, 1030)])
+    assert watching.most_active([first, second], 1031) is second
+    assert watching.most_active([first, second], 1031, first) is first
+    append(first.folder, event('done', 41, 1040))
+    first.update()
+    assert watching.most_active([first, second], 1041, first) is second
+    assert watching.most_active([first], 1041, second) is first
+
+
+# ----- characters and words -----------------------------------------------------------------------------------------
+
+
+def test_charts():
+    assert charts.sparkline([(x, x) for x in range(8)], 8) == charts.BARS
+    assert charts.sparkline([(x, 1.0) for x in range(100)], 5) == '▁▁▁▁▁'
+    assert charts.sparkline([], 5) == ''
+    assert charts.bars([0.5, 0.25, 0.0, float('nan')], 0.5) == '█▄▁ '
+    assert charts.means([1, 2, 3, 4, 5], 2) == [1.5, 4]
+    # A falling diagonal through 2 x 1 cells of 2 x 4 dots.
+    assert charts.braille([(0, 1), (1, 0)], 2, 1, (0, 1), (0, 1)) == ['⠑⢄']
+    lines = charts.braille([(x, x % 7) for x in range(100)], 30, 5, (0, 99), (0, 3))
+    assert [len(line) for line in lines] == [30] * 5, 'what lies above the range is drawn at its edge'
+    low, high = charts.span([(x, 100 if x == 0 else x / 100) for x in range(100)])
+    assert low == 0.01 and high < 1
+    assert charts.span([(0, 2.0)]) == (1.5, 2.5)
+
+
+def test_words_are_those_of_the_progress_line():
+    for value in (0.0, 0.5, 12, 999.6, 1000, 12345, 4.5678e6, 7e9, 3e13):
+        assert cells.short(value) == metrics.short(value)
+    for seconds in (0, 59.4, 59.6, 60, 3599, 3600, 7500, 86399):
+        assert cells.duration(seconds) == metrics.duration(seconds)
+    assert cells.duration(3 * 86400 + 4 * 3600 + 59) == '3d 04h' and cells.duration(float('nan')) == '–'
+    assert [cells.percent(share) for share in (0, 0.004, 0.0994, 0.0996, 1)] == [
+        '0 %',
+        '0.4 %',
+        '9.9 %',
+        '10 %',
+        '100 %',
+    ]
+
+
+# ----- the command --------------------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    return [sys.executable, '-m', 'mixcon_jax.cli', 'watch', *map(str, arguments)]
+
+
+def test_a_snapshot_loads_neither_jax_nor_numpy(tmp_path):
+    write(tmp_path / 'run', RUNNING, name='quick')
+    code = (
+        'import sys\nfrom mixcon_jax import cli\ntry:\n'
+        f'    cli.main(["watch", {str(tmp_path)!r}, "--once"])\nexcept SystemExit as end:\n'
+        '    print(end.code, sorted({"jax", "numpy", "flax"} & set(sys.modules)))'
+    )
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 'quick' in result.stdout and result.stdout.splitlines()[-1] == '0 []', result.stderr
+
+
+def test_what_is_no_terminal_gets_one_snapshot(tmp_path, capsys):
+    write(tmp_path / 'run', RUNNING, name='quick')
+    with pytest.raises(SystemExit) as end:
+        cli.main(['watch', str(tmp_path)])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and 'quick' in out and '\x1b' not in out
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['{}/none', '--once'], 'no run in {}/none'),
+        (['{}', '--once'], 'a run is a folder with config.json and metrics.jsonl'),
+        (['{}/file'], '{}/file is a file'),
+        (['{}', '--interval', '0'], '--interval 0 must be at least 0.1'),
+        (['{}', '--interval', 'nan'], '--interval nan must be at least 0.1'),
+        (['{}', '--config.train.steps=3'], 'unknown argument'),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, arguments, words):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(SystemExit) as end:
+        cli.main(['watch', *(argument.format(tmp_path) for argument in arguments)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith('error: ') and len(error.splitlines()) == 1
+    assert words.format(tmp_path) in error
+    with pytest.raises(UserError):
+        watching.watch([str(tmp_path / 'none')], once=True)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_on_a_terminal_it_waits_for_a_run_shows_it_and_leaves_the_terminal_clean(tmp_path, number):
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, 'TERM': 'xterm', 'COLUMNS': '80', 'LINES': '24'}
+    process = subprocess.Popen(
+        command(tmp_path, '--interval', '0.1'), cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    seen = b''
+
+    def read(until=None):
+        """Collects output until it has these words, or ends."""
+        nonlocal seen
+        start, deadline = len(seen), time.monotonic() + 60
+        with contextlib.suppress(OSError):  # how a pseudo-terminal without a process ends
+            while time.monotonic() < deadline and (until is None or until not in seen[start:]):
+                if select.select([ours], [], [], 1)[0]:
+                    block = os.read(ours, 65536)
+                    if not block:
+                        break
+                    seen += block
+        assert until is None or until in seen[start:], seen
+
+    try:
+        read(b'waiting')
+        folder = write(tmp_path / 'run', [STARTED | {'time': time.time()}], name='newcomer')
+        read(b'newcomer')
+        append(folder, train(37, time.time()))
+        read(b'step 37/100')
+        shutil.rmtree(folder)
+        read(b'waiting')
+        process.send_signal(number)
+        read()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+    assert b'\x1b[?1049h' in seen and b'\x1b[?25l' in seen, 'another screen, without a cursor'
+    assert seen.rindex(b'\x1b[?1049l') > seen.rindex(b'\x1b[?1049h') and seen.rindex(b'\x1b[?25h') > seen.rindex(
+        b'\x1b[?25l'
+    )
+    assert b'Traceback' not in seen

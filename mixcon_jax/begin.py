@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +11,14 @@ import ml_collections
 
 from mixcon_jax import goodput
 from mixcon_jax.checkpoints import Meta, load_params
+from mixcon_jax.compilation import keep_compiled
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
-from mixcon_jax.metrics import short
 from mixcon_jax.models import accounting
 from mixcon_jax.step import Steps, TrainState, load_params_into
 from mixcon_jax.trees import map_named, named_leaves
+from mixcon_jax.units import short
 from mixcon_jax.workdir import Workdir
 
 
@@ -27,11 +27,7 @@ def set_up_jax(config: ml_collections.ConfigDict) -> None:
     if config.mesh.cpu_devices:
         with contextlib.suppress(RuntimeError):  # they are started; validate() counts them
             jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
-    # Compiled programs are kept, so that a run goes on at once. On GPUs this also keeps the choices that XLA made by
-    # timing: another choice could round otherwise.
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(config.data.cache_dir).expanduser() / 'xla'
-        jax.config.update('jax_compilation_cache_dir', str(cache))
+    keep_compiled(config)
 
 
 def require_vocabulary(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> None:

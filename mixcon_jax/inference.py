@@ -8,6 +8,7 @@ from flax import nnx
 
 from mixcon_jax import config as configs
 from mixcon_jax.checkpoints import load_params
+from mixcon_jax.compilation import keep_compiled
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import decoder
@@ -41,6 +42,7 @@ def load_model(workdir: str | Path, step: int | str | None = None) -> TrainedMod
         raise UserError(f'workdir {workdir} does not exist; give the folder that `mixcon train --workdir` wrote')
     trees, meta = load_params(workdir, step)
     config = configs.resolve(configs.from_dict(meta.config))
+    keep_compiled(config)
     abstract = nnx.eval_shape(lambda: decoder.create(config.model))
     graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)  # type: ignore[misc]
     states = []

@@ -22,6 +22,7 @@ import numpy as np
 from mixcon_jax.errors import UserError
 from mixcon_jax.goodput import Clock
 from mixcon_jax.records import Record, RecordLog, keep_until, plain, read
+from mixcon_jax.units import duration, short
 from mixcon_jax.workdir import explained
 
 EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps')  # read after every step; the rest is read when it is logged
@@ -298,29 +299,10 @@ def scalars(record: Record) -> dict[str, float]:
     return values
 
 
-def short(number: float) -> str:
-    """A number in three digits: 12.3k, 4.56M."""
-    rounded = float(f'{number:.3g}')
-    for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
-        if abs(rounded) >= size:
-            return f'{rounded / size:g}{unit}'
-    return f'{rounded:g}'
-
-
 def round_down(number: float) -> int:
     """The largest of 1, 2, 5, 10, 20, 50 ... that is not above it; at least 1."""
     power = 10 ** max(0, math.floor(math.log10(max(number, 1))))
     return max(factor * power for factor in (1, 2, 5) if factor * power <= max(number, 1))
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the two largest units that matter: 42s, 3m 05s, 2h 10m."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f'{seconds}s'
-    if seconds < 3600:
-        return f'{seconds // 60}m {seconds % 60:02d}s'
-    return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:

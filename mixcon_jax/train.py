@@ -23,12 +23,13 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import Scores, score
 from mixcon_jax.fingerprint import fingerprint
 from mixcon_jax.goodput import Clock
-from mixcon_jax.metrics import Metrics, duration
+from mixcon_jax.metrics import Metrics
 from mixcon_jax.models import accounting
 from mixcon_jax.records import Record, last, read
 from mixcon_jax.sharding import make_mesh
 from mixcon_jax.step import make_steps
 from mixcon_jax.stop import StopRequest
+from mixcon_jax.units import duration
 from mixcon_jax.workdir import SCORES, Workdir, describe, report_if_finished, summary
 
 DONE, STOPPED, ABORTED = 0, 75, 3  # exit codes; 75 is EX_TEMPFAIL: start it again

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.watching.cells import COLORS, newest, percent, progress, short, state_cell, time_left, titles
+from mixcon_jax.units import short
+from mixcon_jax.watching.cells import COLORS, newest, percent, progress, state_cell, time_left, titles
 from mixcon_jax.watching.details import details
 from mixcon_jax.watching.follow import Run, Runs
 

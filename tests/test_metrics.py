@@ -13,8 +13,9 @@ import pytest
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.goodput import KINDS, Clock, peak_flops
-from mixcon_jax.metrics import Metrics, Progress, TensorBoard, duration, round_down, scalars, short
+from mixcon_jax.metrics import Metrics, Progress, TensorBoard, round_down, scalars
 from mixcon_jax.records import RecordLog, keep_until, last, plain, read
+from mixcon_jax.units import duration, short
 
 
 class FakeTime:
@@ -323,11 +324,6 @@ def test_numbers_for_people():
     assert [short(n) for n in (0.5, 999, 1000, 12345, 4.56e6, 999.9e6, 1.5e12)] == [
         '0.5', '999', '1k', '12.3k', '4.56M', '1B', '1.5T',
     ]  # fmt: skip
-    assert [duration(s) for s in (0.4, 59.4, 60, 185, 3600, 7830)] == [
-        '0s',
-        '59s',
-        '1m 00s',
-        '3m 05s',
-        '1h 00m',
-        '2h 10m',
-    ]
+    assert [duration(s) for s in (0.4, 59.4, 60, 185, 3600, 7830, 3.2e5, math.nan)] == [
+        '0s', '59s', '1m 00s', '3m 05s', '1h 00m', '2h 10m', '3d 16h', '–',
+    ]  # fmt: skip

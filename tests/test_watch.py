@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mixcon_jax import cli, metrics
+from mixcon_jax import cli
 from mixcon_jax import watch as watching
 from mixcon_jax.errors import UserError
 from mixcon_jax.records import RecordLog, keep_until
@@ -428,12 +428,7 @@ def test_charts():
     assert charts.span([(0, 2.0)]) == (1.5, 2.5)
 
 
-def test_words_are_those_of_the_progress_line():
-    for value in (0.0, 0.5, 12, 999.6, 1000, 12345, 4.5678e6, 7e9, 3e13):
-        assert cells.short(value) == metrics.short(value)
-    for seconds in (0, 59.4, 59.6, 60, 3599, 3600, 7500, 86399):
-        assert cells.duration(seconds) == metrics.duration(seconds)
-    assert cells.duration(3 * 86400 + 4 * 3600 + 59) == '3d 04h' and cells.duration(float('nan')) == '–'
+def test_shares_in_words():
     assert [cells.percent(share) for share in (0, 0.004, 0.0994, 0.0996, 1)] == [
         '0 %',
         '0.4 %',

@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mixcon_jax.metrics import short
 from mixcon_jax.records import Record
 from mixcon_jax.reports import style
 from mixcon_jax.reports.arms import Arm
 from mixcon_jax.reports.comparison import summary
 from mixcon_jax.reports.runs import Run, number
+from mixcon_jax.units import short
 
 TOKENS, FLOPS = 'training tokens', 'training FLOPs'
 FEW_EVALS = 4  # with fewer of them in every run, the training loss is drawn beside them

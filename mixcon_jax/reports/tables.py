@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mixcon_jax.metrics import short
 from mixcon_jax.reports.arms import LONG_CONTEXT, Arm, shown
 from mixcon_jax.reports.comparison import CONFIDENCE, Difference, Score, Summary, summary, t_factor
 from mixcon_jax.reports.curves import accuracies
 from mixcon_jax.reports.runs import DONE, Run, number
+from mixcon_jax.units import short
 from mixcon_jax.workdir import BASELINES
 
 NONE = '–'

@@ -11,8 +11,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mixcon_jax.units import short
 from mixcon_jax.watching import charts
-from mixcon_jax.watching.cells import grid, newest, percent, progress, room_beside, short, state_cell, time_left, titles
+from mixcon_jax.watching.cells import grid, newest, percent, progress, room_beside, state_cell, time_left, titles
 from mixcon_jax.watching.follow import Run, number
 
 SHARES = {

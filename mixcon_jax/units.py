@@ -1,0 +1,26 @@
+"""Numbers and times in a few characters, for people."""
+
+import math
+
+
+def short(number: float) -> str:
+    """A number in three digits: 12.3k, 4.56M."""
+    rounded = float(f'{number:.3g}')
+    for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(rounded) >= size:
+            return f'{rounded / size:g}{unit}'
+    return f'{rounded:g}'
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that matter: 42s, 3m 05s, 2h 10m, 4d 03h; a dash if they are not finite."""
+    if not math.isfinite(seconds):
+        return '–'
+    seconds = round(seconds)
+    if seconds < 60:
+        return f'{seconds}s'
+    if seconds < 3600:
+        return f'{seconds // 60}m {seconds % 60:02d}s'
+    if seconds < 86400:
+        return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
+    return f'{seconds // 86400}d {seconds % 86400 // 3600:02d}h'

@@ -1,0 +1,148 @@
+"""How long the cases of a sweep take, roughly, and how large their models are.
+
+``python -m launch.estimate`` prints the FLOP/s of a matrix product on this machine, for cases that nothing is known of.
+"""
+
+import heapq
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import processes
+from launch.standing import tokens_per_step, whole_speed
+from mixcon_jax.sweeps import Case
+
+UTILISATION = 0.15  # of a matrix product's FLOP/s, assumed of training when nothing has run yet
+MATRIX = {'cpu': 512}  # rows of the matrices that are multiplied; elsewhere OTHER
+OTHER_MATRIX = 4096
+SECONDS = 0.5  # of products
+
+
+class Sizes:
+    """Parameters and operations of models, counted once each: a count takes a large part of a second."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Any] = {}
+
+    def parameters(self, case: Case) -> Any:
+        """``accounting.Counts`` of the case's model."""
+        from mixcon_jax.models.accounting import parameter_count  # loads JAX
+
+        return self._once('parameters', _text(case.config.model), lambda: parameter_count(case.config.model))
+
+    def flops_per_token(self, case: Case) -> float:
+        from mixcon_jax.models.accounting import flops_per_token
+
+        length = case.config.data.seq_len
+        key = f'{length} {_text(case.config.model)}'
+        return self._once('flops', key, lambda: flops_per_token(case.config.model, length))
+
+    def _once(self, kind: str, key: str, count: Callable[[], Any]) -> Any:
+        if (kind, key) not in self._known:
+            self._known[kind, key] = count()
+        return self._known[kind, key]
+
+
+class Estimate:
+    """Seconds that cases take, from what is known when this is made.
+
+    First choice is the speed of runs of the same arm in the sweep's folder, whatever their seed; then the operations a
+    second of other arms there; then ``calibrate``'s operations a second, if it is given.
+
+    Attributes:
+      basis: where the numbers come from, in words; empty while nothing is known.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], workdir: Path, sizes: Sizes, calibrate: Callable[[], float | None] | None = None
+    ) -> None:
+        self._sizes = sizes
+        measured: dict[str, list[tuple[Case, float]]] = {}
+        for case in cases:
+            if speed := whole_speed(case, workdir):
+                measured.setdefault(_arm(case), []).append((case, speed))
+        self._speeds = {arm: statistics.median(speed for _, speed in runs) for arm, runs in measured.items()}
+        self._flops_per_second: float | None = None
+        self.basis = ''
+        rest = {_arm(case) for case in cases} - self._speeds.keys()
+        if measured:
+            self.basis = 'the speed of cases that have run here'
+            if rest:
+                rates = [self._speeds[arm] * sizes.flops_per_token(runs[0][0]) for arm, runs in measured.items()]
+                self._flops_per_second = statistics.median(rates)
+                self.basis += ', for other models by their operations per token'
+        elif calibrate is not None and (product := calibrate()) is not None:
+            self._flops_per_second = product * UTILISATION
+            self.basis = (
+                f"{100 * UTILISATION:.0f} % of a matrix product's {product / 1e9:.0f} GFLOP/s, as no case has run"
+            )
+
+    def seconds(self, case: Case, steps: int) -> float | None:
+        """Of so many steps of a case; None if nothing is known."""
+        speed = self._speeds.get(_arm(case))
+        if speed is None and self._flops_per_second is not None:
+            speed = self._flops_per_second / self._sizes.flops_per_token(case)
+        return None if speed is None else steps * tokens_per_step(case.config) / speed
+
+
+def makespan(seconds: Iterable[float], jobs: int) -> float:
+    """When the last of these ends, if ``jobs`` at a time are begun in this order."""
+    ends = [0.0] * jobs
+    for one in seconds:
+        heapq.heapreplace(ends, ends[0] + one)
+    return max(ends)
+
+
+def _arm(case: Case) -> str:
+    """What the speed of a case depends on."""
+    config = case.config
+    fields = (config.data.seq_len, config.train.batch_size, config.train.accum_steps, config.optim.name)
+    return f'{_text(config.model)} {_text(config.mesh)} {fields}'
+
+
+def _text(options: Any) -> str:
+    return json.dumps(options.to_dict(), sort_keys=True)
+
+
+# ----- calibration --------------------------------------------------------------------------------------------------
+
+
+def product_flops(share: processes.Share, environment: Mapping[str, str]) -> float | None:
+    """FLOP/s of a matrix product with this share of the machine, measured by a process of its own.
+
+    None if JAX does not start there: training will say why.
+    """
+    child = processes.start('launch.estimate', (), share, environment, subprocess.PIPE)
+    try:
+        output = child.communicate()[0].decode()
+    finally:
+        processes.kill([child])
+    try:
+        return float(output.splitlines()[-1])
+    except (IndexError, ValueError):
+        return None
+
+
+def measure() -> float:
+    """FLOP/s of a float32 matrix product on JAX's first device."""
+    import jax
+    import jax.numpy as jnp
+
+    size = MATRIX.get(jax.default_backend(), OTHER_MATRIX)
+    product = jax.jit(lambda x: x @ x)
+    x = jnp.full((size, size), 1 / size)
+    product(x).block_until_ready()
+    count, begin = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < SECONDS:
+        product(x).block_until_ready()
+        count += 1
+    return 2 * size**3 * count / elapsed
+
+
+if __name__ == '__main__':
+    processes.end_with_launcher()
+    print(measure())

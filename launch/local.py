@@ -1,0 +1,232 @@
+"""One training over several processes of this machine, as over several machines.
+
+    python -m launch.local --processes 2 --config experiments/quickstart.py --workdir runs/quickstart
+
+takes what ``mixcon train`` takes. The processes find one another through ``jax.distributed`` and share cores and GPUs
+out among them. What the first prints is shown; of another, the end of its output when it fails.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import processes
+from launch.processes import FAILED, INTERRUPTED, STOPPED, USER_ERROR, Child, Signals
+from mixcon_jax.cli import OVERRIDES, parse_overrides
+from mixcon_jax.config import load
+from mixcon_jax.errors import UserError
+from mixcon_jax.workdir import report_if_finished
+
+PROGRAM = 'python -m launch.local'
+DESCRIPTION = (
+    'Train over several processes of this machine, which share its cores and GPUs; on CPU each has one XLA device.'
+    ' The same command goes on.'
+)
+EPILOG = (
+    f'{OVERRIDES} When one process dies all others are stopped, and the end of its output is shown.'
+    ' Exit codes: those of `mixcon train`, and 1 when a process died.'
+)
+ORDERLY = (USER_ERROR, 3)  # exit codes of a run that has said itself why it ends
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Launches the processes, or is one of them."""
+    known, rest = build_parser().parse_known_args(argv)
+    if known.rank is None:
+        processes.command(lambda: _launch(known, rest))
+    else:
+        processes.end_with_launcher()
+        _be(known, rest)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument('--processes', type=int, required=True, metavar='N', help='processes to train with')
+    parser.add_argument('--config', required=True, metavar='FILE[:ARG]', help='experiment file with get_config()')
+    parser.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics, tokenizer')
+    parser.add_argument(
+        '--devices-per-process', type=int, metavar='D',
+        help='on CPU, XLA devices of each (default: mesh.cpu_devices of the configuration, or 1)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--timeout', type=int, default=60, metavar='SECONDS', help='within which all must have joined (default: 60)'
+    )
+    parser.add_argument('--rank', type=int, help=argparse.SUPPRESS)  # one of the processes is meant
+    parser.add_argument('--coordinator', help=argparse.SUPPRESS)  # address of the first
+    parser.add_argument('--folder', type=Path, help=argparse.SUPPRESS)  # where it tells that it has joined
+    return parser
+
+
+# ----- the launcher -------------------------------------------------------------------------------------------------
+
+
+def _launch(known: argparse.Namespace, rest: Sequence[str]) -> int:
+    overrides = parse_overrides(rest, PROGRAM)
+    for option, value in (('--devices-per-process', known.devices_per_process), ('--timeout', known.timeout)):
+        if value is not None and value < 1:
+            raise UserError(f'{option} {value} must be at least 1')
+    shares = processes.shares(known.processes, '--processes', os.environ, overlap=True)
+    config = load(known.config, overrides)
+    if report_if_finished(config, known.workdir):
+        return 0
+    devices = known.devices_per_process or config.mesh.cpu_devices or 1
+    arguments = ['--processes', str(known.processes), '--config', known.config, '--workdir', known.workdir]
+    arguments += ['--timeout', str(known.timeout), '--coordinator', f'127.0.0.1:{_free_port()}']
+    arguments += [f'--config.{override}' for override in (*overrides, f'mesh.cpu_devices={devices}')]
+    folder = Path(tempfile.mkdtemp(prefix='mixcon-local-'))
+    arguments += ['--folder', str(folder)]
+    children: list[Child] = []
+    try:
+        with Signals() as signals:
+            for rank, share in enumerate(shares):
+                options = [*arguments, '--rank', str(rank)]
+                if rank == 0:
+                    children.append(processes.start('launch.local', options, share, os.environ, None))
+                    continue
+                with open(_output(folder, rank), 'wb') as file:
+                    children.append(processes.start('launch.local', options, share, os.environ, file))
+            return _watch(children, folder, known.timeout, signals)
+    finally:
+        processes.kill(children)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(children: Sequence[Child], folder: Path, timeout: float, signals: Signals) -> int:
+    """Waits for all to end, and sees to it that they do; returns the launcher's exit code."""
+    begin, stopping, together = time.monotonic(), False, False
+    while True:
+        codes = [child.poll() for child in children]
+        if all(code in (0, STOPPED) for code in codes):
+            return max(code for code in codes if code is not None)
+        if signals.kill:
+            processes.kill(children)
+            return INTERRUPTED
+        if signals.stop and not stopping:
+            stopping = True
+            _say('stopping: all finish the same step and save; Ctrl-C again kills')
+            for child in children:
+                child.terminate()
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, STOPPED)]
+        if failed:
+            return _give_up(children, failed, folder, stopping)
+        together = together or all(_mark(folder, 'joined', rank).exists() for rank in range(len(children)))
+        if not together and time.monotonic() - begin > timeout:
+            return _nobody_came(children, folder, timeout)
+        time.sleep(processes.POLL)
+
+
+def _give_up(children: Sequence[Child], failed: Sequence[int], folder: Path, stopping: bool) -> int:
+    """Stops all because some have failed; says which and why."""
+    codes = {rank: children[rank].returncode for rank in failed}
+    # Who is missed by others brings them down: by JAX, which aborts, or by an error of theirs.
+    codes = {rank: code for rank, code in codes.items() if -code != signal.SIGABRT} or codes
+    codes = {rank: code for rank, code in codes.items() if code < 0} or codes
+    if set(codes.values()) <= set(ORDERLY):  # then all end so, and the first has shown why
+        processes.wait(children)
+        if children[0].returncode in ORDERLY:
+            processes.end(children)
+            return children[0].returncode
+    processes.end(children)
+    if stopping and all(-code in processes.STOPPING for code in codes.values()):
+        _say('stopped before the processes had joined; the same command starts again')
+        return STOPPED
+    for rank, code in codes.items():
+        _say(f'error: process {rank} of {len(children)} failed ({processes.how_it_ended(code)}); all were stopped')
+        _show_output(rank, folder)
+    return next((code for code in codes.values() if code in ORDERLY), FAILED)
+
+
+def _nobody_came(children: Sequence[Child], folder: Path, timeout: float) -> int:
+    """Stops all because they have not joined in time."""
+    late = [rank for rank in range(len(children)) if not _mark(folder, 'came', rank).exists()]
+    processes.end(children)
+    if late:
+        listed = ', '.join(map(str, late))
+        what = f'process {listed} of {len(children)} did not come within {timeout} s'
+    else:
+        what = f'the {len(children)} processes did not reach one another within {timeout} s'
+    _say(f'error: {what}; all were stopped; --timeout sets how long to wait')
+    for rank in late:
+        _show_output(rank, folder)
+    return FAILED
+
+
+def _show_output(rank: int, folder: Path) -> None:
+    """The end of what a process printed; that of the first is on the terminal already."""
+    if rank > 0:
+        lines = processes.last_lines(_output(folder, rank), 10) or ['(nothing)']
+        _say('\n'.join([f'process {rank} printed last:', *(f'  {line}' for line in lines)]))
+
+
+def _say(text: str) -> None:
+    """Below what the first process shows, whose line may be unfinished on a terminal."""
+    print(f'\n{text}' if sys.stderr.isatty() else text, file=sys.stderr)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def _output(folder: Path, rank: int) -> Path:
+    return folder / f'output-{rank}'
+
+
+def _mark(folder: Path, event: str, rank: int) -> Path:
+    """The file by which a process tells that it ``came``, or has ``joined`` the others."""
+    return folder / f'{event}-{rank}'
+
+
+# ----- one of the processes -----------------------------------------------------------------------------------------
+
+
+def _be(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Trains as one of the processes and exits."""
+    try:
+        code = _train(known, parse_overrides(rest, PROGRAM))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        _leave(USER_ERROR)
+    except Exception:
+        traceback.print_exc()
+        _leave(FAILED)
+    sys.exit(code)
+
+
+def _train(known: argparse.Namespace, overrides: list[str]) -> int:
+    config = load(known.config, overrides)
+    import jax  # takes seconds
+
+    _mark(known.folder, 'came', known.rank).touch()
+    jax.distributed.initialize(
+        known.coordinator,
+        known.processes,
+        known.rank,
+        cluster_detection_method='deactivate',  # no scheduler is asked: a job of one may surround this
+        coordinator_bind_address=known.coordinator,  # for this machine alone
+        initialization_timeout=known.timeout,
+    )
+    _mark(known.folder, 'joined', known.rank).touch()
+    from mixcon_jax.train import train
+
+    return train(config, known.workdir).exit_code
+
+
+def _leave(code: int) -> None:
+    """Exits at once: at a normal exit JAX waits for processes that may be waiting for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == '__main__':
+    main()

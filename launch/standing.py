@@ -1,0 +1,110 @@
+"""How far the cases of a sweep are, read from their folders; nothing is changed there."""
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixcon_jax.errors import UserError
+from mixcon_jax.records import Record, read
+from mixcon_jax.sweeps import Case
+from mixcon_jax.workdir import Workdir
+
+NEW, STARTED, DONE, REFUSED = 'new', 'started', 'done', 'refused'
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where a case stands.
+
+    Attributes:
+      state: ``new``; ``started``: goes on from ``step``; ``done``; ``refused``: the folder holds another run.
+      step: of the checkpoint from which it would go on.
+      steps: that the case shall make.
+      scores: the last record of a case that is done.
+      error: why it is refused.
+    """
+
+    state: str
+    step: int
+    steps: int
+    scores: Record = dataclasses.field(default_factory=dict)
+    error: str = ''
+
+    def __str__(self) -> str:
+        return f'at step {self.step} of {self.steps}' if self.state == STARTED else self.state
+
+
+def of(case: Case, workdir: Path) -> Standing:
+    """Where ``case`` stands in the sweep's folder."""
+    folder, steps = Workdir(workdir / case.folder), case.config.train.steps
+    try:
+        record = folder.finished(case.config)
+        folder.require_same(case.config)
+    except UserError as error:
+        return Standing(REFUSED, 0, steps, error=str(error))
+    if record is not None:
+        return Standing(DONE, steps, steps, record)
+    step = max((int(path.name) for path in folder.checkpoints.glob('[0-9]*') if path.name.isdigit()), default=0)
+    return Standing(STARTED if folder.has_progress() else NEW, step, steps)
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest record of a run that is under way; reads the end of the file alone."""
+    try:
+        with open(folder / 'metrics.jsonl', 'rb') as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)['step'])
+        except (ValueError, KeyError, TypeError):  # torn, or cut by the seek
+            continue
+    return 0
+
+
+def tokens_per_step(config: Any) -> int:
+    return config.train.batch_size * config.data.seq_len
+
+
+def steps_speed(records: Sequence[Record]) -> float | None:
+    """Tokens a second of a run's steps: the median of what it recorded, or None."""
+    rates = [record.get('tokens_per_second') for record in records if record['kind'] == 'train']
+    known = [rate for rate in rates if rate]
+    return statistics.median(known) if known else None
+
+
+def whole_speed(case: Case, workdir: Path) -> float | None:
+    """Tokens a second of a case with all that belongs to a run, or None before it has a speed.
+
+    That of its longest start if that made at least half of the steps, start-up, compilation and evaluations included;
+    else that of its steps alone.
+    """
+    records = read(Workdir(workdir / case.folder).metrics)
+    began, most, speed = 0, 0, 0.0
+    for record in records:
+        if record['kind'] != 'run':
+            continue
+        if record.get('event') in ('started', 'resumed'):
+            began = record['step']
+        elif record.get('seconds') and record['step'] - began > most:
+            most = record['step'] - began
+            speed = most * tokens_per_step(case.config) / record['seconds']
+    return speed if 2 * most >= case.config.train.steps else steps_speed(records)
+
+
+def measure(scores: Record) -> tuple[str, float]:
+    """Name and value of what tells beside the loss: bits per byte of text, accuracy of a task."""
+    name, key = ('bits per byte', 'bits_per_byte') if scores.get('bytes', 1) else ('accuracy', 'accuracy')
+    return name, number(scores.get(key))
+
+
+def number(value: float | None) -> float:
+    """A number of a record, which is null when it was not finite."""
+    return math.nan if value is None else value

@@ -9,6 +9,7 @@ WORKDIR ?= runs/quickstart
 PROMPT ?= def __init__(self
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export JAX_PLATFORMS ?= cpu
+export WORKDIR PROMPT
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -17,13 +18,13 @@ setup:  ## Make .venv from the lock file (EXTRAS="gpu docs" adds to it)
 	@bash launch/bootstrap.sh $(EXTRAS)
 
 quickstart: setup  ## Pretrain a small MixCon on the standard library's text, then sample from it
-	@$(BIN)/mixcon train --config experiments/quickstart.py --workdir $(WORKDIR)
-	@$(BIN)/mixcon generate --workdir $(WORKDIR) --prompt '$(PROMPT)' --temperature 0.7 --top-k 40
+	@$(BIN)/mixcon train --config experiments/quickstart.py --workdir "$$WORKDIR"
+	@$(BIN)/mixcon generate --workdir "$$WORKDIR" --prompt "$$PROMPT" --temperature 0.7 --top-k 40
 
-test: lint  ## Lint, type-check and run the tests
+test: lint docs  ## Lint, type-check, build the documentation and run the tests
 	@$(PYTEST) -m 'not slow'
 
-test-all: lint  ## The same with slow tests, compiled as for real runs
+test-all: lint docs  ## The same with slow tests, compiled as for real runs
 	@XLA_FLAGS=--xla_backend_optimization_level=3 $(PYTEST)
 
 lint: setup  ## ruff (rules and format) and mypy
@@ -37,7 +38,7 @@ bench: setup  ## Time every benchmark against its baseline
 
 docs: setup  ## Build the documentation into site/
 	@bash launch/bootstrap.sh docs
-	@$(BIN)/mkdocs build --strict --quiet --site-dir site && echo 'site/index.html is ready'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site && echo 'site/index.html is ready'
 
 parity: setup  ## Recompute the reference outputs of the published implementations and compare
 	@bash tests/parity/run.sh

@@ -126,16 +126,16 @@ def _watch(children: Sequence[Child], folder: Path, timeout: float, signals: Sig
 def _give_up(children: Sequence[Child], failed: Sequence[int], folder: Path, stopping: bool) -> int:
     """Stops all because some have failed; says which and why."""
     codes = {rank: children[rank].returncode for rank in failed}
-    # Who is missed by others brings them down: by JAX, which aborts, or by an error of theirs.
-    codes = {rank: code for rank, code in codes.items() if -code != signal.SIGABRT} or codes
-    codes = {rank: code for rank, code in codes.items() if code < 0} or codes
+    # Who is missed by others brings them down: by JAX, which aborts, or by an error of theirs. So what a signal killed
+    # comes first, but all that failed are shown.
+    codes = dict(sorted(codes.items(), key=lambda item: item[1] >= 0 or -item[1] == signal.SIGABRT))
     if set(codes.values()) <= set(ORDERLY):  # then all end so, and the first has shown why
-        processes.wait(children)
+        processes.wait(children[:1])
         if children[0].returncode in ORDERLY:
             processes.end(children)
             return children[0].returncode
     processes.end(children)
-    if stopping and all(-code in processes.STOPPING for code in codes.values()):
+    if stopping and any(-code in processes.STOPPING for code in codes.values()):
         _say('stopped before the processes had joined; the same command starts again')
         return STOPPED
     for rank, code in codes.items():

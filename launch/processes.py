@@ -131,7 +131,7 @@ def start(
       environment: the child's, but for what the share sets.
       output: where both its streams go; None leaves them as the launcher's.
     """
-    settings = {**environment, LAUNCHER: str(os.getpid())}
+    settings = {**environment, LAUNCHER: str(os.getpid()), 'PYTHONUNBUFFERED': '1'}
     if share.gpus is not None:
         settings['CUDA_VISIBLE_DEVICES'] = ','.join(share.gpus)
     with _confined(share.cores):

@@ -1,5 +1,6 @@
 """How launchers show things: tables, and lines above one live line."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from typing import TextIO
@@ -33,5 +34,8 @@ class Screen:
             self._live, self._width = text, len(text)
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:  # the reader or the terminal has gone: what is running goes on
+            self._stream, self._terminal = open(os.devnull, 'w'), False  # noqa: SIM115 (open as long as the sweep)

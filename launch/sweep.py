@@ -8,7 +8,6 @@ command goes on: cases that are done are passed over, interrupted ones continue,
 
 import argparse
 import dataclasses
-import fcntl
 import os
 import shlex
 import sys
@@ -27,7 +26,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.records import read
 from mixcon_jax.sweeps import Case, cases
 from mixcon_jax.units import duration, short
-from mixcon_jax.workdir import Workdir, explained
+from mixcon_jax.workdir import Workdir, explained, take_lock
 
 PROGRAM = 'python -m launch.sweep'
 DESCRIPTION = (
@@ -37,7 +36,7 @@ DESCRIPTION = (
 EPILOG = (
     'A case runs in WORKDIR/<name>/seed-<seed>; what it prints goes to WORKDIR/<name>/seed-<seed>.log.'
     f' {OVERRIDES} Overrides hold for all cases, but for what a case sets itself.'
-    ' Exit codes: 0 all done, 1 some failed, 2 bad input, 75 stopped and saved.'
+    ' Exit codes: 0 all done, 1 some failed, 2 bad input, 75 stopped and saved, 130 killed by a second Ctrl-C.'
 )
 LOOK = 0.5  # seconds between looks at the running cases' steps
 
@@ -186,7 +185,7 @@ class Sweep:
         self._report()
         if self._signals.kill:
             return INTERRUPTED
-        if self._errors and not self._signals.stop:
+        if self._errors and self._done() + len(self._errors) == len(self._cases):
             return FAILED
         return 0 if self._done() == len(self._cases) else STOPPED
 
@@ -216,12 +215,8 @@ class Sweep:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, 'ab') as file:
                 # The child inherits the lock with the file: it holds as long as the child writes.
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(
-                        f'another sweep is running it in {self._workdir}; wait for it, or stop it'
-                    ) from None
+                if not take_lock(file):
+                    raise UserError(f'another sweep is running it in {self._workdir}; wait for it, or stop it')
                 file.write(f'$ mixcon train {shlex.join(options)}\n'.encode())
                 file.flush()
                 offset = file.tell()

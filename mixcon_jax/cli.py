@@ -1,4 +1,4 @@
-"""The ``mixcon`` command: train, eval, generate, report, config and data, each a thin shell around one function."""
+"""The ``mixcon`` command: train, eval, generate, report, watch, config, data, each a thin shell around a function."""
 
 import argparse
 import os

@@ -82,6 +82,7 @@ def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             group[name] = float(value)
         elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
             items = [value] if isinstance(value, str) else list(value)
+            items = [] if items == [''] else items
             if option.element is str and len(items) == 1:  # as the command line gives it
                 items = [part.strip() for part in str(items[0]).split(',') if part.strip()]
             if option.element is float:

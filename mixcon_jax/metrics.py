@@ -294,6 +294,8 @@ def scalars(record: Record) -> dict[str, float]:
                 values[f'{key}/{name}'] = float(array.max(axis=-1).mean() if array.ndim > 1 else array.mean())
                 if array.ndim > 1:
                     values[f'{key}/{name}_min'] = float(array.min(axis=-1).mean())
+        elif key == 'by_length':
+            values |= {f'{record["kind"]}/accuracy_{length}': part['accuracy'] for length, part in value.items()}
         elif isinstance(value, int | float):
             values[f'{record["kind"]}/{key}'] = float(value)
     return values

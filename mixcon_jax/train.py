@@ -165,7 +165,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         def eval_batch(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
             if stop.requested:
                 raise _Stopped
-            with running('eval_step'):
+            with running(f'eval_step of {batch["tokens"].shape[1]} tokens'):
                 return steps.eval_step(state, steps.put(batch))
 
         with clock.spend('evaluation'):

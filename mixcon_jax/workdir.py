@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
 
@@ -27,11 +27,11 @@ from mixcon_jax.records import Record, last, read
 # a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
-    'train.max_bad_steps',
+    'data.synthetic.eval_', 'train.max_bad_steps',
 )  # fmt: skip
 
 SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
-BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance'}
+BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance', 'context': 'context alone'}
 
 
 class Workdir:
@@ -108,13 +108,8 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / '.lock', 'w')  # noqa: SIM115 (open as long as the run)
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f'another process is training in {self.path}; wait for it, or stop it') from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network file systems
-                    raise
+            if not take_lock(file):
+                raise UserError(f'another process is training in {self.path}; wait for it, or stop it')
             try:
                 yield
             finally:
@@ -138,6 +133,18 @@ def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> R
     if record is not None:
         print(f'{folder.path} is {summary(record["step"], record)}', flush=True)
     return record
+
+
+def take_lock(file: IO[Any]) -> bool:
+    """Whether this process, and those that inherit the file, now hold its lock; also where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network file systems
+            raise
+    return True
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def test_a_curve_keeps_its_mean_and_its_ends_in_bounded_memory(count):
     curve = Curve(limit=16)
     for step, value in enumerate(values):
         curve.add(step, value)
-        curve.add(step, float('nan'))
+        curve.add(step, float('–'))
     assert len(curve.points) <= 16 and curve.points[-1][0] == count - 1
     assert [step for step, _ in curve.points] == sorted({step for step, _ in curve.points})
     edges = [-1, *(int(step) for step, _ in curve.points)]
@@ -294,7 +294,7 @@ def test_the_table_at_full_width(several):
     running = next(row for row in text.splitlines() if 'running' in row and '2:6' in row)
     assert running.split() == ['2:6', '0', 'running', '31/100', '━' * 10, '2.9756', '3.2500', '1.23k', '32s', '75', '%']
     assert '[RoPE]' in line['8:0'] and '0/100' in line['8:0'] and '–' in line['8:0']
-    assert 'nan' in line['killed'] and 'silent for 5m 27s' in text
+    assert '–' in line['killed'] and 'silent for 5m 27s' in text
     assert '(2m 05s)' in text
 
 
@@ -371,7 +371,7 @@ def test_one_run_in_detail(tmp_path, width):
     assert rows[0][1:] == ['20', '%', 'to', '30', '%', 'entropy', '1.25', *bars]
     assert ' '.join(rows[1]).startswith('4 3.0 % to 47 % entropy 1.00 dropped 2.0 %')
     gains = {row[0]: row[1:] for row in rows[2:]}
-    assert gains == {'0': ['1.5', '0.125'], '3': ['2.5', '0.25'], '1': ['0.75', 'nan'], '4': ['nan', 'nan']}
+    assert gains == {'0': ['1.5', '0.125'], '3': ['2.5', '0.25'], '1': ['0.75', '–'], '4': ['–', '–']}
 
 
 def test_of_many_layers_the_least_even_and_the_range_are_shown(tmp_path):
@@ -417,7 +417,7 @@ def test_charts():
     assert charts.sparkline([(x, x) for x in range(8)], 8) == charts.BARS
     assert charts.sparkline([(x, 1.0) for x in range(100)], 5) == '▁▁▁▁▁'
     assert charts.sparkline([], 5) == ''
-    assert charts.bars([0.5, 0.25, 0.0, float('nan')], 0.5) == '█▄▁ '
+    assert charts.bars([0.5, 0.25, 0.0, float('–')], 0.5) == '█▄▁ '
     assert charts.means([1, 2, 3, 4, 5], 2) == [1.5, 4]
     # A falling diagonal through 2 x 1 cells of 2 x 4 dots.
     assert charts.braille([(0, 1), (1, 0)], 2, 1, (0, 1), (0, 1)) == ['⠑⢄']
@@ -471,7 +471,7 @@ def test_what_is_no_terminal_gets_one_snapshot(tmp_path, capsys):
         (['{}', '--once'], 'a run is a folder with config.json and metrics.jsonl'),
         (['{}/file'], '{}/file is a file'),
         (['{}', '--interval', '0'], '--interval 0 must be at least 0.1'),
-        (['{}', '--interval', 'nan'], '--interval nan must be at least 0.1'),
+        (['{}', '--interval', '–'], '--interval nan must be at least 0.1'),
         (['{}', '--config.train.steps=3'], 'unknown argument'),
     ],
 )

@@ -2,7 +2,8 @@
 
 The nano model (2 attention, 6 Conba layers) with every mechanism off, which leaves Jamba's Mamba mixer; with one of
 them on; and with those of the ``conba`` preset together. Feedback acts through a gain, so its arm compares with
-``+control``. The width of the MLPs makes all arms equal in parameters within 2 %.
+``+control``. The width of the MLPs makes all arms equal in parameters within 2 %; an override of a model option holds
+for the arms but not for that computation.
 
 21 runs of 307k tokens: about 20 minutes on 2 CPU cores.
 
@@ -28,7 +29,8 @@ ARMS = {
 
 def get_config(arg=None):
     """Returns the nano configuration; there is no argument."""
-    del arg
+    if arg is not None:
+        raise ValueError(f'unknown argument {arg!r}; there is none')
     config = NANO['get_config']()
     config.name = 'conba-parts'
     config.train.steps = 300

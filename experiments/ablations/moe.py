@@ -25,7 +25,8 @@ ARMS = {  # name: experts, of which a token uses
 
 def get_config(arg=None):
     """Returns the nano configuration; there is no argument."""
-    del arg
+    if arg is not None:
+        raise ValueError(f'unknown argument {arg!r}; there is none')
     config = NANO['get_config']()
     config.name = 'moe'
     config.train.steps = 300

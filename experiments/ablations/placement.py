@@ -20,7 +20,8 @@ ARMS = {  # name: which layers are attention
 
 def get_config(arg=None):
     """Returns the nano configuration; there is no argument."""
-    del arg
+    if arg is not None:
+        raise ValueError(f'unknown argument {arg!r}; there is none')
     config = NANO['get_config']()
     config.name = 'placement'
     config.checkpoint.keep_last = 1

@@ -13,7 +13,8 @@ NANO = runpy.run_path(os.path.join(os.path.dirname(__file__), '../mixcon/nano.py
 
 def get_config(arg=None):
     """Returns the configuration; there is no argument."""
-    del arg
+    if arg is not None:
+        raise ValueError(f'unknown argument {arg!r}; there is none')
     config = NANO['get_config']()
     config.name = 'jamba-nano'
     model = config.model

@@ -2,7 +2,8 @@
 
 1,293M parameters, 573M active. 11.4B tokens, 20 per active parameter, are 3.8e+19 FLOPs: 27 hours of one H100
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 20.7 GB in all.
-Learning rate and batch are of the usual size, not tuned. It wants your own text: set ``data.sources``.
+``mesh.fsdp`` is 8: it takes a multiple of 8 devices. Learning rate and batch are of the usual size, not tuned. It
+wants your own text: set ``data.sources``.
 """
 
 from mixcon_jax.config import default

@@ -2,7 +2,8 @@
 
 347M parameters, 173M active. 3.5B tokens, 20 per active parameter, are 3.7e+18 FLOPs: 2.6 hours of one H100
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 5.6 GB in all.
-Learning rate and batch are of the usual size, not tuned. It wants your own text: set ``data.sources``.
+``mesh.fsdp`` is 8: it takes a multiple of 8 devices. Learning rate and batch are of the usual size, not tuned. It
+wants your own text: set ``data.sources``.
 """
 
 from mixcon_jax.config import default

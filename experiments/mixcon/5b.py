@@ -2,7 +2,8 @@
 
 4,984M parameters, 1,417M active. 28.3B tokens, 20 per active parameter, are 2.2e+20 FLOPs: 158 hours of one H100
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 79.7 GB in all.
-Learning rate and batch are of the usual size, not tuned. It wants your own text: set ``data.sources``.
+``mesh.fsdp`` is 32: it takes a multiple of 32 devices. Learning rate and batch are of the usual size, not tuned. It
+wants your own text: set ``data.sources``.
 """
 
 from mixcon_jax.config import default

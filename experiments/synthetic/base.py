@@ -1,10 +1,11 @@
 """The models and the budget that the synthetic tasks share: small enough for a CPU, and fixed before anything was run.
 
-Four layers of width 32, each a mixer and an MLP, about 50k parameters. Sequences of at most 64 tokens of 16 symbols,
-where the published versions train on 256 (induction) to 4096 (selective copying) with up to 400,000 steps; the shorter
-sequences and a curriculum (from 8 tokens with one item, over the first half of the steps) are what makes 1500 steps of
-1024 tokens enough to tell architectures apart. Scored at 64, 128, 256 and 512 tokens: up to eight times the trained
-length. The argument names an architecture; the task here is selective copying.
+Four layers of width 32, each a mixer and an MLP; the MLP's width makes all arms equal in parameters (2:6 has 62,000
+with 16 symbols). Sequences of at most 64 tokens, where the published versions train on 256 (induction) to 4096
+(selective copying) with up to 400,000 steps; the shorter sequences and a curriculum (from 8 tokens with one item, over
+the first half of the steps) are to make 1500 steps of at most 1024 tokens enough to tell architectures apart. Scored at
+64, 128, 256 and 512 tokens: up to eight times the trained length. The argument names an architecture; the task here is
+selective copying.
 """
 
 from mixcon_jax.config import default
@@ -22,6 +23,8 @@ def get_config(arg=None):
     """Returns the configuration; the argument is one of ARCHITECTURES (default: 2:6, one layer in four attention)."""
     config = default()
     config.name = arg or '2:6'
+    if config.name not in ARCHITECTURES:
+        raise ValueError(f'unknown architecture {arg!r}; known: {", ".join(ARCHITECTURES)}')
     mixers, rope = ARCHITECTURES[config.name]
 
     model = config.model
@@ -51,8 +54,27 @@ def get_config(arg=None):
     config.train.batch_size = 16
     config.eval.every = 500
     config.eval.batch_size = 32
-    config.eval.max_rows = 64
+    config.eval.max_rows = 128
     config.checkpoint.every = 750
     config.checkpoint.keep_last = 1
     config.log.tensorboard = False
     return config
+
+
+def arms(get_config):
+    """The cases of a task's sweep: the architectures of one seed after the other, with the parameters of 2:6."""
+    from mixcon_jax.models.accounting import parameter_count, width_for  # with it comes JAX
+
+    total = parameter_count(get_config().model).total
+    models = {name: get_config(name).model for name in ARCHITECTURES}
+    return [
+        {
+            'name': name,
+            'seed': seed,
+            'model.pattern': model.pattern,
+            'model.attention.rope': model.attention.rope,
+            'model.mlp.hidden_dim': width_for(model, total),
+        }
+        for seed in range(3)
+        for name, model in models.items()
+    ]

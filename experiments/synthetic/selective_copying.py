@@ -14,18 +14,9 @@ BASE = runpy.run_path(os.path.join(os.path.dirname(__file__), 'base.py'))
 
 def get_config(arg=None):
     """Returns the configuration; the argument names an architecture of base.py."""
-    config = BASE['get_config'](arg)
-    return config
+    return BASE['get_config'](arg)
 
 
 def sweep():
-    """Yields the architectures of one seed after the other."""
-    for seed in range(3):
-        for name in BASE['ARCHITECTURES']:
-            config = get_config(name)
-            yield {
-                'name': name,
-                'seed': seed,
-                'model.pattern': config.model.pattern,
-                'model.attention.rope': config.model.attention.rope,
-            }
+    """Returns the architectures of one seed after the other."""
+    return BASE['arms'](get_config)

@@ -13,6 +13,7 @@ from jax import lax
 
 from kernels_pallas.attention.reference import visible
 
+WIDEST = 16  # blocks of keys a tile of few queries may have: tiles beyond the last filled key are not visited
 NEGATIVE = -1e30  # finite, so that a row without a visible key stays free of nan
 
 
@@ -20,7 +21,10 @@ def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size)
     """Shapes as in `api.attention`; pads queries and keys to whole blocks, where padding is of segment 0."""
     (batch, length, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
     groups = heads // kv_heads
-    q_block, k_block = min(block_size, length), min(block_size, keys)
+    q_block = min(block_size, length)
+    # A tile is block_size^2 weights; of few queries it has more keys, in whole blocks: every turn of a loop costs.
+    k_block = min(block_size * min(block_size // q_block, WIDEST), -(-keys // block_size) * block_size)
+    k_block = min(k_block, keys)
     q_steps, k_steps = -(-length // q_block), -(-keys // k_block)
     ragged = keys % k_block or length % q_block
     if segment_ids is None and ragged:
@@ -31,14 +35,21 @@ def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size)
         x = jnp.pad(x, ((0, 0), (0, steps * block - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, steps, block, *x.shape[2:]), 1, 0)
 
-    # [steps, B, K, G, block, d] and [steps, B, K, block, d]: each tile is one batched matrix product.
+    # [steps, B, K, G, block, d]. Keys and values stay as they came, [B, steps * block, K, d]: they may be a cache, of
+    # which one query reads the part that is filled, and a copy would cost more than that.
     q = split(q, q_steps, q_block).reshape(q_steps, batch, q_block, kv_heads, groups, width).transpose(0, 1, 3, 4, 2, 5)
-    k, v = (split(x, k_steps, k_block).transpose(0, 1, 3, 2, 4) for x in (k, v))
+    k, v = (jnp.pad(x, ((0, 0), (0, k_steps * k_block - keys), (0, 0), (0, 0))) for x in (k, v))
+    k, v = (x.reshape(batch, k_steps, k_block, kv_heads, width) for x in (k, v))
     segments = None
     if segment_ids is not None:
         segments = split(segment_ids, q_steps, q_block), split(kv_segment_ids, k_steps, k_block)
     out = _blockwise(q, k, v, segments, jnp.asarray(q_offset, jnp.int32), scale)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, q_steps * q_block, heads, width)[:, :length]
+
+
+def _keys(x, j):
+    """Block j of keys or values, [B, K, block, d]."""
+    return jnp.swapaxes(lax.dynamic_index_in_dim(x, j, 1, keepdims=False), 1, 2)
 
 
 def _take(x, i):
@@ -72,12 +83,12 @@ def _accumulate(x):
 
 def _forward_block(q, k, v, segments, i, q_offset, scale):
     """Output [B, K, G, t, d] and logsumexp [B, K, G, t] of query block i."""
-    steps, k_block, q_block = k.shape[0], k.shape[-2], q.shape[-2]
+    (steps, k_block), q_block = k.shape[1:3], q.shape[-2]
     q_i, seg_i = _take(q, i), None if segments is None else _take(segments[0], i)
 
     def body(j, carry):
         out, highest, total = carry
-        k_j, v_j = _take((k, v), j)
+        k_j, v_j = _keys(k, j), _keys(v, j)
         seg = None if segments is None else (seg_i, _take(segments[1], j))
         scores, mask = _tile(q_i, k_j, seg, i, j, q_offset, scale)
         new = jnp.maximum(highest, jnp.max(jnp.where(mask, scores, NEGATIVE), -1))
@@ -110,12 +121,12 @@ def _backward(scale, residuals, g):
     q, k, v, segments, q_offset, out, logsumexp = residuals
     accumulate = _accumulate(q)
     delta = jnp.sum(g.astype(accumulate) * out.astype(accumulate), -1)
-    q_steps, k_steps, q_block, k_block = q.shape[0], k.shape[0], q.shape[-2], k.shape[-2]
+    q_steps, q_block, (k_steps, k_block) = q.shape[0], q.shape[-2], k.shape[1:3]
     product = partial(jnp.einsum, preferred_element_type=accumulate)
 
     def key_block(j, dq):
         """dk and dv of key block j; adds its share of dq, which all key blocks accumulate."""
-        k_j, v_j = _take((k, v), j)
+        k_j, v_j = _keys(k, j), _keys(v, j)
         seg_j = None if segments is None else _take(segments[1], j)
 
         def body(i, carry):
@@ -146,6 +157,7 @@ def _backward(scale, residuals, g):
             return dq, (dk, dv)
 
         dq, (dk, dv) = lax.scan(step, dq, jnp.arange(k_steps))
+    dk, dv = (x.transpose(1, 0, 3, 2, 4) for x in (dk, dv))  # [steps, B, K, block, d] as k and v are
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

@@ -41,7 +41,7 @@ class Dataset:
 
     def baselines(self) -> dict[str, float]:
         """What simple models reach: bits per byte of the held-out text, or the accuracy of guessing."""
-        return baselines(self.stores) if self.stores else synthetic.baselines(self.config.data)
+        return baselines(self.stores) if self.stores else synthetic.baselines(self.config)
 
 
 def open_dataset(config: ml_collections.ConfigDict) -> Dataset:

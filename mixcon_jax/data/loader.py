@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax.data.documents import Document
-from mixcon_jax.data.packing import Rows, empty_batch, key_of
+from mixcon_jax.data.packing import Rows, empty_batch, key_of, process_rows
 from mixcon_jax.data.prepare import PreparedStore
 from mixcon_jax.data.store import TokenStore
 from mixcon_jax.data.tokenizer import Tokenizer
@@ -106,13 +106,6 @@ def _open(stores: Sequence[PreparedStore | TokenStore], split: str) -> list[Toke
     return opened
 
 
-def _process_rows(rows: int, process_index: int, process_count: int, key: str) -> range:
-    if rows % process_count:
-        raise UserError(f'{key}: {rows} rows cannot be divided among {process_count} processes')
-    share = rows // process_count
-    return range(process_index * share, (process_index + 1) * share)
-
-
 class TrainBatches:
     """Endless training batches; batch i depends on the seed, i and the stores alone.
 
@@ -146,7 +139,7 @@ class TrainBatches:
         if weights and len(weights) != len(self.stores):
             raise UserError(f'data.weights: {len(weights)} weights for {len(self.stores)} sources')
         self.batch_size, self.seq_len = config.train.batch_size, data.seq_len
-        self._share = _process_rows(self.batch_size, process_index, process_count, 'train.batch_size')
+        self._share = process_rows(self.batch_size, process_index, process_count, 'train.batch_size')
         # A seed of its own for every store, or two copies of one would be read in step.
         self.rows = [
             Rows(store, data.seq_len, key_of(config.seed, i), data.packing) for i, store in enumerate(self.stores)
@@ -208,7 +201,7 @@ class HeldoutBatches:
         data = config.data
         self.stores = _open(stores, 'heldout')
         self.batch_size, self.seq_len = batch_size or config.train.batch_size, data.seq_len
-        self._share = _process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
+        self._share = process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
         self.rows = [Rows(store, data.seq_len, None, data.packing) for store in self.stores]
         self._starts = np.cumsum([0] + [rows.num_rows for rows in self.rows])
         total = int(self._starts[-1])

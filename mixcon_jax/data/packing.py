@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from mixcon_jax.errors import UserError
+
 MASK = (1 << 64) - 1
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 ROUNDS = 6  # with 4, permutations of a handful of entries are visibly uneven
@@ -206,3 +208,11 @@ def empty_batch(rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """A batch [rows, T] of padding: tokens, targets, segment_ids and positions 0, loss_mask False."""
     batch = {name: np.zeros((rows, seq_len), np.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
     return batch | {'loss_mask': np.zeros((rows, seq_len), bool)}
+
+
+def process_rows(rows: int, process_index: int, process_count: int, key: str) -> range:
+    """Which rows of a batch of ``rows`` a process makes: a contiguous share; ``key`` is the option to blame."""
+    if rows % process_count:
+        raise UserError(f'{key}: {rows} rows cannot be divided among {process_count} processes')
+    share = rows // process_count
+    return range(process_index * share, (process_index + 1) * share)

@@ -5,7 +5,8 @@
 ``synthetic:induction``          a special token stands once before some symbol, and again at the end: which symbol?
                                  (Olsson et al., 2022, in the form of Gu and Dao, 2023)
 ``synthetic:mqar``               multi-query associative recall: pairs of key and value, then the keys again, each
-                                 followed by noise, most soon and some late (Arora et al., 2023)
+                                 followed by noise, most soon and some late (Arora et al., 2023, but for their
+                                 vocabulary of thousands, and fillers that are drawn from it)
 
 Only answers are scored, and ``accuracy`` is their share that is predicted right. A batch is a function of (seed, step)
 alone. With a curriculum, sequences grow from ``min_length`` to ``data.seq_len`` tokens and from ``min_items`` to
@@ -23,13 +24,13 @@ import tokenizers
 from jaxtyping import Bool, Float, Int
 from tokenizers import models, pre_tokenizers
 
-from mixcon_jax.data.packing import MASK, empty_batch, key_of, mix_array
+from mixcon_jax.data.packing import MASK, empty_batch, key_of, mix_array, process_rows
 from mixcon_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 
 PREFIX = 'synthetic:'
 END, NOISE, ASK = 0, 1, 2  # ids of the tokens that are no symbols
 SYMBOLS = 3  # id of the first symbol
-HELDOUT = 1 << 62  # no training step has such a number
+HELDOUT = 1 << 62  # in the place of a seed, which is always smaller
 
 Batch = dict[str, np.ndarray]
 Examples = tuple[Int[np.ndarray, 'n l'], Int[np.ndarray, 'n l'], Bool[np.ndarray, 'n l']]
@@ -42,7 +43,7 @@ class Draws:
         self._key, self._used = key, 0
 
     def uniform(self, *shape: int) -> Float[np.ndarray, '...']:
-        """Numbers in (0, 1)."""
+        """Numbers in (0, 1]."""
         self._used += 1
         start = key_of(*self._key, self._used)
         size = int(np.prod(shape))
@@ -51,7 +52,7 @@ class Draws:
 
     def integers(self, high: int, *shape: int) -> Int[np.ndarray, '...']:
         """Integers in [0, high)."""
-        return np.floor(self.uniform(*shape) * high).astype(np.int64)
+        return np.minimum(self.uniform(*shape) * high, high - 1).astype(np.int64)
 
     def subsets(self, count: int, size: int, of: int, weights: Float[np.ndarray, 'of'] | None = None) -> Any:
         """``count`` draws of ``size`` distinct numbers below ``of``, in random order: int64 [count, size].
@@ -63,10 +64,11 @@ class Draws:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tasks: (draws, number of examples, tokens of each, items to remember, symbols) -> tokens, targets, mask
+# The tasks: (draws, examples, tokens of each, items to remember, symbols, trained length) -> tokens, targets, mask
 # ---------------------------------------------------------------------------------------------------------------------
-def selective_copying(draws: Draws, count: int, length: int, items: int, symbols: int) -> Examples:
+def selective_copying(draws: Draws, count: int, length: int, items: int, symbols: int, trained: int) -> Examples:
     """Noise with ``items`` symbols at random places, then as many times ASK, which the symbols answer in order."""
+    del trained
     context = length - items
     values = SYMBOLS + draws.integers(symbols, count, items)
     places = np.sort(draws.subsets(count, items, context), axis=1)
@@ -78,9 +80,9 @@ def selective_copying(draws: Draws, count: int, length: int, items: int, symbols
     return tokens, targets, tokens == ASK
 
 
-def induction(draws: Draws, count: int, length: int, items: int, symbols: int) -> Examples:
+def induction(draws: Draws, count: int, length: int, items: int, symbols: int, trained: int) -> Examples:
     """Random symbols; ASK stands once before the symbol to recall, and at the end."""
-    del items  # there is always one
+    del items, trained  # there is always one item
     tokens = SYMBOLS + draws.integers(symbols, count, length)
     place = draws.integers(length - 2, count)
     rows = np.arange(count)
@@ -92,18 +94,20 @@ def induction(draws: Draws, count: int, length: int, items: int, symbols: int) -
     return tokens, targets, mask
 
 
-def mqar(draws: Draws, count: int, length: int, items: int, symbols: int) -> Examples:
-    """``items`` pairs of distinct keys and of values, then every key once more, which its value answers.
+def mqar(draws: Draws, count: int, length: int, items: int, symbols: int, trained: int) -> Examples:
+    """``items`` pairs of distinct keys and distinct values, then every key once more, which its value answers.
 
-    The first half of the symbols are keys, the second values. A key comes again after a gap whose probability falls as
-    gap^-0.99, as in the published task, whose exponent is 0.01 - 1.
+    The first half of the symbols are keys, the second values. Every query is followed by noise. Of the places after the
+    pairs, the g-th takes a query with a probability that falls as g^-0.99 (the published exponent, 0.01 - 1). In
+    sequences longer than those trained all places are as likely: else most queries would stand where training had them.
     """
-    keys = SYMBOLS + draws.subsets(count, items, symbols // 2)
-    values = SYMBOLS + symbols // 2 + draws.integers(symbols // 2, count, items)
+    half, space = symbols // 2, (length - 2 * items) // 2
+    keys = SYMBOLS + draws.subsets(count, items, half)
+    values = SYMBOLS + half + draws.subsets(count, items, half)
     tokens = np.full((count, length), NOISE)
     tokens[:, 0 : 2 * items : 2], tokens[:, 1 : 2 * items : 2] = keys, values
-    space = length - 2 * items
-    places = 2 * items + draws.subsets(count, items, space, np.arange(1, space + 1) ** -0.99)
+    weights = np.arange(1, space + 1) ** (0.0 if length > trained else -0.99)
+    places = 2 * items + 2 * draws.subsets(count, items, space, weights)
     np.put_along_axis(tokens, places, keys, axis=1)
     targets, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
     np.put_along_axis(targets, places, values, axis=1)
@@ -118,18 +122,16 @@ class Task:
     Attributes:
       make: the function that makes examples.
       shortest: the least number of tokens that hold so many items.
-      answers: how many symbols can be an answer, of so many symbols.
     """
 
-    make: Callable[[Draws, int, int, int, int], Examples]
+    make: Callable[[Draws, int, int, int, int, int], Examples]
     shortest: Callable[[int], int]
-    answers: Callable[[int], int] = lambda symbols: symbols
 
 
 TASKS = {
     'selective_copying': Task(selective_copying, lambda items: 2 * items),
     'induction': Task(induction, lambda items: 4),
-    'mqar': Task(mqar, lambda items: 3 * items, lambda symbols: symbols // 2),
+    'mqar': Task(mqar, lambda items: 4 * items),
 }
 
 
@@ -152,6 +154,9 @@ def check(data: ml_collections.ConfigDict) -> None:
     name, task = data.sources[0].removeprefix(PREFIX), data.synthetic
     if name not in TASKS:
         raise ValueError(f'data.sources: {data.sources[0]!r} is no task; known: {", ".join(TASKS)}')
+    for key in ('min_length', 'min_items'):
+        if task[key] and not task.curriculum_steps:
+            raise ValueError(f'data.synthetic.{key}={task[key]} does nothing without data.synthetic.curriculum_steps')
     if task.min_length > data.seq_len:
         raise ValueError(f'data.synthetic.min_length={task.min_length} exceeds data.seq_len={data.seq_len}')
     if task.min_items > task.num_items:
@@ -162,13 +167,15 @@ def check(data: ml_collections.ConfigDict) -> None:
             f' data.synthetic.symbols={task.symbols}; use at least {2 * task.num_items} symbols'
         )
     shortest, first = TASKS[name].shortest(task.num_items), TASKS[name].shortest(task.min_items or task.num_items)
-    for key, length, least in (
-        ('seq_len', data.seq_len, shortest),
-        ('synthetic.min_length', task.min_length or data.seq_len, first),
-        ('synthetic.eval_lengths', min(task.eval_lengths, default=data.seq_len), shortest),
+    for key, length, items, least in (
+        ('seq_len', data.seq_len, task.num_items, shortest),
+        ('synthetic.min_length', task.min_length or data.seq_len, task.min_items or task.num_items, first),
+        ('synthetic.eval_lengths', min(task.eval_lengths, default=data.seq_len), task.num_items, shortest),
     ):
         if length < least:
-            raise ValueError(f'data.{key}: {length} tokens are too few for {name} of its items; take at least {least}')
+            raise ValueError(
+                f'data.{key}: {length} tokens are too few for {name} with {items} items; take at least {least}'
+            )
 
 
 def tokenizer(data: ml_collections.ConfigDict) -> Tokenizer:
@@ -180,15 +187,27 @@ def tokenizer(data: ml_collections.ConfigDict) -> Tokenizer:
     return Tokenizer(backend, data.sources[0])
 
 
-def baselines(data: ml_collections.ConfigDict) -> dict[str, float]:
-    """``chance``: the accuracy of guessing."""
-    task = TASKS[data.sources[0].removeprefix(PREFIX)]
-    return {'chance': 1 / task.answers(data.synthetic.symbols)}
+def baselines(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """Accuracies without memory for places: ``chance``, guessing among all answers there are, and ``context``.
+
+    ``context`` always names the commonest symbol of those that the sequence's answers are, measured on the held-out
+    sequences: what a model gets that has seen which symbols there were, and nothing else.
+    """
+    answers = [batch['targets'][row][batch['loss_mask'][row]]
+               for batch in SyntheticHeldout(config, 0) for row in range(len(batch['targets']))
+               if batch['loss_mask'][row].any()]  # fmt: skip
+    task = config.data.synthetic
+    symbols = task.symbols // 2 if config.data.sources[0] == PREFIX + 'mqar' else task.symbols
+    if all(len(row) == 1 for row in answers):  # naming the one symbol is to have solved it
+        return {'chance': 1 / symbols}
+    common = sum(np.unique(row, return_counts=True)[1].max() for row in answers)
+    return {'chance': 1 / symbols, 'context': float(common / sum(map(len, answers)))}
 
 
 def identity(data: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """What the sequences depend on besides the seed."""
-    return (json.dumps({'source': data.sources[0], 'seq_len': data.seq_len} | data.synthetic.to_dict(), default=list),)
+    """What the training sequences depend on besides the seed."""
+    task = {key: data.synthetic[key] for key in ('symbols', 'num_items', 'min_items', 'min_length', 'curriculum_steps')}
+    return (json.dumps({'source': data.sources[0], 'seq_len': data.seq_len} | task),)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +258,8 @@ class SyntheticTrain:
         batch = empty_batch(self._rows.stop - self._rows.start, self._data.seq_len)
         examples = []
         for place in range(self._data.seq_len // length):
-            made = self._task.make(Draws(self._seed, step, place), self._batch_size, length, items, symbols)
+            draws = Draws(self._seed, step, place)
+            made = self._task.make(draws, self._batch_size, length, items, symbols, self._data.seq_len)
             tokens, targets, mask = (part[self._rows] for part in made)
             examples.append((tokens, targets, mask))
         fill(batch, examples)
@@ -277,27 +297,22 @@ class SyntheticHeldout:
         task = config.data.synthetic
         self.num_rows = min(max_rows, task.eval_rows) if max_rows else task.eval_rows
         self.lengths = tuple(sorted(set(task.eval_lengths) or {config.data.seq_len}))
-        self._share = range(process_index, self.batch_size, process_count)
-        self.num_tokens = sum(
-            int(self._examples(length, start)[2].sum()) for length in self.lengths for start in self._starts()
-        )
+        self._share = process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
+        # Every sequence of a task has as many answers.
+        self.num_tokens = sum(self.num_rows * int(self._example(length, 0)[2].sum()) for length in self.lengths)
 
-    def _starts(self) -> range:
-        return range(0, self.num_rows, self.batch_size)
-
-    def _examples(self, length: int, start: int) -> Examples:
-        """The rows of one batch that there are."""
-        count = min(self.batch_size, self.num_rows - start)
+    def _example(self, length: int, row: int) -> Examples:
+        """One sequence, which depends on its length and number alone."""
         task = self._data.synthetic
-        return self._task.make(Draws(HELDOUT, length, start), count, length, task.num_items, task.symbols)
+        draws = Draws(HELDOUT, length, row)
+        return self._task.make(draws, 1, length, task.num_items, task.symbols, self._data.seq_len)
 
     def __iter__(self) -> Iterator[Batch]:
         for length in self.lengths:
-            for start in self._starts():
-                made = self._examples(length, start)
-                rows = [row for row in self._share if row < len(made[0])]
-                whole = empty_batch(len(self._share), length)
-                part = {name: array[: len(rows)] for name, array in whole.items()}
-                tokens, targets, mask = (values[rows] for values in made)
-                fill(part, [(tokens, targets, mask)])
-                yield whole
+            for start in range(0, self.num_rows, self.batch_size):
+                batch = empty_batch(len(self._share), length)
+                for place, row in enumerate(self._share):
+                    if start + row < self.num_rows:
+                        one = {name: array[place : place + 1] for name, array in batch.items()}
+                        fill(one, [self._example(length, start + row)])
+                yield batch

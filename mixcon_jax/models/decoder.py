@@ -14,7 +14,8 @@ from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, normal
 class Decoder(nnx.Module):
     """Decoder-only model (MixCon, §2 and Figure 2) of ``num_blocks`` repeats of a pattern of layers.
 
-    The repeats share one compiled body: their parameters are stacked on a leading ``layers`` axis and scanned.
+    The repeats share one compiled body in training: their parameters are stacked on a leading ``layers`` axis and
+    scanned. With a state they are written out.
     """
 
     def __init__(self, config, params: Parameters) -> None:
@@ -47,31 +48,33 @@ class Decoder(nnx.Module):
         x = self.embedding[...][tokens].astype(self.dtype)
         graphdef, variables = nnx.split(self.blocks)
 
-        def body(carry: tuple, xs: tuple) -> tuple[tuple, Aux]:
-            x, states = carry
+        def body(x: Array, xs: tuple) -> tuple[Array, Aux]:
             index, variables = xs
-            # The states are a carry, not scanned inputs and outputs, so that a decode step updates its caches in place.
-            block_state = jax.tree.map(lambda s: jax.lax.dynamic_index_in_dim(s, index, keepdims=False), states)
-            x, block_state, aux = nnx.merge(graphdef, variables)(x, context.fold(index), block_state)
-            states = jax.tree.map(
-                lambda s, new: jax.lax.dynamic_update_index_in_dim(s, new, index, 0), states, block_state
-            )
-            return (x, states), aux
+            x, _, aux = nnx.merge(graphdef, variables)(x, context.fold(index), None)
+            return x, aux
 
-        if state is None and self.config.remat != 'none':
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == 'dots' else None
-            body = jax.checkpoint(body, policy=policy)
-        blocks = None if state is None else state['blocks']
-        (x, blocks), aux = jax.lax.scan(body, (x, blocks), (jnp.arange(self.config.num_blocks), variables))
+        if state is None:
+            if self.config.remat != 'none':
+                dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                body = jax.checkpoint(body, policy=dots if self.config.remat == 'dots' else None)
+            x, aux = jax.lax.scan(body, x, (jnp.arange(self.config.num_blocks), variables))
+        else:
+            # Written out block by block: a loop would take every cache out of the stack and put it back, each token.
+            blocks, auxes = [], []
+            for index, block_state in enumerate(state['blocks']):
+                block = nnx.merge(graphdef, jax.tree.map(lambda value, index=index: value[index], variables))
+                x, block_state, aux = block(x, context.fold(index), block_state)
+                blocks.append(block_state)
+                auxes.append(aux)
+            state, aux = {'blocks': blocks}, jax.tree.map(lambda *values: jnp.stack(values), *auxes)
         aux['losses'] = {name: value.mean() for name, value in aux['losses'].items()}
-        return self.final_norm(x), None if state is None else {'blocks': blocks}, aux
+        return self.final_norm(x), state, aux
 
     def init_state(self, batch: int, max_len: int) -> State:
         """Returns the state before the first token: attention caches of ``max_len`` tokens, all else constant size."""
         graphdef, variables = nnx.split(self.blocks)
         block = nnx.merge(graphdef, jax.tree.map(lambda value: value[0], variables))
-        stack = lambda value: jnp.repeat(value[None], self.config.num_blocks, axis=0)
-        return {'blocks': jax.tree.map(stack, block.init_state(batch, max_len))}
+        return {'blocks': [block.init_state(batch, max_len) for _ in range(self.config.num_blocks)]}
 
     def head(self) -> Float[Array, 'd v']:
         """Returns the output weights, float32."""

@@ -187,9 +187,14 @@ def gains(layers: Mapping[int, Mapping[str, Any]]) -> list[RenderableType]:
     values = {name: [number(layers[layer].get(name)) for layer in having] for name in names}
     if len(having) <= FEW:
         for row, layer in enumerate(having):
-            table.add_row(f'layer {layer}', *(f'{values[name][row]:.4g}' for name in names))
+            table.add_row(f'layer {layer}', *(_digits(values[name][row]) for name in names))
     else:
+        finite = {name: [value for value in values[name] if math.isfinite(value)] for name in names}
         for title, summary in (('least', min), ('mean', lambda items: sum(items) / len(items)), ('greatest', max)):
-            table.add_row(title, *(f'{summary(values[name] or [math.nan]):.4g}' for name in names))
+            table.add_row(title, *(_digits(summary(finite[name] or [math.nan])) for name in names))
     title = 'Conba' if any(name in found for name in GAIN) else 'layers'
     return [Text(f'{title}: gain and step' if len(having) <= FEW else f'{title}: {len(having)} layers', 'bold'), table]
+
+
+def _digits(value: float) -> str:
+    return f'{value:.4g}' if math.isfinite(value) else '–'

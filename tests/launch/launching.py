@@ -27,7 +27,7 @@ def write_sweep(path: Path, config, sweep: str) -> Path:
 def launch(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Starts ``python -m module`` with one CPU device a process; both streams come as one text pipe."""
     flags = [flag for flag in os.environ.get('XLA_FLAGS', '').split() if 'device_count' not in flag]
-    settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ' '.join(flags), 'PYTHONUNBUFFERED': '1'}
+    settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ' '.join(flags), 'PYTHONUNBUFFERED': ''}
     # Most of a short run is importing: keep the compiled modules even where the environment says not to.
     settings |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
     settings |= environment or {}

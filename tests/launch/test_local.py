@@ -72,7 +72,7 @@ def test_a_process_that_never_comes_is_named(tmp_path):
     children = children_of(launcher.pid)
     output = finish(launcher, code=1)
     assert 'did not come within 1 s; all were stopped; --timeout sets' in output
-    assert '1 of 2' in output
+    assert '1 of 2' in output and 'oversleeping' in output
     assert all_end(children, 0)
     assert not (tmp_path / 'run').exists()
 

@@ -33,7 +33,9 @@ class Attention(nnx.Module):
         )
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Returns an empty cache of ``max_len`` tokens a row."""
+        """Returns an empty cache of ``max_len`` tokens a row, rounded up to blocks, which are read without a copy."""
+        if max_len > self.options.block_size:
+            max_len = -(-max_len // self.options.block_size) * self.options.block_size
         shape = (batch, max_len, self.options.num_kv_heads, self.head_dim)
         return {
             'k': jnp.zeros(shape, self.dtype),

@@ -1,0 +1,202 @@
+"""What `mkdocs build` adds to the pages of docs/: a reference written from the code, and equations as MathML.
+
+None of it is committed, so none of it can be out of date. `pages()` needs no MkDocs; tests/test_docs.py uses it too.
+"""
+
+import argparse
+import ast
+import functools
+import html
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mixcon_jax.cli import build_parser  # noqa: E402  after the path
+from mixcon_jax.options import OPTIONS, Option  # noqa: E402
+
+# Page of the API reference: its title, and its modules; a * stands for all modules there.
+API = {
+    'config': ('Configuration', ['mixcon_jax.config', 'mixcon_jax.options', 'mixcon_jax.sweeps', 'mixcon_jax.errors']),
+    'training': (
+        'Training',
+        ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim', 'mixcon_jax.checkpoints'],
+    ),
+    'devices': ('Devices', ['mixcon_jax.sharding', 'mixcon_jax.mesh']),
+    'inference': ('Inference', ['mixcon_jax.inference', 'mixcon_jax.generate', 'mixcon_jax.evaluate']),
+    'records': ('Records and reports', ['mixcon_jax.records', 'mixcon_jax.metrics', 'mixcon_jax.report']),
+    'models': (
+        'Models',
+        [f'mixcon_jax.models.{name}' for name in ('decoder', 'block', 'layers', 'context', 'presets', 'accounting')],
+    ),
+    'mixers': ('Mixers and FFNs', ['mixcon_jax.models.mixers.*', 'mixcon_jax.models.ffns.*']),
+    'data': ('Data', ['mixcon_jax.data.*']),
+    'kernels': ('Kernels', ['kernels_pallas.*.api']),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages written from the code
+# ---------------------------------------------------------------------------------------------------------------------
+def pages() -> dict[str, str]:
+    """Returns ``{path below docs/: Markdown}`` of every page that is written at build time."""
+    found = {
+        'reference/options.md': options_page(),
+        'reference/commands.md': commands_page(),
+        'reference/experiments.md': experiments_page(),
+    }
+    for name, (title, modules) in API.items():
+        found[f'reference/api/{name}.md'] = api_page(title, modules)
+    for path in sorted((ROOT / 'kernels_pallas').rglob('README.md')):
+        found[f'kernels/{path.relative_to(ROOT / "kernels_pallas")}'] = path.read_text()
+    return found
+
+
+def options_page() -> str:
+    """One table a group of options."""
+    lines = [
+        '# Configuration',
+        'Every option with its default. A group has a heading of its own; `0`, `-1` or an empty value often stands for '
+        '"derive it", which `mixcon config` then spells out. Set options in an experiment file, '
+        '`config.model.dim = 256`, or on the command line, `--config.model.dim=256`; a tuple is `a,b,c` there.',
+    ]
+    for prefix, options in groups(OPTIONS):
+        lines += ['', f'## {prefix or "The run"} {{ #{prefix or "run"} }}', '']
+        lines += ['| option | default | meaning | values |', '|---|---|---|---|']
+        for name, option in options.items():
+            key = f'{prefix}.{name}' if prefix else name
+            cells = (f'`{key}`{{ #{key} }}', f'`{option.default!r}`', option.meaning, values(option))
+            lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def groups(options: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, dict[str, Option]]]:
+    """Yields every group that has options of its own, by its dotted name, outer ones first."""
+    leaves = {name: node for name, node in options.items() if isinstance(node, Option)}
+    if leaves:
+        yield prefix, leaves
+    for name, node in options.items():
+        if not isinstance(node, Option):
+            yield from groups(node, f'{prefix}.{name}' if prefix else name)
+
+
+def values(option: Option) -> str:
+    """The type of an option and what is allowed, in words."""
+    kind = type(option.default).__name__
+    kind += f' of {option.element.__name__}' if option.element else ''
+    words = option.check.words if option.check else ''
+    if words.startswith('one of '):
+        return ', '.join(f'`{choice or repr("")}`' for choice in words.removeprefix('one of ').split(', '))
+    return f'{kind}, {words}' if words else kind
+
+
+def commands_page() -> str:
+    """The help text of every command."""
+    lines = [
+        '# Command line',
+        '`mixcon` exits with 0 when done; [other codes](../run-directory.md#exit-codes) say why not.',
+    ]
+    parsers = list(leaf_parsers(build_parser()))
+    for path in sorted((ROOT / 'launch').glob('*.py')):
+        if 'def build_parser(' in path.read_text():
+            parsers.append(importlib.import_module(f'launch.{path.stem}').build_parser())
+    for parser in parsers:
+        lines += ['', f'## {parser.prog}', '', '```text', help_text(parser), '```']
+    return '\n'.join(lines) + '\n'
+
+
+def leaf_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yields the parsers of commands that have no commands of their own."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield parser
+    for action in inner:
+        for child in action.choices.values():
+            yield from leaf_parsers(child)
+
+
+def help_text(parser: argparse.ArgumentParser) -> str:
+    """A parser's help, 80 columns wide whatever the terminal."""
+    parser.formatter_class = functools.partial(parser.formatter_class, width=80)
+    parser.color = False  # Python 3.14
+    return parser.format_help().strip()
+
+
+def experiments_page() -> str:
+    """What the experiment files say about themselves."""
+    lines = [
+        '# Experiments',
+        'The files in `experiments/`, in their own words. `mixcon train --config FILE --workdir DIR` runs one.',
+    ]
+    for path in sorted((ROOT / 'experiments').rglob('*.py')):
+        if path.name != '__init__.py':
+            tree = ast.parse(path.read_text())
+            swept = any(isinstance(node, ast.FunctionDef) and node.name == 'sweep' for node in tree.body)
+            lines += ['', f'## {path.relative_to(ROOT)}', '', ast.get_docstring(tree) or '']
+            lines += ['', 'It defines a [sweep](../howto-sweep.md).'] if swept else []
+    return '\n'.join(lines) + '\n'
+
+
+def api_page(title: str, names: list[str]) -> str:
+    """What mkdocstrings fills in: one directive a module."""
+    return '\n\n'.join([f'# {title}', *(f'::: {module}' for name in names for module in modules(name))]) + '\n'
+
+
+def modules(name: str) -> list[str]:
+    """The modules that a name with a ``*`` stands for, without packages' ``__init__``."""
+    found = sorted(ROOT.glob(f'{name.replace(".", "/")}.py'))
+    if not found:
+        raise FileNotFoundError(f'docs/hooks.py: there is no module {name}')
+    return ['.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in found if path.stem != '__init__']
+
+
+def navigation(nav: list[Any]) -> list[Any]:
+    """Replaces ``folder/*`` by the generated pages of that folder."""
+    if isinstance(nav, str) and nav.endswith('/*'):
+        return [path for path in pages() if path.startswith(nav[:-1])]
+    if isinstance(nav, list):
+        return [navigation(entry) for entry in nav]
+    return {title: navigation(entry) for title, entry in nav.items()} if isinstance(nav, dict) else nav
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What MkDocs calls
+# ---------------------------------------------------------------------------------------------------------------------
+def on_config(config):
+    config.nav = navigation(config.nav)
+
+
+def on_files(files, config):
+    from mkdocs.structure.files import File
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+
+
+def on_page_content(content, page, config, files):
+    return re.sub(
+        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
+        lambda match: mathml(html.unescape(match[2]), match[1] == 'div', page.file.src_uri),
+        content,
+        flags=re.DOTALL,
+    )
+
+
+def mathml(tex: str, display: bool, where: str) -> str:
+    """An equation as every current browser shows it by itself.
+
+    Raises:
+      PluginError: the equation has a command that was not understood.
+    """
+    from latex2mathml.converter import convert
+    from mkdocs.exceptions import PluginError
+
+    text = convert(tex.strip(), display='block' if display else 'inline')
+    if '\\' in text or '<mi>&</mi>' in text:
+        raise PluginError(f'{where}: equation {tex!r} is not understood; see docs/hooks.py')
+    return re.sub(r'<mo>([A-Za-z]+)</mo>', r'<mi>\1</mi>', text)  # names of functions, without an operator's spaces

@@ -47,7 +47,7 @@ def require_same_data(meta: Meta, identity: tuple[str, ...], tokenizer: Tokenize
         )
     if meta.data != identity:
         raise UserError(
-            f'the text of data.sources has changed since checkpoint {meta.step}; restore it,'
+            f'the data of data.sources has changed since checkpoint {meta.step}; restore it,'
             ' or start a new workdir with train.init_from'
         )
 

@@ -180,8 +180,12 @@ def _watch(known: argparse.Namespace, overrides: list[str]) -> int:
 def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax import config as configs
     from mixcon_jax.data.prepare import baselines, prepare
+    from mixcon_jax.data.synthetic import is_synthetic
 
     config = configs.validate(configs.load(known.config, overrides))
+    if is_synthetic(config.data):
+        print(f'{config.data.sources[0]} is made as it is needed: there is nothing to prepare')
+        return 0
     stores = prepare(config.data)
     for store in stores:
         print(f'{store.spec}: {store.path}')

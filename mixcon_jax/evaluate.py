@@ -109,7 +109,7 @@ def evaluate(
         require_tokenizer(dataset.stores, trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
         if trained.data != dataset.identity:
             raise UserError(
-                f'the text of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
+                f'the data of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
                 ' restore it, or name files to score'
             )
         batches = dataset.heldout_batches(rows)

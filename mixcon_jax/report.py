@@ -132,9 +132,9 @@ def _notes(arms: Sequence[Arm]) -> list[str]:
         notes.append('the arms were scored on different held-out text; compare only those of the same data.sources')
     if comparison.score_for(arms) is comparison.BITS:
         notes.append('the arms cut the same text into different tokens: compared by bits per byte, not by loss')
-    steps = {round(run.tokens_seen, -3) for run in finished}
-    if steps and max(steps) > 1.01 * min(steps):
-        notes.append(f'the arms saw between {short(min(steps))} and {short(max(steps))} training tokens')
+    tokens = {run.tokens_seen for run in finished}
+    if tokens and max(tokens) > 1.01 * min(tokens):
+        notes.append(f'the arms saw between {short(min(tokens))} and {short(max(tokens))} training tokens')
     if len({tuple(number(r, 'tokens') for r in run.evals[-1:]) for run in finished if run.evals}) > 1:
         notes.append('evaluations during the runs are over different rows; curves compare less well than final scores')
     if len({run.devices for arm in arms for run in arm.runs if run.rates}) > 1:
@@ -208,9 +208,14 @@ mean and no comparison.
 def _finals(found: Report) -> str:
     if not any(arm.finished for arm in found.arms):
         return 'No run is done yet.\n'
+    if found.score is comparison.ACCURACY:
+        units = 'nats per answer and share of right answers, over all scored lengths together'
+    else:
+        units = 'nats per token and bits per byte of everything held out; accuracy is that of the likeliest token'
     return (
-        tables.finals(found.arms) + '\nMean ± sample standard deviation over the seeds of finished runs, in nats per'
-        ' token and bits per byte of everything held out. ' + tables.simpler_models(found.arms)
+        tables.finals(found.arms, found.score.key)
+        + f'\nMean ± sample standard deviation over the seeds of finished runs, in {units}. '
+        + tables.simpler_models(found.arms)
     )
 
 

@@ -133,8 +133,11 @@ def options(arms: Sequence[Arm]) -> str:
     return table(('arm', *keys), rows, left=1 + len(keys))
 
 
-def finals(arms: Sequence[Arm]) -> str:
-    """Final scores of the finished runs; scores that no run has are left out."""
+def finals(arms: Sequence[Arm], by_seed: str = 'loss') -> str:
+    """Final scores of the finished runs, ``by_seed`` of every one; scores that no run has are left out.
+
+    A score that older runs of an arm lack says how many runs it is from.
+    """
     keys = [key for key in SCORES if any(arm.finals(key) for arm in arms)]
     head = ['arm', 'seeds']
     for key in keys:
@@ -144,10 +147,11 @@ def finals(arms: Sequence[Arm]) -> str:
         row = [arm.label, str(len(arm.finished))]
         for key in keys:
             about = summary(arm.finals(key).values())
-            row += [mean(about), span(about)]
-        each = ', '.join(f'{seed}: {value:.4f}' for seed, value in arm.finals('loss').items())
+            of = f' (of {about.n})' if 0 < about.n < len(arm.finished) else ''
+            row += [mean(about) + of, span(about)]
+        each = ', '.join(f'{seed}: {value:.4f}' for seed, value in arm.finals(by_seed).items())
         rows.append([*row, each or NONE])
-    return table([*head, 'loss by seed'], rows)
+    return table([*head, f'{SCORES[by_seed]} by seed'], rows)
 
 
 def unfinished(arms: Sequence[Arm]) -> str:
@@ -159,10 +163,10 @@ def unfinished(arms: Sequence[Arm]) -> str:
                 continue
             newest = run.evals[-1] if run.evals else None
             at = str(newest['step']) if newest else NONE
-            scored = (at, fixed(number(newest, 'loss')), fixed(number(newest, 'bits_per_byte')))
+            scored = (at, *(fixed(number(newest, key)) for key in SCORES))
             made = f'{run.step} of {run.config.train.steps}'
             rows.append((arm.label, str(run.seed), run.state, made, *scored, stamp(run.last_time) or NONE))
-    head = ('arm', 'seed', 'state', 'step', 'evaluated at', 'loss', 'bits per byte', 'last record')
+    head = ('arm', 'seed', 'state', 'step', 'evaluated at', *SCORES.values(), 'last record')
     return table(head, rows, 3) if rows else ''
 
 
@@ -233,7 +237,7 @@ def simpler_models(arms: Sequence[Arm]) -> str:
     }
     if len(found) != 1:
         return ''
-    units = {'chance': 'accuracy'}
+    units = {'chance': 'accuracy', 'context': 'accuracy'}
     parts = [
         f'{BASELINES[key]} {value:.3f} ({units.get(key, "bits per byte")})'
         for key, value in found.pop()

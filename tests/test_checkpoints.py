@@ -315,7 +315,9 @@ FULL_DISK = """
 
 
 def run(script: str, folder: Path, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    # Without bytecode: Python keeps what the limit has cut short of it, and every later import would stumble over that.
     environment = os.environ | {'PYTHONPATH': str(Path(__file__).parents[1]), 'XLA_FLAGS': ''}
+    environment |= {'PYTHONDONTWRITEBYTECODE': '1'}
     command = [*prefix, sys.executable, '-c', textwrap.dedent(script)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 

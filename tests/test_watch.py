@@ -174,7 +174,7 @@ def test_a_curve_keeps_its_mean_and_its_ends_in_bounded_memory(count):
     curve = Curve(limit=16)
     for step, value in enumerate(values):
         curve.add(step, value)
-        curve.add(step, float('–'))
+        curve.add(step, float('nan'))
     assert len(curve.points) <= 16 and curve.points[-1][0] == count - 1
     assert [step for step, _ in curve.points] == sorted({step for step, _ in curve.points})
     edges = [-1, *(int(step) for step, _ in curve.points)]
@@ -417,7 +417,7 @@ def test_charts():
     assert charts.sparkline([(x, x) for x in range(8)], 8) == charts.BARS
     assert charts.sparkline([(x, 1.0) for x in range(100)], 5) == '▁▁▁▁▁'
     assert charts.sparkline([], 5) == ''
-    assert charts.bars([0.5, 0.25, 0.0, float('–')], 0.5) == '█▄▁ '
+    assert charts.bars([0.5, 0.25, 0.0, float('nan')], 0.5) == '█▄▁ '
     assert charts.means([1, 2, 3, 4, 5], 2) == [1.5, 4]
     # A falling diagonal through 2 x 1 cells of 2 x 4 dots.
     assert charts.braille([(0, 1), (1, 0)], 2, 1, (0, 1), (0, 1)) == ['⠑⢄']
@@ -471,7 +471,7 @@ def test_what_is_no_terminal_gets_one_snapshot(tmp_path, capsys):
         (['{}', '--once'], 'a run is a folder with config.json and metrics.jsonl'),
         (['{}/file'], '{}/file is a file'),
         (['{}', '--interval', '0'], '--interval 0 must be at least 0.1'),
-        (['{}', '--interval', '–'], '--interval nan must be at least 0.1'),
+        (['{}', '--interval', 'nan'], '--interval nan must be at least 0.1'),
         (['{}', '--config.train.steps=3'], 'unknown argument'),
     ],
 )

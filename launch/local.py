@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import processes
-from launch.processes import FAILED, INTERRUPTED, STOPPED, USER_ERROR, Child, Signals
-from mixcon_jax.cli import OVERRIDES, parse_overrides
+from launch.processes import STOPPED, Child, Signals
+from mixcon_jax.cli import FAILED, INTERRUPTED, OVERRIDES, USER_ERROR, exit_with, parse_overrides
 from mixcon_jax.config import load
 from mixcon_jax.errors import UserError
 from mixcon_jax.workdir import report_if_finished
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Launches the processes, or is one of them."""
     known, rest = build_parser().parse_known_args(argv)
     if known.rank is None:
-        processes.command(lambda: _launch(known, rest))
+        exit_with(lambda: _launch(known, rest))
     else:
         processes.end_with_launcher()
         _be(known, rest)

@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 from mixcon_jax.errors import UserError
 
-FAILED, USER_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130  # exit codes; 75 as `mixcon train` has it: start it again
+STOPPED = 75  # the exit code of `mixcon train` that means: start it again
 LAUNCHER = 'MIXCON_LAUNCHER'  # the environment variable in which a child finds its launcher's process id
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL for children that nothing is left to wait for
 POLL = 0.1  # seconds between looks at the children
@@ -23,23 +23,6 @@ POLL = 0.1  # seconds between looks at the children
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # ask a process to stop
 
 Child = subprocess.Popen[bytes]
-
-
-def command(run: Callable[[], int]) -> None:
-    """Exits as ``run`` says; bad input ends with one line and exit code 2."""
-    try:
-        code = run()
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        code = USER_ERROR
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        code = INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has gone; a second complaint at exit would help nobody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = FAILED
-    sys.exit(code)
 
 
 # ----- shares of the machine ----------------------------------------------------------------------------------------

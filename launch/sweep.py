@@ -18,10 +18,10 @@ from typing import TextIO
 
 from launch import processes, standing
 from launch.estimate import Estimate, Sizes, makespan, product_flops
-from launch.processes import FAILED, INTERRUPTED, STOPPED, Child, Share, Signals
+from launch.processes import STOPPED, Child, Share, Signals
 from launch.show import Screen, table
 from launch.standing import DONE, NEW, REFUSED
-from mixcon_jax.cli import OVERRIDES, parse_overrides
+from mixcon_jax.cli import FAILED, INTERRUPTED, OVERRIDES, exit_with, parse_overrides
 from mixcon_jax.errors import UserError
 from mixcon_jax.records import read
 from mixcon_jax.sweeps import Case, cases
@@ -44,7 +44,7 @@ LOOK = 0.5  # seconds between looks at the running cases' steps
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs, or lists, the cases of a sweep."""
     known, rest = build_parser().parse_known_args(argv)
-    processes.command(lambda: _main(known, rest))
+    exit_with(lambda: _main(known, rest))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,15 +3,15 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from mixcon_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mixcon_jax.evaluate import Scores
 
-USER_ERROR, INTERRUPTED = 2, 130
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 DESCRIPTION = 'Pretrain hybrid sequence models of attention, Conba and experts.'
 OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon config`).'
@@ -19,21 +19,29 @@ OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; bad input ends it with one line and exit code 2."""
-    parser = build_parser()
-    known, rest = parser.parse_known_args(argv)
-    try:
+    known, rest = build_parser().parse_known_args(argv)
+
+    def run() -> int:
         command = f'mixcon {" ".join(sys.argv[1:2])}'
-        overrides = parse_overrides(rest, command, takes=hasattr(known, 'config'))
-        code = known.run(known, overrides)
+        return known.run(known, parse_overrides(rest, command, takes=hasattr(known, 'config')))
+
+    exit_with(run)
+
+
+def exit_with(run: Callable[[], int]) -> NoReturn:
+    """Exits with the code that ``run`` returns; bad input ends with one line and exit code 2."""
+    try:
+        code = run()
     except UserError as error:
-        sys.exit(_complain(str(error)))
+        print(f'error: {error}', file=sys.stderr)
+        code = USER_ERROR
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone; a second complaint at exit would help nobody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = FAILED
     sys.exit(code)
 
 
@@ -241,11 +249,6 @@ def parse_overrides(rest: Sequence[str], command: str, takes: bool = True) -> li
             value = rest.pop(0)
         overrides.append(f'{key}={value}')
     return overrides
-
-
-def _complain(message: str) -> int:
-    print(f'error: {message}', file=sys.stderr)
-    return USER_ERROR
 
 
 if __name__ == '__main__':

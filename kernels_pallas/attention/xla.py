@@ -22,9 +22,11 @@ def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size)
     (batch, length, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
     groups = heads // kv_heads
     q_block = min(block_size, length)
-    # A tile is block_size^2 weights; of few queries it has more keys, in whole blocks: every turn of a loop costs.
-    k_block = min(block_size * min(block_size // q_block, WIDEST), -(-keys // block_size) * block_size)
-    k_block = min(k_block, keys)
+    # A tile is block_size^2 weights; of few queries it has more keys, since every turn of a loop costs: as many blocks
+    # as divide them all, or keys would be copied to be padded.
+    blocks = -(-keys // block_size)
+    widest = min(block_size // q_block, WIDEST, blocks)
+    k_block = min(keys, block_size * max(n for n in range(1, widest + 1) if blocks % n == 0))
     q_steps, k_steps = -(-length // q_block), -(-keys // k_block)
     ragged = keys % k_block or length % q_block
     if segment_ids is None and ragged:

@@ -24,7 +24,7 @@ import tokenizers
 from jaxtyping import Bool, Float, Int
 from tokenizers import models, pre_tokenizers
 
-from mixcon_jax.data.packing import MASK, empty_batch, key_of, mix_array, process_rows
+from mixcon_jax.data.packing import GOLDEN, MASK, empty_batch, key_of, mix_array, process_rows
 from mixcon_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 
 PREFIX = 'synthetic:'
@@ -47,7 +47,7 @@ class Draws:
         self._used += 1
         start = key_of(*self._key, self._used)
         size = int(np.prod(shape))
-        counter = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start & MASK)
+        counter = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(start & MASK)
         return ((mix_array(counter) >> np.uint64(11)).astype(np.float64) + 0.5).reshape(shape) / (1 << 53)
 
     def integers(self, high: int, *shape: int) -> Int[np.ndarray, '...']:
@@ -236,11 +236,9 @@ class SyntheticTrain:
     def __init__(self, config: ml_collections.ConfigDict, process_index: int = 0, process_count: int = 1) -> None:
         self._seed, self._data = config.seed, config.data
         self._task = TASKS[config.data.sources[0].removeprefix(PREFIX)]
-        share = config.train.batch_size // process_count
-        self._rows, self._batch_size = (
-            slice(process_index * share, (process_index + 1) * share),
-            config.train.batch_size,
-        )
+        self._batch_size = config.train.batch_size
+        share = process_rows(self._batch_size, process_index, process_count, 'train.batch_size')
+        self._rows = slice(share.start, share.stop)
 
     def difficulty(self, step: int) -> tuple[int, int]:
         """Tokens and items of a sequence at ``step``: lengths grow by a constant factor, items by a constant number."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.selective_scan import reference, xla
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs
@@ -24,7 +24,7 @@ def selective_scan(
     initial_state: Float[Array, 'b ...'] | None = None,
     readout: tuple | None = None,
     delay: Float[Array, ' d'] | None = None,
-    process_noise: tuple[PRNGKeyArray, float | Float[Array, '']] | None = None,
+    process_noise: tuple | None = None,
     prior: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
@@ -47,7 +47,8 @@ def selective_scan(
         `(None, None, F)` reads `x + x F^T`. The states of more than a chunk never exist at once.
       delay: m [D] in (0, 1): the recurrence decays `(1 - m) x_{k-1} + m x_{k-2}` in place of x_{k-1}.
       process_noise: `(key, std)`: adds `std * normal` to every state at every token with dt > 0. Drawn inside, from the
-        key folded with the token's index: the same for every implementation and chunk.
+        key folded with the token's index: the same for every implementation and chunk. `(key, std, start)` counts from
+        start, which a call on a later part of a sequence needs to draw what one call on the whole draws.
       prior: also return the a-priori outputs `(exp(dt_k A) x_{k-1}) C_k`, without skip and without `readout`.
       implementation: None picks for the platform; 'reference' (sequential), 'associative' (whole-sequence
         associative scan, memory O(T D N)) or 'chunked' (rematerialised chunks). A chunk is stepped on CPU and scanned
@@ -119,8 +120,8 @@ def _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, 
     if initial_state is None:
         initial_state = jnp.zeros(state_shape, dtype)
     _expect('initial_state', initial_state, state_shape)
-    key, std = process_noise if process_noise is not None else (None, None)
+    key, std, *start = process_noise if process_noise is not None else (None, None)
     cast = lambda x: None if x is None else jnp.asarray(x, dtype)
     reset = None if reset is None else reset.astype(bool)
     inputs = Inputs(cast(u), cast(dt), cast(A), cast(B), cast(C), reset, cast(initial_state))
-    return inputs, Options(cast(Z), cast(g), cast(F), cast(delay), key, cast(std), prior)
+    return inputs, Options(cast(Z), cast(g), cast(F), cast(delay), key, cast(std), prior, *start)

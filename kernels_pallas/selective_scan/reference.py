@@ -29,6 +29,7 @@ class Options(NamedTuple):
     noise_key: jax.Array | None = None
     noise_std: jax.Array | None = None  # scalar
     prior: bool = False
+    noise_start: jax.Array | int = 0  # index of the call's first token, for the noise
 
 
 class Outputs(NamedTuple):
@@ -38,11 +39,12 @@ class Outputs(NamedTuple):
 
 
 def token_noise(options: Options, time: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Process noise [B, D, N] of the token at index `time`.
+    """Process noise [B, D, N] of the call's token at index `time`.
 
-    The key is folded with the token's own index, so the noise does not depend on how the sequence is chunked.
+    The key is folded with the token's index in the sequence, so the noise does not depend on how it is cut.
     """
-    return options.noise_std * jax.random.normal(jax.random.fold_in(options.noise_key, time), shape, dtype)
+    key = jax.random.fold_in(options.noise_key, options.noise_start + time)
+    return options.noise_std * jax.random.normal(key, shape, dtype)
 
 
 def scan(inputs: Inputs, options: Options) -> Outputs:

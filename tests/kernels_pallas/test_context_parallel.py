@@ -1,0 +1,216 @@
+"""Context parallel: slices on several devices give, in float64, what the sequential functions give on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from kernels_pallas import adaptive_gain, attention, context_parallel
+from kernels_pallas.context_parallel import exchange
+from kernels_pallas.selective_scan import selective_scan
+
+B, T, D, N, H, P = 2, 16, 4, 3, 2, 4
+SHARDS = (2, 4, 8)
+SPLIT, WHOLE = PartitionSpec(None, 'context'), PartitionSpec()
+TOLERANCE = {'rtol': 1e-9, 'atol': 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def on_shards(function, shards, outputs, **arguments):
+    """Runs ``function(**arguments)`` with the tokens on ``shards`` devices: what `TOKENS` names is split along time."""
+    specs = {name: SPLIT if name in TOKENS else WHOLE for name in arguments}
+    mesh = jax.make_mesh((shards,), ('context',), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards])
+    call = lambda arguments: function(**arguments)
+    return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=outputs, check_vma=False)(arguments)
+
+
+TOKENS = ('u', 'dt', 'B', 'C', 'reset', 'e', 'alpha', 'log_decay', 'q', 'k', 'v', 'segment_ids', 'x')
+BORDERS = {
+    'none': (),
+    'on every border': (0, 2, 4, 6, 8, 10, 12, 14),
+    'off the borders': (1, 5, 11),
+    'one in the middle': (8,),
+}
+
+
+def resets(name):
+    """Starts of documents in the first row; the second row has another set."""
+    reset = np.zeros((B, T), bool)
+    reset[0, list(BORDERS[name])] = True
+    reset[1, 7] = name != 'none'
+    return jnp.asarray(reset)
+
+
+def graded(function, arrays):
+    """Outputs and the gradients of all arrays of a loss that reads every output."""
+
+    def loss(arrays):
+        outputs = function(**arrays)
+        weights = [jax.random.normal(jax.random.key(i), y.shape) for i, y in enumerate(outputs)]
+        return sum(jnp.vdot(weight, jnp.sin(y)) for weight, y in zip(weights, outputs)), outputs
+
+    (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+    return outputs, gradients
+
+
+def assert_close(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), actual, expected)
+
+
+# ----- selective scan -----
+def draw_scan(seed, delay=False):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    dt = np.log1p(np.exp(rng.normal(size=(B, T, D)) - 1))
+    dt[:, rng.random(T) < 0.15] = 0
+    arrays = {
+        'u': normal(B, T, D), 'dt': jnp.asarray(dt), 'A': -jnp.exp(normal(D, N)), 'B': normal(B, T, N),
+        'C': normal(B, T, N), 'D': normal(D), 'initial_state': normal(*((B, 2, D, N) if delay else (B, D, N))),
+    }  # fmt: skip
+    if delay:
+        arrays['delay'] = jax.nn.sigmoid(normal(D))
+    return arrays, (normal(N, N), normal(N), normal(N, N))
+
+
+def whole_scan(scan, arrays, reset, readout, delay, **options):
+    """Every option; noise only with the plain scan, as drawing it takes long to compile."""
+    noise = {} if delay else {'process_noise': (jax.random.key(5), 0.1)}
+    return scan(**arrays, reset=reset, readout=readout, prior=True, **noise, **options)
+
+
+@functools.cache
+def scan_on_one(delay):
+    def run(arrays, reset, readout):
+        options = {'delay': delay, 'implementation': 'reference'}
+        return graded(lambda **arrays: whole_scan(selective_scan, arrays, reset, readout, **options), arrays)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def scan_on_shards(shards, delay):
+    def local(reset, readout, **arrays):
+        return whole_scan(context_parallel.selective_scan, arrays, reset, readout, delay, chunk=2)
+
+    def run(arrays, reset, readout):
+        outputs, more = (SPLIT, WHOLE, SPLIT), {'reset': reset, 'readout': readout}
+        return graded(lambda **arrays: on_shards(local, shards, outputs, **arrays, **more), arrays)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize('borders', BORDERS)
+@pytest.mark.parametrize('delay', [False, True], ids=['plain', 'delay'])
+@pytest.mark.parametrize('shards', SHARDS)
+def test_selective_scan(shards, delay, borders):
+    """Outputs, a-priori outputs, final state and all gradients, with readout, skip and process noise."""
+    arrays, readout = draw_scan(len(borders), delay)
+    args = (arrays, resets(borders), readout)
+    assert_close(scan_on_shards(shards, delay)(*args), scan_on_one(delay)(*args))
+
+
+# ----- gains -----
+def draw_gain(kind, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        'e': jnp.asarray(rng.normal(size=(B, T, H, P))),
+        'alpha': jnp.asarray(rng.uniform(size=(B, T, H))),
+        'log_decay': -jnp.asarray(rng.exponential(0.1, size=(B, T, H))),
+        'initial_gain': jnp.asarray(rng.normal(size=(B, H, P, P) if kind == 'matrix' else (B, H, P))),
+    }
+
+
+@functools.cache
+def gain_on_one(kind):
+    gain = getattr(adaptive_gain, f'{kind}_gain')
+    return jax.jit(
+        lambda arrays, reset: graded(lambda **arrays: gain(**arrays, reset=reset, implementation='reference'), arrays)
+    )
+
+
+@functools.cache
+def gain_on_shards(kind, shards):
+    gain = getattr(context_parallel, f'{kind}_gain')
+    local = functools.partial(gain, chunk=4) if kind == 'matrix' else gain
+    return jax.jit(
+        lambda arrays, reset: graded(
+            lambda **arrays: on_shards(local, shards, (SPLIT, WHOLE), **arrays, reset=reset), arrays
+        )
+    )
+
+
+@pytest.mark.parametrize('borders', BORDERS)
+@pytest.mark.parametrize('kind', ['matrix', 'diagonal'])
+@pytest.mark.parametrize('shards', SHARDS)
+def test_gain(shards, kind, borders):
+    """Reads, final gain and all gradients."""
+    args = (draw_gain(kind, len(borders)), resets(borders))
+    assert_close(gain_on_shards(kind, shards)(*args), gain_on_one(kind)(*args))
+
+
+# ----- tokens before, attention -----
+@pytest.mark.parametrize('length', [0, 1, 2, 3, 7, 20])
+@pytest.mark.parametrize('shards', SHARDS)
+def test_previous_tokens_reach_over_several_shards(shards, length):
+    """Each shard's window is that of the whole row, zeros before it; the gradient counts who reads a token."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)))
+    tokens = T // shards
+    ends = tokens * np.arange(shards)
+    expected = lambda x: jnp.concatenate(
+        [jnp.pad(x, ((0, 0), (length, 0), (0, 0)))[:, e : e + length] for e in ends], 1
+    )
+    local = functools.partial(context_parallel.previous, length=length, axis_name='context')
+    found = lambda x: on_shards(local, shards, SPLIT, x=x)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(B, length * shards, D)))
+    for function in (found, expected):
+        assert function(x).shape == weight.shape
+    np.testing.assert_array_equal(found(x), expected(x))
+    gradient = lambda function: jax.grad(lambda x: jnp.vdot(weight, function(x)))(x)
+    np.testing.assert_allclose(gradient(found), gradient(expected), atol=1e-14)
+
+
+@pytest.mark.parametrize('shards', SHARDS)
+def test_attention(shards):
+    rng = np.random.default_rng(shards)
+    arrays = {name: jnp.asarray(rng.normal(size=(B, T, h, P))) for name, h in (('q', 4), ('k', 2), ('v', 2))}
+    ids = 1 + jnp.cumsum(resets('off the borders'), 1).at[1, -3:].set(-1)  # the second row ends in padding
+    one = lambda **arrays: (attention.attention(**arrays, segment_ids=ids, implementation='reference'),)
+    local = lambda **arrays: (context_parallel.attention(**arrays, block_size=4),)
+    many = lambda **arrays: on_shards(local, shards, (SPLIT,), **arrays, segment_ids=ids)
+    assert_close(jax.jit(functools.partial(graded, many))(arrays), jax.jit(functools.partial(graded, one))(arrays))
+
+
+# ----- the exchange itself -----
+@pytest.mark.parametrize('method', exchange.METHODS)
+@pytest.mark.parametrize('shards', range(1, 9))
+def test_any_number_of_shards_exchange_their_maps(shards, method):
+    """Matrices, which do not commute, so that the order counts."""
+    rng = np.random.default_rng(shards)
+    linear, constant, x = rng.normal(size=(shards, 3, 3)), rng.normal(size=(shards, 3)), rng.normal(size=3)
+    expected = [x]
+    for M, v in zip(linear, constant):
+        expected.append(M @ expected[-1] + v)
+
+    def local(linear, constant, x):
+        options = {'act': jnp.matmul, 'compose': lambda first, second: second @ first}
+        return exchange.entering_state(linear[0], constant[0], x, **options, axis_name='i', method=method)[None]
+
+    mesh = jax.make_mesh((shards,), ('i',), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards])
+    i = PartitionSpec('i')
+    run = jax.shard_map(local, mesh=mesh, in_specs=(i, i, WHOLE), out_specs=i, check_vma=False)
+    np.testing.assert_allclose(jax.jit(run)(linear, constant, x), np.stack(expected[:-1]), rtol=1e-12)
+
+
+def test_an_unknown_exchange_is_refused():
+    arrays, _ = draw_scan(0)
+    local = functools.partial(context_parallel.selective_scan, exchange_by='pigeon')
+    with pytest.raises(ValueError, match="no exchange 'pigeon'; available: permute, gather"):
+        on_shards(local, 2, (SPLIT, WHOLE), **arrays)

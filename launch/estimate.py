@@ -48,45 +48,61 @@ class Sizes:
 
 
 class Estimate:
-    """Seconds that cases take, from what is known when this is made.
+    """Seconds that cases take, from what has run in the sweep's folder.
 
-    First choice is the speed of runs of the same arm in the sweep's folder, whatever their seed; then the operations a
-    second of other arms there; then ``calibrate``'s operations a second, if it is given.
-
-    Attributes:
-      basis: where the numbers come from, in words; empty while nothing is known.
+    First choice is the speed of runs of the same arm there, whatever their seed; then the operations a second of other
+    arms; then ``calibrate``'s operations a second, if it is given and nothing had run when this was made.
     """
 
     def __init__(
         self, cases: Sequence[Case], workdir: Path, sizes: Sizes, calibrate: Callable[[], float | None] | None = None
     ) -> None:
-        self._sizes = sizes
-        measured: dict[str, list[tuple[Case, float]]] = {}
+        self._workdir, self._sizes = workdir, sizes
+        self._arms = {case.folder: _arm(case) for case in cases}
+        self._measured: dict[str, dict[str, float]] = {}  # {arm: {folder: tokens a second}}
+        self._models: dict[str, Case] = {}  # {arm: one of its cases}
+        self.look(cases)
+        self._product = calibrate() if calibrate is not None and not self._measured else None
+
+    def look(self, cases: Iterable[Case]) -> None:
+        """Reads anew how fast these have been; what was read of others is remembered."""
         for case in cases:
-            if speed := whole_speed(case, workdir):
-                measured.setdefault(_arm(case), []).append((case, speed))
-        self._speeds = {arm: statistics.median(speed for _, speed in runs) for arm, runs in measured.items()}
-        self._flops_per_second: float | None = None
-        self.basis = ''
-        rest = {_arm(case) for case in cases} - self._speeds.keys()
-        if measured:
-            self.basis = 'the speed of cases that have run here'
-            if rest:
-                rates = [self._speeds[arm] * sizes.flops_per_token(runs[0][0]) for arm, runs in measured.items()]
-                self._flops_per_second = statistics.median(rates)
-                self.basis += ', for other models by their operations per token'
-        elif calibrate is not None and (product := calibrate()) is not None:
-            self._flops_per_second = product * UTILISATION
-            self.basis = (
-                f"{100 * UTILISATION:.0f} % of a matrix product's {product / 1e9:.0f} GFLOP/s, as no case has run"
-            )
+            if speed := whole_speed(case, self._workdir):
+                arm = self._arms[case.folder]
+                self._measured.setdefault(arm, {})[case.folder] = speed
+                self._models[arm] = case
+
+    @property
+    def basis(self) -> str:
+        """Where the numbers come from, in words; empty while nothing is known."""
+        if self._measured:
+            others = set(self._arms.values()) - self._measured.keys()
+            more = ', for other models by their operations per token' if others else ''
+            return f'the speed of cases that have run here{more}'
+        if self._product is not None:
+            product = f"{100 * UTILISATION:.0f} % of a matrix product's {self._product / 1e9:.0f} GFLOP/s"
+            return f'{product}, as no case has run'
+        return ''
 
     def seconds(self, case: Case, steps: int) -> float | None:
         """Of so many steps of a case; None if nothing is known."""
-        speed = self._speeds.get(_arm(case))
-        if speed is None and self._flops_per_second is not None:
-            speed = self._flops_per_second / self._sizes.flops_per_token(case)
+        arm = self._arms[case.folder]
+        speed = self._speed(arm) if arm in self._measured else self._by_operations(case)
         return None if speed is None else steps * tokens_per_step(case.config) / speed
+
+    def _speed(self, arm: str) -> float:
+        return statistics.median(self._measured[arm].values())
+
+    def _by_operations(self, case: Case) -> float | None:
+        """Tokens a second of an arm that has not run."""
+        flops = self._sizes.flops_per_token
+        if self._measured:
+            rate = statistics.median(self._speed(arm) * flops(model) for arm, model in self._models.items())
+        elif self._product is not None:
+            rate = self._product * UTILISATION
+        else:
+            return None
+        return rate / flops(case)
 
 
 def makespan(seconds: Iterable[float], jobs: int) -> float:

@@ -23,6 +23,7 @@ from launch.processes import STOPPED, Child, Signals
 from mixcon_jax.cli import FAILED, INTERRUPTED, OVERRIDES, USER_ERROR, exit_with, parse_overrides
 from mixcon_jax.config import load
 from mixcon_jax.errors import UserError
+from mixcon_jax.stop import STOPPING
 from mixcon_jax.workdir import report_if_finished
 
 PROGRAM = 'python -m launch.local'
@@ -135,7 +136,7 @@ def _give_up(children: Sequence[Child], failed: Sequence[int], folder: Path, sto
             processes.end(children)
             return children[0].returncode
     processes.end(children)
-    if stopping and any(-code in processes.STOPPING for code in codes.values()):
+    if stopping and any(-code in STOPPING for code in codes.values()):
         _say('stopped before the processes had joined; the same command starts again')
         return STOPPED
     for rank, code in codes.items():

@@ -10,17 +10,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.stop import Handler
 
 STOPPED = 75  # the exit code of `mixcon train` that means: start it again
 LAUNCHER = 'MIXCON_LAUNCHER'  # the environment variable in which a child finds its launcher's process id
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL for children that nothing is left to wait for
 POLL = 0.1  # seconds between looks at the children
-
-STOPPING = (signal.SIGTERM, signal.SIGINT)  # ask a process to stop
 
 Child = subprocess.Popen[bytes]
 
@@ -191,7 +189,7 @@ def last_lines(path: Path, number: int, begin: int = 0) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()][-number:]
 
 
-class Signals:
+class Signals(Handler):
     """While active, SIGINT and SIGTERM end nothing but are noted here.
 
     Attributes:
@@ -200,18 +198,9 @@ class Signals:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.stop = self.kill = False
-        self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> 'Signals':
-        self._old = {number: signal.signal(number, self._handle) for number in STOPPING}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def handle(self, number: int) -> None:
         self.kill |= self.stop and number == signal.SIGINT
         self.stop = True

@@ -24,6 +24,7 @@ from launch.standing import DONE, NEW, REFUSED
 from mixcon_jax.cli import FAILED, INTERRUPTED, OVERRIDES, exit_with, parse_overrides
 from mixcon_jax.errors import UserError
 from mixcon_jax.records import read
+from mixcon_jax.stop import STOPPING
 from mixcon_jax.sweeps import Case, cases
 from mixcon_jax.units import duration, short
 from mixcon_jax.workdir import Workdir, explained, take_lock
@@ -156,7 +157,8 @@ class Sweep:
     ) -> None:
         self._path, self._cases, self._workdir, self._environment = path, cases, workdir, environment
         self._waiting, self._free, self._jobs = list(cases), list(shares), len(shares)
-        self._signals, self._screen, self._sizes = signals, Screen(stream or sys.stdout), Sizes()
+        self._signals, self._screen = signals, Screen(stream or sys.stdout)
+        self._estimate = Estimate(cases, workdir, Sizes())
         self._running: list[Job] = []
         self._ended: dict[str, str] = {}  # how cases have ended, by folder
         self._errors: dict[str, list[str]] = {}  # of those that failed: lines, the last of which says most
@@ -233,9 +235,9 @@ class Sweep:
             self._ended[case.folder] = 'done'
             name, value = standing.measure(stand.scores)
             scores = f'loss {standing.number(stand.scores["loss"]):.4f} · {value:.4f} {name}'
-            counted = f'{self._done()} of {len(self._cases)} done{self._left()}'
+            counted = f'{self._done()} of {len(self._cases)} done{self._left(case)}'
             self._screen.say(f'{case.folder} done in {took} · {scores} · {counted}')
-        elif code == STOPPED or -code in processes.STOPPING or (self._signals.kill and code < 0):
+        elif code == STOPPED or -code in STOPPING or (self._signals.kill and code < 0):
             self._ended[case.folder] = f'stopped {stand}' if stand.step else 'stopped'
             saved = f'saved {stand}' if stand.step else 'before its first checkpoint'
             self._screen.say(f'{case.folder} stopped after {took}, {saved}')
@@ -271,21 +273,20 @@ class Sweep:
             number = len(self._running)
             self._screen.say(f'stopping: {number} running {_plural("case", number)} will save; Ctrl-C again kills')
 
-    def _left(self) -> str:
-        """How long the rest takes, if anything tells."""
-        estimate = Estimate(self._cases, self._workdir, self._sizes)
+    def _left(self, ended: Case) -> str:
+        """How long the rest takes after the end of a case, if anything tells."""
         running = [job.case for job in self._running]
-        seconds = []
-        for case in (*running, *self._waiting):
+        self._estimate.look([ended, *running])  # the others' speeds are as they were
+        made = [standing.newest_step(self._workdir / case.folder) for case in running]
+        steps = [(case, case.config.train.steps - step) for case, step in zip(running, made)]
+        for case in self._waiting:
             stand = standing.of(case, self._workdir)
-            if stand.state in (DONE, REFUSED):
-                continue
-            made = standing.newest_step(self._workdir / case.folder) if case in running else stand.step
-            one = estimate.seconds(case, stand.steps - made)
-            if one is None:
-                return ''
-            seconds.append(one)
-        return f' · {duration(makespan(seconds, self._jobs))} left' if seconds else ''
+            if stand.state not in (DONE, REFUSED):
+                steps.append((case, stand.steps - stand.step))
+        seconds = [self._estimate.seconds(case, left) for case, left in steps]
+        if not seconds or None in seconds:
+            return ''
+        return f' · {duration(makespan(filter(None, seconds), self._jobs))} left'
 
     def _report(self) -> None:
         """The table of all cases, and what went wrong."""

@@ -1,32 +1,31 @@
-"""Stopping between two steps when the system or the user asks for it."""
+"""Signals: stopping between two steps when the system or the user asks for it."""
 
 import os
 import signal
 import threading
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)  # ask a process to stop
 
-class StopRequest:
-    """While active, SIGTERM or SIGINT sets ``requested``; after the first one, a SIGINT ends the process at once.
 
-    Of several processes, all have to stop after the same step. There JAX's own handler takes SIGTERM and lets them
-    agree on one, so that signal is left alone, and SIGINT is passed on as it. Outside the main thread, where Python
-    allows no handlers, signals do what they did.
+class Handler:
+    """While active, some signals call ``handle``; afterwards they do what they did.
+
+    Outside the main thread, where Python allows no handlers, they always do.
 
     Args:
-      alone: whether this is the only process.
+      signals: their numbers.
     """
 
-    def __init__(self, alone: bool = True) -> None:
-        self.requested = False
-        self._alone = alone
+    def __init__(self, signals: Iterable[int] = STOPPING) -> None:
+        self._signals = tuple(signals)
         self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> 'StopRequest':
+    def __enter__[H: 'Handler'](self: H) -> H:
         if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
-            self._old = {number: signal.signal(number, self._handle) for number in signals}
+            self._old = {number: signal.signal(number, self._handle) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,6 +34,29 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
+        self.handle(number)
+
+    def handle(self, number: int) -> None:
+        """Called between two instructions of whatever the main thread does."""
+        raise NotImplementedError
+
+
+class StopRequest(Handler):
+    """While active, SIGTERM or SIGINT sets ``requested``; after the first one, a SIGINT ends the process at once.
+
+    Of several processes, all have to stop after the same step. There JAX's own handler takes SIGTERM and lets them
+    agree on one, so that signal is left alone, and SIGINT is passed on as it.
+
+    Args:
+      alone: whether this is the only process.
+    """
+
+    def __init__(self, alone: bool = True) -> None:
+        super().__init__(STOPPING if alone else (signal.SIGINT,))
+        self.requested = False
+        self._alone = alone
+
+    def handle(self, number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         text = f'\n{signal.Signals(number).name}: finishing the step and saving; Ctrl-C quits at once\n'
         os.write(2, text.encode())  # print() must not be entered again while it runs

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import time
 
 import pytest
 
-from launch import processes, sweep
-from launch.estimate import Sizes, makespan
+from launch import processes, standing, sweep
+from launch.estimate import Estimate, Sizes, makespan
 from launch.processes import Share, Signals
 from launch.show import Screen
 from mixcon_jax import config as configs
@@ -330,6 +331,27 @@ def test_list_shows_what_cannot_run(folder, three, tmp_path, capsys):
     lines = listed(folder, tmp_path, capsys)
     assert lines[1].split()[1] == 'refused'
     assert lines[-1].startswith('short/seed-0: ') and 'another configuration' in lines[-1]
+
+
+def test_an_estimate_reads_a_run_once_unless_told_to_look_again(monkeypatch, three, tmp_path):
+    """At 1,000 tokens/s, 100 steps of 256 tokens take 25.6 s, of another model by its operations; later at 4,000."""
+    short, other, long = three
+    written(long, tmp_path, 50, speed=1000.0)
+    looked = []
+    monkeypatch.setattr(standing, 'read', lambda path: looked.append(path) or read(path))
+    sizes = Sizes()
+    estimate = Estimate(three, tmp_path, sizes)
+    ratio = sizes.flops_per_token(other) / sizes.flops_per_token(long)
+    looked.clear()
+    assert estimate.seconds(short, 100) == pytest.approx(25.6)
+    assert estimate.seconds(other, 100) == pytest.approx(25.6 * ratio)
+    assert not looked
+    shutil.rmtree(tmp_path / long.folder)
+    written(long, tmp_path, 60, speed=4000.0)
+    assert estimate.seconds(short, 100) == pytest.approx(25.6)
+    estimate.look([long])
+    assert estimate.seconds(short, 100) == pytest.approx(6.4)
+    assert looked == [tmp_path / long.folder / 'metrics.jsonl']
 
 
 def test_jobs_are_begun_in_order():

@@ -477,9 +477,17 @@ def test_accuracy_by_length(tmp_path):
     np.testing.assert_allclose(list(accuracies.values()), [[0.968, 0.868], [0.936, 0.836], [0.872, 0.772]])
     assert found.score is comparison.ACCURACY and found.differences['b'].mean == pytest.approx(-0.2)
     page = report([tmp_path], tmp_path / 'out').read_text()
-    assert '| a | 0.918 | 0.886 | 0.822 |' in page and '| c (unfinished) | – | 0.250 | – |' in page
+    assert '| a | 0.918 (0.868 to 0.968) | 0.886 (0.836 to 0.936) | 0.822 (0.772 to 0.872) |' in page
+    assert '| c (unfinished) | – | 0.250 | – |' in page
     assert 'positive is better' in page and 'bits per byte |' not in page.split('## Final')[1].split('##')[0]
     check_figures(tmp_path / 'out', {'loss-tokens', 'loss-flops', 'final', 'differences', 'accuracy-by-length'})
+    each = {(row['arm'], row['seed']): row for row in rows(tmp_path / 'out' / 'runs.csv')}
+    assert [each[arm, '0']['final_accuracy_32'] for arm in 'abc'] == ['0.968', '0.968', '']
+    arms = {row['arm']: row for row in rows(tmp_path / 'out' / 'arms.csv')}
+    means = [float(arms['a'][f'accuracy_{length}_mean']) for length in (32, 64, 128)]
+    assert means == pytest.approx([0.918, 0.886, 0.822])
+    assert [float(arms['a'][f'accuracy_64_{end}']) for end in ('min', 'max')] == pytest.approx([0.836, 0.936])
+    assert arms['c']['accuracy_64_mean'] == '', 'the evaluation of a run that goes on'
 
 
 @pytest.mark.parametrize('table', [{'64': 3}, {'x': {'accuracy': 1.0}}, [], {'64': {'accuracy': None}}])

@@ -11,7 +11,7 @@ import numpy as np
 
 from mixcon_jax.reports.arms import LONG_CONTEXT, Arm, shown
 from mixcon_jax.reports.comparison import CONFIDENCE, Difference, Score, Summary, summary, t_factor
-from mixcon_jax.reports.curves import accuracies
+from mixcon_jax.reports.curves import accuracies, by_length
 from mixcon_jax.reports.runs import DONE, Run, number
 from mixcon_jax.units import short
 from mixcon_jax.workdir import BASELINES
@@ -26,14 +26,16 @@ Row = dict[str, Any]
 
 def run_rows(arms: Sequence[Arm]) -> list[Row]:
     """One row a run, with full precision."""
-    return [_run_row(arm, run) for arm in arms for run in arm.runs]
+    lengths = sorted({length for arm in arms for run in arm.runs for length in by_length(run.final)})
+    return [_run_row(arm, run, lengths) for arm in arms for run in arm.runs]
 
 
-def _run_row(arm: Arm, run: Run) -> Row:
+def _run_row(arm: Arm, run: Run, lengths: Sequence[int]) -> Row:
     evaluated = run.evals[-1] if run.evals else None
     trained = run.train[-1] if run.train else None
     ended = next((record for record in reversed(run.records) if record['kind'] == 'run'), None)
     rate = float(np.median(run.rates)) if run.rates else math.nan
+    by = by_length(run.final)
     return {
         'arm': arm.label, 'name': run.config.name, 'seed': run.seed, 'path': str(run.path), 'state': run.state,
         'step': run.step, 'steps': run.config.train.steps, 'tokens_seen': round(run.tokens_seen),
@@ -41,6 +43,7 @@ def _run_row(arm: Arm, run: Run) -> Row:
         'final_loss': number(run.final, 'loss'), 'final_bits_per_byte': number(run.final, 'bits_per_byte'),
         'final_perplexity': number(run.final, 'perplexity'), 'heldout_tokens': number(run.final, 'tokens'),
         'heldout_bytes': number(run.final, 'bytes'), 'final_accuracy': number(run.final, 'accuracy'),
+        **{f'final_accuracy_{length}': by.get(length) for length in lengths},
         'eval_step': number(evaluated, 'step'), 'eval_loss': number(evaluated, 'loss'),
         'eval_bits_per_byte': number(evaluated, 'bits_per_byte'), 'train_loss': number(trained, 'loss'),
         'tokens_per_second': rate,
@@ -51,8 +54,10 @@ def _run_row(arm: Arm, run: Run) -> Row:
 
 def arm_rows(arms: Sequence[Arm], baseline: Arm, score: Score, differences: Mapping[str, Difference]) -> list[Row]:
     """One row an arm, with full precision."""
+    finals = [found if final else {} for found, final in map(accuracies, arms)]
+    lengths = sorted({length for found in finals for length in found})
     rows = []
-    for arm in arms:
+    for arm, by in zip(arms, finals):
         sizes, rate = arm.sizes, arm.tokens_per_second
         row: Row = {'arm': arm.label} | _options(arm)
         row |= {
@@ -62,8 +67,10 @@ def arm_rows(arms: Sequence[Arm], baseline: Arm, score: Score, differences: Mapp
             f'state_bytes_{LONG_CONTEXT}': sizes.state_bytes_long, 'tokens_seen': round(arm.tokens_seen),
             'runs': len(arm.runs), 'finished': len(arm.finished),
         }  # fmt: skip
-        for key in SCORES:
-            about = summary(arm.finals(key).values())
+        scores = {key: list(arm.finals(key).values()) for key in SCORES}
+        scores |= {f'accuracy_{length}': by.get(length, []) for length in lengths}
+        for key, values in scores.items():
+            about = summary(values)
             row |= {f'{key}_mean': about.mean, f'{key}_sd': about.sd, f'{key}_min': about.low, f'{key}_max': about.high}
         found = differences.get(arm.label)
         interval = (found and found.interval) or (math.nan, math.nan)
@@ -213,7 +220,7 @@ def caveats(found: Mapping[str, Difference], score: Score, baseline: Arm) -> str
 
 
 def lengths(arms: Sequence[Arm]) -> str:
-    """Accuracy over the sequence length; empty when no run has it."""
+    """Accuracy over the sequence length, mean and range over seeds; empty when no run has it."""
     tables = {arm.label: accuracies(arm) for arm in arms}
     columns = sorted({length for found, _ in tables.values() for length in found})
     if not columns:
@@ -221,7 +228,7 @@ def lengths(arms: Sequence[Arm]) -> str:
     rows = []
     for label, (found, final) in tables.items():
         if found:
-            cells = (fixed(summary(found.get(length, ())).mean, 3) for length in columns)
+            cells = (_with_range(summary(found.get(length, ()))) for length in columns)
             rows.append((label if final else f'{label} (unfinished)', *cells))
     return table(('arm', *map(str, columns)), rows)
 
@@ -255,6 +262,12 @@ def mean(about: Summary) -> str:
     if not about.n:
         return NONE
     return fixed(about.mean) + ('' if math.isnan(about.sd) else f' ± {about.sd:.4f}')
+
+
+def _with_range(about: Summary) -> str:
+    """Mean of shares and, where they differ, smallest to largest."""
+    low, high = fixed(about.low, 3), fixed(about.high, 3)
+    return fixed(about.mean, 3) + (f' ({low} to {high})' if low != high else '')
 
 
 def span(about: Summary) -> str:

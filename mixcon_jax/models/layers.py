@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.sequence import with_past
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 Axes = tuple[str, ...]
@@ -104,28 +105,30 @@ class Window:
     def __init__(
         self, x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b k c'] | None, length: int
     ) -> None:
-        past = jnp.zeros((x.shape[0], length, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
-        self._values = jnp.concatenate([past, x], axis=1)
+        # [B, S, K + T / S, C]: S parts of the sequence on as many devices, each with the K tokens before it.
+        if state is None:
+            self._values = with_past(x, length)
+        else:
+            self._values = jnp.concatenate([state.astype(x.dtype), x], axis=1)[:, None]
         self._context = context
         self._length = length
 
     def lagged(self, lag: int) -> Float[Array, 'b t c']:
         """Returns each token's predecessor by ``lag`` tokens, zero where that lies before its document."""
-        tokens = self._context.positions.shape[1]
-        first = self._length - lag
-        past = self._values[:, first : first + tokens]
+        first, tokens = self._length - lag, self._values.shape[2] - self._length
+        past = self._values[:, :, first : first + tokens].reshape(*self._context.positions.shape, -1)
         if lag == 0:
             return past
         return jnp.where((self._context.positions >= lag)[..., None], past, 0)
 
     def state(self) -> Float[Array, 'b k c']:
-        """Returns the last K real tokens, skipping padding after them."""
-        tokens = self._context.positions.shape[1]
+        """Returns the last K real tokens, skipping padding after them; for a call that began with a state."""
+        tokens, values = self._context.positions.shape[1], self._values[:, 0]
         if tokens == 1:  # decoding: a select instead of a gather
-            return jnp.where(self._context.mask[..., None], self._values[:, 1:], self._values[:, :-1])
+            return jnp.where(self._context.mask[..., None], values[:, 1:], values[:, :-1])
         ends = jnp.max(jnp.where(self._context.mask, jnp.arange(1, tokens + 1), 0), axis=1)
         index = ends[:, None] + jnp.arange(self._length)
-        return jnp.take_along_axis(self._values, index[..., None], axis=1)
+        return jnp.take_along_axis(values, index[..., None], axis=1)
 
 
 class ShortConv(nnx.Module):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import attention
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+from mixcon_jax.models.sequence import attention
 
 
 class Attention(nnx.Module):

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.adaptive_gain import diagonal_gain, matrix_gain
-from kernels_pallas.selective_scan import selective_scan
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import (
     Aux,
@@ -27,6 +25,7 @@ from mixcon_jax.models.layers import (
     zeros,
 )
 from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
+from mixcon_jax.models.sequence import diagonal_gain, matrix_gain, selective_scan
 
 UNIT_SWISH = 1.2784645427610738  # swish(1 + W(1/e)) = 1: a scaling that starts as the identity
 

@@ -3,10 +3,10 @@
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas.selective_scan import selective_scan
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, project
 from mixcon_jax.models.mixers.ssm import SelectiveSSM
+from mixcon_jax.models.sequence import selective_scan
 
 
 class Mamba(SelectiveSSM):

@@ -29,7 +29,8 @@ from mixcon_jax.options import leaves
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob('*.md'))}
-RUN = [name for name in PAGES if name == 'tutorial.md' or name.startswith('howto-')]
+SCRIPTED = {f'docs/{name}': text for name, text in PAGES.items()} | {'README.md': (ROOT / 'README.md').read_text()}
+RUN = [name for name in SCRIPTED if re.match(r'docs/(tutorial|howto-.*)\.md$', name)]
 NOT_COPIED = ('.git', '.venv', '.cache', '.*_cache', '.hypothesis', '*.egg-info', '__pycache__', 'runs', 'site')
 
 PIECE = re.compile(
@@ -73,10 +74,10 @@ class Step:
 
 
 def steps(name: str) -> Iterator[Step]:
-    """Yields a page's scripts and files, with what the comments before them change."""
+    """Yields the scripts and files of a page of SCRIPTED, with what the comments before them change."""
     skipped, changes = False, []
-    for piece in PIECE.finditer(PAGES[name]):
-        where = f'docs/{name}:{PAGES[name].count(chr(10), 0, piece.start()) + 1}'
+    for piece in PIECE.finditer(SCRIPTED[name]):
+        where = f'{name}:{SCRIPTED[name].count(chr(10), 0, piece.start()) + 1}'
         if (comment := piece['comment']) is not None:
             if comment.startswith('run '):
                 yield Step(where, comment.removeprefix('run '))
@@ -211,7 +212,7 @@ def test_commands_are_found_in_scripts():
     assert list(commands(script)) == [*found, ['echo', 'a\nmixcon no'], ['done']]
 
 
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', SCRIPTED)
 def test_commands_parse(name, tmp_path):
     """Arguments, options of the configuration, experiment files and targets exist, on the page or in the repository."""
     todo = list(steps(name))

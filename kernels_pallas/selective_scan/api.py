@@ -1,15 +1,20 @@
 """The selective scan's one entry point: checks shapes, picks an implementation, adds the skip."""
 
+import functools
+import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas.selective_scan import reference, xla
+from kernels_pallas import platform
+from kernels_pallas.selective_scan import mosaic_gpu, reference, xla
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs
 
-IMPLEMENTATIONS = ('reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative')
+IMPLEMENTATIONS = ('reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative', 'mosaic_gpu')
+PADDED_DT = mosaic_gpu.PADDED_DT
 
 
 def selective_scan(
@@ -20,6 +25,9 @@ def selective_scan(
     C: Float[Array, 'b t n'],
     *,
     D: Float[Array, ' d'] | None = None,
+    z: Float[Array, 'b t d'] | None = None,
+    dt_bias: Float[Array, ' d'] | None = None,
+    dt_softplus: bool = False,
     reset: Bool[Array, 'b t'] | None = None,
     initial_state: Float[Array, 'b ...'] | None = None,
     readout: tuple | None = None,
@@ -28,19 +36,26 @@ def selective_scan(
     prior: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
+    keep_every: int | None = None,
 ) -> tuple:
     """Runs `x_k = exp(dt_k A) x_{k-1} + dt_k u_k B_k`, `y_k = x_k C_k + D u_k` over time, for every channel.
 
     Source: Mamba (S6) with zero-order-hold decay and Euler input; the options are those of MixCon's Conba, equations 6,
     7 and 13 (docs/conba.md). Everything is computed in float32, or in float64 if any of u, dt, A, B, C is float64.
+    No token's result depends on another row or channel: under `jax.shard_map` over batch and channels (u, dt, z, y by
+    both; A, D, dt_bias by channels; B, C, reset by batch) it needs no communication.
 
     Args:
       u: input [B, T, D], any float type, T >= 1.
       dt: step sizes [B, T, D], >= 0. A channel with dt = 0 (padding) leaves its state as it is: no decay, no input, no
-        noise, no shift of the delay's slots.
+        noise, no shift of the delay's slots. With `dt_softplus` what softplus makes the step size of; there padding is
+        PADDED_DT.
       A: negative decay rates [D, N].
       B, C: input and output maps [B, T, N].
       D: skip [D]; y gains `D * u`.
+      z: gate [B, T, D]; y is multiplied by `silu(z)` at the end.
+      dt_bias: [D], added to dt.
+      dt_softplus: take `softplus(dt + dt_bias)` as the step size, as Mamba does.
       reset: bool [B, T]; the state is zero before a token where it is True (the start of a document).
       initial_state: [B, D, N], or [B, 2, D, N] with `delay` (slot 0 the newest); zeros if None. Differentiable.
       readout: `(Z [N, N], g [N], F [N, N] or None)`: y reads `s + s F^T` with `s = x * swish(x Z^T + g)` in place of x.
@@ -50,38 +65,113 @@ def selective_scan(
         key folded with the token's index: the same for every implementation and chunk. `(key, std, start)` counts from
         start, which a call on a later part of a sequence needs to draw what one call on the whole draws.
       prior: also return the a-priori outputs `(exp(dt_k A) x_{k-1}) C_k`, without skip and without `readout`.
-      implementation: None picks for the platform; 'reference' (sequential), 'associative' (whole-sequence
-        associative scan, memory O(T D N)) or 'chunked' (rematerialised chunks). A chunk is stepped on CPU and scanned
-        associatively elsewhere, by JAX's default backend; 'chunked_stepped' and 'chunked_associative' say which.
+      implementation: None picks for the platform: 'mosaic_gpu' on NVIDIA GPUs of compute capability 8.0 and newer where
+        it has the options asked for (a warning says when not), 'chunked' elsewhere. 'reference' (sequential),
+        'associative' (whole-sequence associative scan, memory O(T D N)), 'chunked' (rematerialised chunks) or
+        'mosaic_gpu' (fused kernels). A chunk is stepped on CPU and scanned associatively elsewhere;
+        'chunked_stepped' and 'chunked_associative' say which.
       chunk: tokens a chunk of 'chunked'; None picks for the platform.
+      keep_every: of 'mosaic_gpu', steps between the states kept for the backward pass; None for 16, a multiple of it
+        for less memory and more work.
 
     Returns:
       `(y [B, T, D], final_state)`, with `prior=True` also the a-priori outputs [B, T, D]; final_state has
-      initial_state's shape and continues the scan when passed as initial_state of a later call.
+      initial_state's shape and continues the scan when passed as initial_state of a later call. y and the a-priori
+      outputs have u's type, the state is float32 (or float64).
 
     Raises:
-      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
+      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist or cannot run
+        here, with the reason.
     """
-    inputs, options = _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
-    if D is not None:
-        _expect('D', D, (u.shape[2],))
+    for name, value, shape in (('D', D, u.shape[2:]), ('z', z, u.shape), ('dt_bias', dt_bias, u.shape[2:])):
+        if value is not None:
+            _expect(name, value, shape)
     if chunk is not None and chunk < 1:
         raise ValueError(f'chunk must be at least 1, got {chunk}')
-    y, final_state, prior_y = _implementation(implementation, chunk)(inputs, options)
-    if D is not None:
-        y = y + D.astype(y.dtype) * inputs.u
-    return (y, final_state, prior_y) if prior else (y, final_state)
+    inputs, options = _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
+    fused = Fused(D, z, dt_bias, dt_softplus)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f'selective_scan has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
+        )
+    if implementation is None and platform.platform() == 'gpu':
+        if reason := _kernel_refuses(u, inputs, options):
+            _warn_once(reason)
+        else:
+            implementation = 'mosaic_gpu'
+    if implementation == 'mosaic_gpu':
+        if reason := _kernel_refuses(u, inputs, options):
+            raise ValueError(f"selective_scan: implementation 'mosaic_gpu' cannot run here: {reason}")
+        y, final_state, prior_y = _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every)
+    else:
+        y, final_state, prior_y = _separately(_implementation(implementation, chunk), inputs, options, fused)
+    y = y.astype(u.dtype)
+    return (y, final_state, prior_y.astype(u.dtype)) if prior else (y, final_state)
+
+
+class Fused(NamedTuple):
+    """What surrounds the recurrence, token by token, and is part of the kernel on a GPU."""
+
+    D: jax.Array | None
+    z: jax.Array | None
+    dt_bias: jax.Array | None
+    dt_softplus: bool
+
+
+def _separately(run: Callable[[Inputs, Options], Outputs], inputs: Inputs, options: Options, fused: Fused) -> Outputs:
+    """An implementation of the recurrence alone, with step sizes, skip and gate around it."""
+    dt = inputs.dt
+    if fused.dt_bias is not None:
+        dt = dt + fused.dt_bias.astype(dt.dtype)
+    if fused.dt_softplus:
+        dt = jax.nn.softplus(dt)
+    y, final_state, prior = run(inputs._replace(dt=dt), options)
+    if fused.D is not None:
+        y = y + fused.D.astype(y.dtype) * inputs.u
+    if fused.z is not None:
+        y = y * jax.nn.silu(fused.z.astype(y.dtype))
+    return Outputs(y, final_state, prior)
+
+
+def _kernel_refuses(u: jax.Array, inputs: Inputs, options: Options) -> str | None:
+    """Why the GPU kernels cannot take this call, or None."""
+    if options.delay is not None:
+        return 'a delay inside the recurrence is of second order; taps on the outputs are not'
+    if options.noise_key is not None:
+        return 'it draws no process noise'
+    return mosaic_gpu.unsupported(inputs.u.dtype, inputs.A.shape[1], options.Z is not None)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"selective_scan runs 'chunked' in place of 'mosaic_gpu': {reason}", stacklevel=3)
+
+
+def _fused_kernel(u, dt, A, B, C, fused: Fused, inputs: Inputs, options: Options, keep_every: int | None) -> Outputs:
+    """The GPU kernels: a call for y, and one for the a-priori outputs where they are asked for."""
+    run = functools.partial(
+        mosaic_gpu.scan,
+        u,
+        dt,
+        A,
+        B,
+        dt_bias=fused.dt_bias,
+        dt_softplus=fused.dt_softplus,
+        reset=inputs.reset,
+        initial_state=inputs.initial_state,
+        keep_every=keep_every,
+    )
+    read = C if options.F is None else inputs.C + jnp.einsum('btm,mn->btn', inputs.C, options.F)
+    y, final_state = run(read, D=fused.D, z=fused.z, Z=options.Z, g=options.g)
+    prior, final_state = run(C, prior=True) if options.prior else (None, final_state)
+    return Outputs(y, final_state, prior)
 
 
 def _implementation(name: str | None, chunk: int | None) -> Callable[[Inputs, Options], Outputs]:
     inner = {None: None, 'chunked': None, 'chunked_stepped': 'stepped', 'chunked_associative': 'associative'}
     if name in inner:
         return lambda inputs, options: xla.chunked(inputs, options, chunk, inner[name])
-    if name == 'reference':
-        return reference.scan
-    if name == 'associative':
-        return xla.associative
-    raise ValueError(f'selective_scan has no implementation {name!r}; available here: {", ".join(IMPLEMENTATIONS)}')
+    return {'reference': reference.scan, 'associative': xla.associative}[name]
 
 
 def _expect(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:

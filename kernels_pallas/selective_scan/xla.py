@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import platform
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs, token_noise
 
 STEPPED_CHUNK = 8  # longer ones leave the cache and compile longer
@@ -130,7 +131,7 @@ def _steps(inputs: Inputs, options: Options, time: jax.Array) -> Outputs:
 
 def chunked(inputs: Inputs, options: Options, chunk: int | None = None, inner: str | None = None) -> Outputs:
     """Scans over chunks of `chunk` tokens; inner is 'stepped', 'associative' or None, which asks the platform."""
-    inner = inner or ('stepped' if jax.default_backend() == 'cpu' else 'associative')
+    inner = inner or ('stepped' if platform.platform() == 'cpu' else 'associative')
     length = inputs.u.shape[1]
     chunk = min(chunk or {'stepped': STEPPED_CHUNK, 'associative': ASSOCIATIVE_CHUNK}[inner], length)
     chunks = -(-length // chunk)

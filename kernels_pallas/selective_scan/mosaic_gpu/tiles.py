@@ -1,0 +1,216 @@
+"""What the kernels share: the problem's description, how arrays lie in threads, and the scalar functions.
+
+A block of 128 threads owns 128 channels. The forward kernels see them as one axis, `[.., D]`; the backward kernel, which
+sums over the channels of a warp, as two, `[.., D/32, 32]`. Nothing is moved for that: it is a reshape.
+"""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import core as mosaic
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPS, LANES = 4, 32
+CHANNELS = WARPS * LANES  # of a block
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+FLOAT = jnp.float32
+FORGET = -1e30  # added to the exponent where a document starts: 2^FORGET is 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and options that a kernel is compiled for. `channels` is a multiple of 128, `states` of 8."""
+
+    batch: int
+    length: int
+    channels: int
+    states: int
+    dtype: Any  # of u, dt, z, y and their gradients
+    gate: bool  # y * silu(z)
+    softplus: bool  # of dt + bias
+    reset: bool
+    readout: bool
+    prior: bool  # y is what is carried into a token, read before its own input, without skip and gate
+    tma: bool  # Hopper's copy engine; else plain asynchronous copies (Ampere), and `length` is a multiple of the tile
+
+    def tokens(self, axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """u, dt, z, y and their gradients, [B, T, *axes]; `axes` is (D,) or (D/32, 32)."""
+        return jax.ShapeDtypeStruct((self.batch, self.length, *axes), self.dtype)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The channels as one axis."""
+        return (self.channels,)
+
+    @property
+    def warp_axes(self) -> tuple[int, ...]:
+        """The channels as groups of a warp's width."""
+        return (self.channels // LANES, LANES)
+
+
+# ------------------------------------------------------------------------------------------------------- layouts
+def _tiled(tiling, warp_dims, lane_dims) -> Any:
+    layout = fragmented_array.TiledLayout(
+        fragmented_array.Tiling(tiling), warp_dims, lane_dims, vector_dim=-1, _check_canonical=False
+    ).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def thread_a_channel(states: int) -> Any:
+    """(128, N): a thread holds all states of one channel, so that a sum over states stays in its registers."""
+    return _tiled(((CHANNELS, states), (LANES, 4), (1, 4)), (-6,), (-4,))
+
+
+def lanes_over_states(states: int) -> Any:
+    """(4, 32, N), N = 8 or 16: lanes share a channel's states by fours, and a thread holds N channels' share.
+
+    Sums over states and over a warp's channels both take few shuffles (for N = 16: 2, and 3 for a group of 4).
+    """
+    return _tiled(((WARPS, LANES, states), (1, 128 // states, 4)), (-6,), (-4, -2))
+
+
+def thread_a_channel_over_time(steps: int) -> Any:
+    """(T, 4, 32): a thread holds one channel at every step."""
+    return _tiled(((steps, WARPS, LANES), (1, 1, 1)), (-5,), (-4,))
+
+
+def states_by_states(states: int) -> Any:
+    """(4, N, N), N = 16: each warp a matrix of its own."""
+    return _tiled(((WARPS, states, states), (1, 128 // states, 4)), (-6,), (-4, -2))
+
+
+def plain(shape: tuple[int, ...]) -> Any:
+    """Threads one after the other."""
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+
+
+class Spread:
+    """Loads into a layout of (*channels, N), or into its parts, and spreads the parts over the whole."""
+
+    def __init__(self, layout: Any, channels: tuple[int, ...], states: int) -> None:
+        rank = len(channels)
+        self.shape = (*channels, states)
+        self._channel_dims, self._state_dim = tuple(range(rank)), (rank,)
+        self.layout = layout
+        self.per_channel, self.per_state = layout.reduce(rank), layout.reduce(self._channel_dims)
+
+    def load(self, ref: Any) -> jax.Array:
+        """(*channels, N)."""
+        return load(ref, self.layout)
+
+    def load_channels(self, ref: Any) -> jax.Array:
+        """(*channels,)."""
+        return load(ref, self.per_channel)
+
+    def load_states(self, ref: Any) -> jax.Array:
+        """(N,)."""
+        return load(ref, self.per_state)
+
+    def over_states(self, x: jax.Array) -> jax.Array:
+        """(*channels,) to (*channels, N)."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, self.shape, self._channel_dims), self.layout)
+
+    def over_channels(self, x: jax.Array) -> jax.Array:
+        """(N,) to (*channels, N)."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, self.shape, self._state_dim), self.layout)
+
+    def zeros(self) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(self.shape, FLOAT), self.layout)
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    plgpu.store(ref, value, optimized=False)
+
+
+# ----------------------------------------------------------------------------------------------------- functions
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x)) in base 2, without overflow."""
+    return jnp.maximum(x, 0.0) + LN2 * jnp.log2(1.0 + jnp.exp2(-LOG2E * jnp.abs(x)))
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + jnp.exp2(-LOG2E * x))
+
+
+def where(condition: jax.Array, value: float) -> jax.Array:
+    """`value` or 0, by a scalar."""
+    return jnp.where(condition, value, 0.0).astype(FLOAT)
+
+
+# ------------------------------------------------------------------------------------------------------ launching
+def launch(name: str, problem: Problem, body: Any, inputs: dict, outputs: dict, scratch: dict, interpret: Any) -> dict:
+    """Runs `body(refs)` for every batch row and 128 channels; returns the outputs by name.
+
+    Args:
+      name: of the kernel, in profiles and dumps.
+      problem: gives the grid.
+      body: takes a namespace of the refs of inputs, outputs and scratch.
+      inputs: arrays by name.
+      outputs: `jax.ShapeDtypeStruct` by name.
+      scratch: shared memory and barriers by name.
+      interpret: parameters of the interpreter for the CPU, or None.
+    """
+    names = (*inputs, *outputs, *scratch)
+    kernel = plgpu.kernel(
+        lambda *refs: body(SimpleNamespace(**dict(zip(names, refs, strict=True)))),
+        out_type=tuple(outputs.values()),
+        scratch_types=tuple(scratch.values()),
+        grid=(problem.batch, problem.channels // CHANNELS),
+        grid_names=('row', 'block'),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,  # exp2 is one instruction
+            unsafe_no_auto_barriers=True,  # barriers are written out
+            # Layouts are all given, so nothing needs to be inferred; this saves 20 instructions a step.
+            lowering_semantics=mosaic.LoweringSemantics.Lane,
+        ),
+        kernel_name=name,
+        **({} if interpret is None else {'interpret': interpret}),
+    )
+    return dict(zip(outputs, kernel(*inputs.values()), strict=True))
+
+
+class Copies:
+    """Tiles of time from global to shared memory, by the copy engine or by plain asynchronous copies.
+
+    `rows` are (source, destination, whether it has channels); a destination has a slot for every tile in flight.
+    """
+
+    def __init__(self, problem: Problem, tile: int, row: Any, mine: Any, ref: Any, rows: list) -> None:
+        self.problem, self.tile, self.rows = problem, tile, rows
+        self.barrier = ref.arrived if problem.tma else None
+        self._row, self._channels = row, mine
+
+    def start(self, index: Any, slot: Any) -> None:
+        """Begins to fetch a tile of time; what lies behind the end is zero, from the copy engine."""
+        index = index + 0 * self._row  # traced: a known start would be refused where the tile leads over the end
+        times = pl.ds(index * self.tile, self.tile)
+        for source, destination, has_channels in self.rows:
+            part = source.at[self._row, times, self._channels] if has_channels else source.at[self._row, times]
+            if self.problem.tma:
+                plgpu.copy_gmem_to_smem(part, destination.at[slot], self.barrier.at[slot])
+            else:
+                plgpu.copy_gmem_to_smem(part, destination.at[slot], oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+    def wait(self, slot: Any) -> None:
+        """Waits for a tile, and for every thread to be here: what was shared before may be overwritten after it."""
+        if self.problem.tma:
+            plgpu.barrier_wait(self.barrier.at[slot])
+        self.fence()
+
+    def fence(self) -> None:
+        """A barrier that also orders shared memory for the copy engine."""
+        if self.problem.tma:
+            plgpu.commit_smem()
+        else:
+            plgpu.wait_gmem_to_smem(0)  # Ampere has no fence for a copy engine; this wait brings a barrier

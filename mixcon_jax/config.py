@@ -270,10 +270,11 @@ def _check_data(data: ml_collections.ConfigDict) -> None:
 def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
     mesh, batch = config.mesh, config.train.batch_size
     _divides('train.accum_steps', config.train.accum_steps, 'train.batch_size', batch)
-    for axis in ('expert', 'context', 'tensor'):
+    _divides('mesh.context', mesh.context, 'data.seq_len', config.data.seq_len)
+    for axis in ('expert', 'tensor'):
         if mesh[axis] != 1:
             raise ConfigError(
-                f'mesh.{axis}={mesh[axis]} is not supported yet; use 1 and spread over mesh.data or mesh.fsdp'
+                f'mesh.{axis}={mesh[axis]} is not supported yet; use 1 and spread over data, fsdp or context'
             )
     data = mesh.data
     if num_devices is not None:
@@ -283,7 +284,8 @@ def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> N
             data = num_devices // rest
         if data * rest != num_devices:
             raise ConfigError(
-                f'the mesh takes {data * rest} devices (mesh.data={data}, mesh.fsdp={mesh.fsdp}),'
+                f'the mesh takes {data * rest} devices (mesh.data={data}, mesh.fsdp={mesh.fsdp},'
+                f' mesh.context={mesh.context}),'
                 f' but there are {num_devices}'
             )
     if data != -1:

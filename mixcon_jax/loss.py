@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mixcon_jax.mesh import sequence_shards
 from mixcon_jax.sharding import constrain
 
 
@@ -53,15 +54,18 @@ def cross_entropy(
       shards: into how many parts the devices split the rows; each goes through chunks of its own.
     """
     batch, length = targets.shape
-    tokens = batch // shards * length
+    rows, parts = shards, sequence_shards(length)
+    shards = rows * parts
+    tokens = batch * length // shards
     num_chunks = math.ceil(tokens / chunk)
     size = math.ceil(tokens / num_chunks)
 
     def split(x: Array) -> Array:
-        x = x.reshape(shards, tokens, *x.shape[2:])
+        x = jnp.moveaxis(x.reshape(rows, batch // rows, parts, length // parts, *x.shape[2:]), 2, 1)
+        x = constrain(x.reshape(shards, tokens, *x.shape[4:]), 'shards', *[None] * (x.ndim - 3))
         x = jnp.pad(x, ((0, 0), (0, num_chunks * size - tokens)) + ((0, 0),) * (x.ndim - 2))
         x = jnp.moveaxis(x.reshape(shards, num_chunks, size, *x.shape[2:]), 1, 0)
-        return constrain(x, None, 'batch', *[None] * (x.ndim - 2))
+        return constrain(x, None, 'shards', *[None] * (x.ndim - 2))
 
     # Gathered here, once, rather than inside the loop, once a chunk.
     head = constrain(head.astype(hidden.dtype), None, 'vocab')
@@ -110,7 +114,7 @@ def _sums_forward(h: Array, head: Array, targets: Array, mask: Array, z_coef: fl
         return (sums + more, d_head), jnp.einsum('scv,dv->scd', d_logits, head)
 
     # Every shard adds up a gradient of its own; they meet once, after the loop.
-    d_head = constrain(jnp.zeros((shards, *head.shape), wide), 'batch', None, 'vocab')
+    d_head = constrain(jnp.zeros((shards, *head.shape), wide), 'shards', None, 'vocab')
     (sums, d_head), d_h = jax.lax.scan(body, (jnp.zeros((3,), wide), d_head), (h, targets, mask))
     return _with_total(sums, z_coef), (d_h, d_head.sum(axis=0).astype(head.dtype))
 

@@ -15,12 +15,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from mixcon_jax.config import ConfigError
-from mixcon_jax.mesh import AXES, BATCH_AXES
+from mixcon_jax.mesh import AXES, BATCH_AXES, SEQUENCE_AXIS
 from mixcon_jax.trees import Tree, map_named, named_leaves
 
 # Logical axis -> mesh axes. A name that is absent stays whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
     'batch': BATCH_AXES,
+    'sequence': (SEQUENCE_AXIS,),
+    'shards': (*BATCH_AXES, SEQUENCE_AXIS),
     'embed': ('fsdp',),
     'mlp': ('tensor',),
     'heads': ('tensor',),
@@ -35,7 +37,7 @@ def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] |
     """The mesh of ``config.mesh`` over all devices; ``data=-1`` takes what the other axes leave.
 
     Raises:
-      ConfigError: the axes' product is not the number of devices.
+      ConfigError: the axes' product is not the number of devices, or devices that share rows are of several processes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: config[axis] for axis in AXES}
@@ -45,6 +47,13 @@ def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] |
     if math.prod(sizes.values()) != len(devices):
         keys = ' * '.join(f'mesh.{axis} ({config[axis]})' for axis in AXES)
         raise ConfigError(f'{keys} must be the number of devices, {len(devices)}')
+    # Every process loads rows of its own.
+    rows = sizes['data'] * sizes['fsdp']
+    if rows % jax.process_count():
+        raise ConfigError(
+            f'mesh.data * mesh.fsdp ({rows}) must be a multiple of the number of processes, {jax.process_count()}:'
+            ' the devices along the other axes belong to one process'
+        )
     shape = tuple(sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -77,7 +86,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows [B, ...] over the batch axes."""
+    """Rows [B, ...] over the batch axes; the devices that share a row's tokens all get it, as it is small."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -221,7 +221,7 @@ def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_ste
     Microbatch i holds rows i, i + accum_steps, ...: every device cuts its own rows, none move.
     """
     split = {
-        key: sharding.constrain(jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0), None, 'batch', None)
+        key: sharding.constrain(jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0), None, 'batch', 'sequence')
         for key, x in batch.items()
     }
     if accum_steps == 1:
@@ -327,6 +327,7 @@ def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tr
 
 def eval_step(config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch) -> dict[str, Array]:
     """Sums over a batch's scored tokens: ``nll`` in nats, those predicted right, ``correct``, and all, ``tokens``."""
+    batch = {key: sharding.constrain(x, 'batch', 'sequence') for key, x in batch.items()}
     context = Context(batch['segment_ids'], batch['positions'], train=False)
     hidden, _, _ = model(batch['tokens'], context)
     mask = batch['loss_mask']

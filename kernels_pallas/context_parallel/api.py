@@ -34,6 +34,8 @@ def selective_scan(
     B: Float[Array, 'b t n'],
     C: Float[Array, 'b t n'],
     *,
+    dt_bias: Float[Array, ' d'] | None = None,
+    dt_softplus: bool = False,
     reset: Bool[Array, 'b t'] | None = None,
     initial_state: Float[Array, 'b ...'] | None = None,
     delay: Float[Array, ' d'] | None = None,
@@ -50,12 +52,12 @@ def selective_scan(
     it; with `delay` it is a 2x2 matrix for every channel and state. No buffer [B, T, D, N] exists.
 
     Args:
-      u, dt, B, C, reset: this shard's tokens, T of them on every shard.
+      u, dt, B, C, reset (and z): this shard's tokens, T of them on every shard.
       initial_state: the state before the whole sequence, the same on every shard; zeros if None.
       process_noise: `(key, std)`, the draw of one device: tokens are counted over the whole sequence.
       axis_name: the mesh axis that shares out the sequence.
       exchange_by: `method` of `exchange.entering_state`.
-      options: the other arguments of `selective_scan`, with its meaning and errors: D, readout, prior.
+      options: the other arguments of `selective_scan`, with its meaning and errors: D, z, readout, prior.
 
     Returns:
       `(y, final_state)` and with `prior=True` the a-priori outputs: y and those of this shard's tokens, final_state
@@ -64,12 +66,16 @@ def selective_scan(
     if process_noise is not None:
         key, std, *start = process_noise
         process_noise = (key, std, sum(start) + lax.axis_index(axis_name) * u.shape[1])
-    run = partial(scans.selective_scan, reset=reset, delay=delay, implementation=implementation, chunk=chunk)
+    steps = {'dt_bias': dt_bias, 'dt_softplus': dt_softplus}
+    run = partial(scans.selective_scan, **steps, reset=reset, delay=delay, implementation=implementation, chunk=chunk)
     _, local, *_ = run(u, dt, A, B, C, process_noise=process_noise)
     if initial_state is None:
         initial_state = jnp.zeros_like(local)
     if delay is None:
-        linear = jnp.exp(jnp.sum(dt.astype(local.dtype), 1)[..., None] * A)
+        step = dt.astype(local.dtype)
+        step = step if dt_bias is None else step + dt_bias
+        step = jax.nn.softplus(step) if dt_softplus else step
+        linear = jnp.exp(jnp.sum(step, 1)[..., None] * A)
         if reset is not None:
             linear = jnp.where(jnp.any(reset, 1)[:, None, None], 0, linear)
         act: exchange.Act = jnp.multiply
@@ -173,13 +179,12 @@ def attention(
       axis_name: the mesh axis that shares out the sequence.
       options: scale, implementation and block_size.
     """
-    gather = partial(lax.all_gather, axis_name=axis_name, axis=1, tiled=True)
     return local_attention(
         q,
-        gather(k),
-        gather(v),
+        exchange.gather_tokens(k, axis_name),
+        exchange.gather_tokens(v, axis_name),
         segment_ids=segment_ids,
-        kv_segment_ids=None if segment_ids is None else gather(segment_ids),
+        kv_segment_ids=None if segment_ids is None else lax.all_gather(segment_ids, axis_name, axis=1, tiled=True),
         q_offset=lax.axis_index(axis_name) * q.shape[1],
         **options,
     )

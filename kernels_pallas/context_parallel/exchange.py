@@ -4,6 +4,7 @@ All functions run inside `jax.shard_map`, manual over the axis named; shard i ho
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -97,3 +98,18 @@ def previous(x: jax.Array, length: int, axis_name: str) -> jax.Array:
     missing = length - sum(part.shape[1] for part in parts)
     zeros = jnp.zeros((x.shape[0], missing, *x.shape[2:]), x.dtype)
     return jnp.concatenate([zeros, *parts], axis=1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_tokens(x: jax.Array, axis_name: str) -> jax.Array:
+    """The tokens [B, T, ...] of all shards, one after another along T; gradients are summed in at least float32."""
+    return lax.all_gather(x, axis_name, axis=1, tiled=True)
+
+
+def _gather_backward(axis_name: str, residuals: None, g: jax.Array) -> tuple[jax.Array]:
+    del residuals
+    wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    return (lax.psum_scatter(wide, axis_name, scatter_dimension=1, tiled=True).astype(g.dtype),)
+
+
+gather_tokens.defvjp(lambda x, axis_name: (gather_tokens(x, axis_name), None), _gather_backward)

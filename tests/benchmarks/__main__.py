@@ -9,7 +9,8 @@ import time
 import traceback
 
 BENCHMARKS = (
-    'selective_scan', 'conba_layer', 'train_step', 'decode', 'compile_time', 'data_pipeline', 'checkpoint_stall',
+    'selective_scan', 'conba_layer', 'train_step', 'decode', 'compile_time', 'context_parallel', 'data_pipeline',
+    'checkpoint_stall',
 )  # fmt: skip
 
 

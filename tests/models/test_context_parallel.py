@@ -15,6 +15,7 @@ from mixcon_jax.models import presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.mixers.conba import Conba
+from tests.benchmarks.context_parallel import collectives, of_sequence
 from tests.models.cases import DIM, layer, model_config, packed_context
 
 T = 32
@@ -27,10 +28,10 @@ NOISE = {
 DOCUMENTS = ([8, 8, 4, 12], [3, 1, 15, 9])
 
 
-def context():
-    rows = [packed_context(lengths, T) for lengths in DOCUMENTS]
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
-    return Context(joined.segment_ids, joined.positions, rng=jax.random.key(3), train=True)
+def documents(length=T):
+    """Segment ids and positions."""
+    rows = [packed_context(lengths, length) for lengths in DOCUMENTS]
+    return [jnp.concatenate([getattr(row, name) for row in rows]) for name in ('segment_ids', 'positions')]
 
 
 def mesh(shards):
@@ -39,30 +40,48 @@ def mesh(shards):
     return sharding.make_mesh(config, jax.devices()[:shards])
 
 
-def gradient(name, shards):
-    """``(variables, x, context) -> (loss, outputs), gradients`` on ``shards`` devices, jitted."""
+@functools.cache
+def parameters(name):
+    """A layer's structure, its parameters and the rest; noise comes with an initial layer of its own."""
     module = layer(name) if name != 'conba_noise' else Conba(model_config(NOISE), Parameters(jax.random.key(0)), 4)
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    return nnx.split(module, nnx.Param, ...)
+
+
+def arguments(name, length=T):
+    x, cotangent = jax.random.normal(jax.random.key(2), (2, len(DOCUMENTS), length, DIM))
+    return parameters(name)[1], x, cotangent, *documents(length)
+
+
+@functools.cache
+def compiled(name, shards, length=T):
+    """``(params, x, cotangent, segment_ids, positions) -> (loss, (y, aux)), gradients``, compiled for ``shards`` devices."""
+    graphdef, _, rest = parameters(name)
     on = mesh(shards)
 
-    def run(params, x, context):
+    def run(params, x, cotangent, segment_ids, positions):
+        context = Context(segment_ids, positions, rng=jax.random.key(3), train=True)
         with jax.sharding.use_abstract_mesh(on.abstract_mesh):
             y, _, aux = nnx.merge(graphdef, params, rest)(x, context, None)
         y = jnp.where(context.mask[..., None], y, 0)
         losses = sum(jax.tree.leaves(aux.get('losses', {})), 0.0)
-        return jnp.vdot(y, jax.random.normal(jax.random.key(1), y.shape)) + losses, (y, aux)
+        return jnp.sum(y * cotangent) + losses, (y, aux)
 
     graded = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
     split = NamedSharding(on, PartitionSpec(None, 'context'))
     everywhere = NamedSharding(on, PartitionSpec())
-    return jax.jit(graded, in_shardings=(everywhere, split, everywhere)), params
+    run = jax.jit(
+        graded,
+        in_shardings=(everywhere, split, split, everywhere, everywhere),
+        out_shardings=((None, (split, None)), (everywhere, split)),
+    )
+    return run.lower(*arguments(name, length)).compile()
 
 
 @functools.cache
 def found(name, shards):
-    run, params = gradient(name, shards)
-    x = jax.random.normal(jax.random.key(2), (len(DOCUMENTS), T, DIM))
-    return jax.device_get(run(params, x, context()))
+    place = lambda x, sharding: jax.tree.map(jax.device_put, x, sharding)
+    run, args = compiled(name, shards), arguments(name)
+    return jax.device_get(run(*place(args, run.input_shardings[0])))
 
 
 CASES = [(name, shards) for name in PRESETS for shards in (2, 4, 8)] + [(name, 4) for name in OTHERS]
@@ -75,3 +94,10 @@ def test_shards_equal_one_device(name, shards):
     for (path, got), want in pairs:
         error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
         assert error < 1e-5, f'{jax.tree_util.keystr(path)} differs by {error:.1e} of its largest value'
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_what_shards_exchange_does_not_grow_with_the_sequence(name):
+    """Counted in the compiled gradient: as many collectives of as many bytes for twice the tokens."""
+    short, long = (collectives(compiled(name, 4, length).as_text()) for length in (T, 2 * T))
+    assert short == long and of_sequence(short) > 0

@@ -1,12 +1,17 @@
 """Entry points of the adaptive gain: check shapes, form the error features, pick an implementation."""
 
+import functools
+import warnings
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas.adaptive_gain import reference, xla
+from kernels_pallas import platform
+from kernels_pallas.adaptive_gain import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = ('reference', 'chunked')
+MATRIX_IMPLEMENTATIONS = (*IMPLEMENTATIONS, 'mosaic_gpu')
 
 
 def matrix_gain(
@@ -30,17 +35,30 @@ def matrix_gain(
       log_decay: log of the decay [B, T, H], <= 0.
       reset: bool [B, T]; the gain is zero before a token where it is True, so that this token already reads zero.
       initial_gain: [B, H, P, P]; zeros if None. Differentiable.
-      implementation: None picks for the platform; 'reference' (sequential) or 'chunked' (WY form, parallel in a chunk).
-      chunk: tokens a chunk.
+      implementation: None picks for the platform: 'mosaic_gpu' (a warp a head, gradients without atomics) on NVIDIA
+        GPUs of compute capability 9.0 and newer for heads of 16 or 32 channels (a warning says when not), 'chunked'
+        (WY form, parallel in a chunk) elsewhere. 'reference' is sequential.
+      chunk: tokens a chunk of 'chunked'.
+
+    No row's or head's result depends on another: under `jax.shard_map` over both, nothing is communicated. 'mosaic_gpu'
+    wants that wherever a mesh shards them; XLA alone would gather its inputs.
 
     Returns:
       `(K e [B, T, H, P], final gain [B, H, P, P])`; the final gain continues the scan as initial_gain.
 
     Raises:
-      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
+      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist or cannot
+        run.
     """
-    _known(implementation)
+    _known(implementation, MATRIX_IMPLEMENTATIONS)
     e, alpha, log_decay, reset, gain = _check('matrix_gain', e, alpha, log_decay, reset, initial_gain, 2)
+    if (implementation is None and platform.platform() == 'gpu') or implementation == 'mosaic_gpu':
+        reason = mosaic_gpu.unsupported(e.dtype, e.shape[3])
+        if reason is None:
+            return mosaic_gpu.matrix(e, alpha, log_decay, reset, gain)
+        if implementation:
+            raise ValueError(f"matrix_gain: implementation 'mosaic_gpu' cannot run here: {reason}")
+        _warn_once(reason)
     norm = jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + reference.EPS)
     phi = e / norm
     if implementation == 'reference':
@@ -65,7 +83,7 @@ def diagonal_gain(
     `n = min(1, e^2 / (mean over the head of e^2 + 1e-6))`, so K stays in [0, 1] if it starts there. Arguments, result
     and errors as for `matrix_gain`, with gains [B, H, P].
     """
-    _known(implementation)
+    _known(implementation, IMPLEMENTATIONS)
     e, alpha, log_decay, reset, gain = _check('diagonal_gain', e, alpha, log_decay, reset, initial_gain, 1)
     if implementation == 'reference':
         return reference.diagonal(e, alpha, log_decay, _array(reset, e), gain)
@@ -76,11 +94,14 @@ def _array(reset: jax.Array | None, e: jax.Array) -> jax.Array:
     return jnp.zeros(e.shape[:2], bool) if reset is None else reset
 
 
-def _known(implementation: str | None) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f'adaptive gain has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
-        )
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"matrix_gain runs 'chunked' in place of 'mosaic_gpu': {reason}", stacklevel=3)
+
+
+def _known(implementation: str | None, known: tuple[str, ...]) -> None:
+    if implementation is not None and implementation not in known:
+        raise ValueError(f'adaptive gain has no implementation {implementation!r}; available here: {", ".join(known)}')
 
 
 def _check(function, e, alpha, log_decay, reset, initial_gain, gain_rank):

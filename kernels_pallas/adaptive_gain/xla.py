@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import platform
 from kernels_pallas.adaptive_gain import reference
 
 GROUP = 256  # tokens whose chunks are prepared together; more would only cost memory
@@ -132,7 +133,7 @@ def _combine(left, right):
 
 def diagonal(e, alpha, log_decay, reset, initial_gain, chunk=None):
     """Diagonal gain; shapes as in `reference.diagonal`, reset may be None. Keeps e and the gains between chunks."""
-    stepped = jax.default_backend() == 'cpu'
+    stepped = platform.platform() == 'cpu'
     batch, length, heads, width = e.shape
     chunk = min(chunk or (STEPPED_CHUNK if stepped else ASSOCIATIVE_CHUNK), length)
     chunks = -(-length // chunk)

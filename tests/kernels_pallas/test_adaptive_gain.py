@@ -191,6 +191,11 @@ def test_errors_name_the_argument(kind):
     e, alpha, log_decay = arrays['e'], arrays['alpha'], arrays['log_decay']
     with pytest.raises(ValueError, match="no implementation 'cuda'; available here: reference, chunked"):
         gain(e, alpha, log_decay, implementation='cuda')
+    if kind == 'matrix':
+        with pytest.raises(
+            ValueError, match="'mosaic_gpu' cannot run here: it needs an NVIDIA GPU, and this is for cpu"
+        ):
+            gain(e, alpha, log_decay, implementation='mosaic_gpu')
     with pytest.raises(ValueError, match=r'alpha has shape \(2, 2, 2\), expected \(2, 3, 2\)'):
         gain(e, alpha[:, :2], log_decay)
     with pytest.raises(ValueError, match=r'initial_gain has shape \(1,\), expected \(2, 2, 6'):

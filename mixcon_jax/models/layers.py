@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.sequence import with_past
+from mixcon_jax.models.sequence import causal_conv1d, with_past
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 Axes = tuple[str, ...]
@@ -143,12 +143,21 @@ class ShortConv(nnx.Module):
         return jnp.zeros((batch, self.width - 1, self.weight.shape[1]), dtype)
 
     def __call__(
-        self, x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b k c'] | None
+        self,
+        x: Float[Array, 'b t c'],
+        context: Context,
+        state: Float[Array, 'b k c'] | None,
+        activation: str | None = None,
     ) -> tuple[Float[Array, 'b t c'], Float[Array, 'b k c'] | None]:
-        window = Window(x, context, state, self.width - 1)
-        weight = self.weight[...].astype(x.dtype)
-        y = sum((window.lagged(self.width - 1 - j) * weight[j] for j in range(self.width)), self.bias.astype(x.dtype))
-        return y, None if state is None else window.state()
+        return causal_conv1d(
+            x,
+            self.weight[...],
+            self.bias[...],
+            activation=activation,
+            positions=context.positions,
+            mask=context.mask,
+            initial_state=state,
+        )
 
 
 def masked_mean(x: Float[Array, 'b t *c'], context: Context) -> Float[Array, '']:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import adaptive_gain, context_parallel
 from kernels_pallas import attention as attention_kernel
+from kernels_pallas import causal_conv1d as conv_kernel
 from kernels_pallas import selective_scan as scan_kernel
 from mixcon_jax.mesh import SEQUENCE_AXIS, by_sequence, sequence_shards
 
@@ -89,6 +90,34 @@ def attention(
         return attention_kernel.attention(q, k, v, segment_ids=segment_ids, block_size=block_size, **cache)
     tokens = {'q': q, 'k': k, 'v': v, 'segment_ids': segment_ids}
     return _run(attention_kernel.attention, context_parallel.attention, {'block_size': block_size}, tokens, {}, True)
+
+
+def causal_conv1d(
+    x: Float[Array, 'b t c'],
+    weight: Float[Array, 'k c'],
+    bias: Float[Array, ' c'] | None = None,
+    *,
+    positions: Int[Array, 'b t'],
+    mask: Bool[Array, 'b t'],
+    initial_state: Float[Array, 'b l c'] | None = None,
+    **options: Any,
+) -> tuple[Float[Array, 'b t c'], Float[Array, 'b l c'] | None]:
+    """``kernels_pallas.causal_conv1d``; returns no state, and may be split, where none is given."""
+    if initial_state is not None:
+        return conv_kernel.causal_conv1d(
+            x, weight, bias, positions=positions, mask=mask, initial_state=initial_state, **options
+        )
+    longest = max(options.get('lags') or (weight.shape[0] - 1,))
+
+    def plain(x, positions, weight, bias, past=None):
+        y, _ = conv_kernel.causal_conv1d(x, weight, bias, positions=positions, initial_state=past, **options)
+        return y
+
+    def parallel(x, positions, weight, bias, axis_name):
+        return plain(x, positions, weight, bias, context_parallel.previous(x, longest, axis_name))
+
+    tokens = {'x': x, 'positions': positions}
+    return _run(plain, parallel, {}, tokens, {'weight': weight, 'bias': bias}, True), None
 
 
 def with_past(x: Float[Array, 'b t c'], length: int) -> Float[Array, 'b s l c']:

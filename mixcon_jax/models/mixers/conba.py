@@ -16,7 +16,6 @@ from mixcon_jax.models.layers import (
     Aux,
     Parameters,
     State,
-    Window,
     constant,
     masked_mean,
     normal,
@@ -25,7 +24,7 @@ from mixcon_jax.models.layers import (
     zeros,
 )
 from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
-from mixcon_jax.models.sequence import diagonal_gain, matrix_gain, selective_scan
+from mixcon_jax.models.sequence import causal_conv1d, diagonal_gain, matrix_gain, selective_scan
 
 UNIT_SWISH = 1.2784645427610738  # swish(1 + W(1/e)) = 1: a scaling that starts as the identity
 
@@ -102,8 +101,15 @@ class Conba(SelectiveSSM):
         if options.state_scaling == 'output':
             y = y * jax.nn.silu(self.scale_weight[...] * y + self.scale_bias[...])
         if options.delay == 'taps':
-            window = Window(y, context, None if old is None else old['taps'], max(options.taps))
-            y = y + sum(window.lagged(lag) * self.taps[i] for i, lag in enumerate(options.taps))
+            y, taps = causal_conv1d(
+                y,
+                self.taps[...],
+                lags=tuple(options.taps),
+                residual=True,
+                positions=context.positions,
+                mask=context.mask,
+                initial_state=None if old is None else old['taps'],
+            )
         if options.control != 'none' and not options.feedback_iters:
             correction, gain, stats = self.control.correction(
                 y, law, context, None if old is None else old.get('gain'), 0
@@ -120,7 +126,7 @@ class Conba(SelectiveSSM):
         if old is not None:
             state = {'conv': inputs.conv_state, 'scan': jnp.stack(scans, axis=1)}
             if options.delay == 'taps':
-                state['taps'] = window.state()
+                state['taps'] = taps
             if 'gain' in old:
                 state['gain'] = jnp.stack(gains, axis=1)
         return project(y, self.out_proj), state, {'stats': stats} if stats else {}

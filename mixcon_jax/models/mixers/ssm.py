@@ -79,8 +79,7 @@ class SelectiveSSM(nnx.Module):
     def inputs(self, x: Float[Array, 'b t d'], context: Context, conv_state: Any) -> ScanInputs:
         """Projects tokens to the scan's inputs; a padded token gets dt = 0, which leaves the state as it was."""
         u, z = jnp.split(project(x, self.in_proj), 2, axis=-1)
-        u, conv_state = self.conv(u, context, conv_state)
-        u = jax.nn.silu(u)
+        u, conv_state = self.conv(u, context, conv_state, activation='silu')
         dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         if self.norms:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)

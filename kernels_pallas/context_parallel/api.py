@@ -42,6 +42,7 @@ def selective_scan(
     process_noise: tuple | None = None,
     implementation: str | None = None,
     chunk: int | None = None,
+    keep_every: int | None = None,
     axis_name: str = AXIS,
     exchange_by: str | None = None,
     **options,
@@ -57,7 +58,7 @@ def selective_scan(
       process_noise: `(key, std)`, the draw of one device: tokens are counted over the whole sequence.
       axis_name: the mesh axis that shares out the sequence.
       exchange_by: `method` of `exchange.entering_state`.
-      options: the other arguments of `selective_scan`, with its meaning and errors: D, z, readout, prior.
+      options: what reads the states: D, z, readout, prior. They and all others are those of `selective_scan`.
 
     Returns:
       `(y, final_state)` and with `prior=True` the a-priori outputs: y and those of this shard's tokens, final_state
@@ -66,8 +67,16 @@ def selective_scan(
     if process_noise is not None:
         key, std, *start = process_noise
         process_noise = (key, std, sum(start) + lax.axis_index(axis_name) * u.shape[1])
-    steps = {'dt_bias': dt_bias, 'dt_softplus': dt_softplus}
-    run = partial(scans.selective_scan, **steps, reset=reset, delay=delay, implementation=implementation, chunk=chunk)
+    run = partial(
+        scans.selective_scan,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        reset=reset,
+        delay=delay,
+        implementation=implementation,
+        chunk=chunk,
+        keep_every=keep_every,
+    )
     _, local, *_ = run(u, dt, A, B, C, process_noise=process_noise)
     if initial_state is None:
         initial_state = jnp.zeros_like(local)

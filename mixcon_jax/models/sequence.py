@@ -1,8 +1,9 @@
-"""Whatever runs along the sequence: on one device as the kernels are, context parallel where the mesh splits tokens.
+"""Whatever runs along the sequence: the kernels, on each device's own tokens, context parallel where the mesh says so.
 
-Mixers call these in place of the kernels. Inside a step on a mesh with ``mesh.context`` > 1 (step.py enters it by
-``jax.sharding.use_abstract_mesh``) they get the kernels' context-parallel forms; without such a mesh, or where its axis
-does not divide the tokens of the call, as when one token is decoded, the plain ones. Results are the same.
+Mixers call these in place of the kernels. Inside a step on a mesh (step.py enters it by
+``jax.sharding.use_abstract_mesh``) each device runs its own rows, and with ``mesh.context`` > 1 its own part of every
+sequence, by the kernels' context-parallel forms. Without a mesh, or where an axis does not divide the call, as when one
+token is decoded, they are the plain kernels. Results are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from kernels_pallas import adaptive_gain, context_parallel
 from kernels_pallas import attention as attention_kernel
 from kernels_pallas import causal_conv1d as conv_kernel
 from kernels_pallas import selective_scan as scan_kernel
-from mixcon_jax.mesh import SEQUENCE_AXIS, by_sequence, sequence_shards
+from mixcon_jax.mesh import BATCH_AXES, SEQUENCE_AXIS, by_tokens, sequence_shards, token_axes
 
 
 def selective_scan(
@@ -26,18 +27,32 @@ def selective_scan(
     B: Float[Array, 'b t n'],
     C: Float[Array, 'b t n'],
     *,
+    z: Float[Array, 'b t d'] | None = None,
+    dt_softplus: bool = False,
     reset: Bool[Array, 'b t'] | None = None,
     prior: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
+    keep_every: int | None = None,
+    initial_state: Float[Array, 'b ...'] | None = None,
+    process_noise: tuple | None = None,
     **options: Any,
 ) -> tuple:
     """``kernels_pallas.selective_scan``."""
-    static = {'prior': prior, 'implementation': implementation, 'chunk': chunk}
-    tokens = {'u': u, 'dt': dt, 'B': B, 'C': C, 'reset': reset}
+    static: dict[str, Any] = {'dt_softplus': dt_softplus, 'prior': prior}
+    static |= {'implementation': implementation, 'chunk': chunk, 'keep_every': keep_every}
+    tokens = {'u': u, 'dt': dt, 'B': B, 'C': C, 'z': z, 'reset': reset}
     outputs = (True, False, True) if prior else (True, False)
+    whole = {'A': A, 'process_noise': process_noise} | options
     return _run(
-        scan_kernel.selective_scan, context_parallel.selective_scan, static, tokens, {'A': A} | options, outputs
+        scan_kernel.selective_scan,
+        context_parallel.selective_scan,
+        static,
+        tokens,
+        whole,
+        outputs,
+        rows={'initial_state': initial_state},
+        own_rows=process_noise is None,  # which is drawn for all rows at once
     )
 
 
@@ -52,8 +67,8 @@ def matrix_gain(
 ) -> tuple[Float[Array, 'b t h p'], Float[Array, 'b h p p']]:
     """``kernels_pallas.adaptive_gain.matrix_gain``."""
     tokens = {'e': e, 'alpha': alpha, 'log_decay': log_decay, 'reset': reset}
-    whole = {'initial_gain': initial_gain}
-    return _run(adaptive_gain.matrix_gain, context_parallel.matrix_gain, {'chunk': chunk}, tokens, whole, (True, False))
+    functions = adaptive_gain.matrix_gain, context_parallel.matrix_gain
+    return _run(*functions, {'chunk': chunk}, tokens, {}, (True, False), rows={'initial_gain': initial_gain})
 
 
 def diagonal_gain(
@@ -66,14 +81,8 @@ def diagonal_gain(
 ) -> tuple[Float[Array, 'b t h p'], Float[Array, 'b h p']]:
     """``kernels_pallas.adaptive_gain.diagonal_gain``."""
     tokens = {'e': e, 'alpha': alpha, 'log_decay': log_decay, 'reset': reset}
-    return _run(
-        adaptive_gain.diagonal_gain,
-        context_parallel.diagonal_gain,
-        {},
-        tokens,
-        {'initial_gain': initial_gain},
-        (True, False),
-    )
+    functions = adaptive_gain.diagonal_gain, context_parallel.diagonal_gain
+    return _run(*functions, {}, tokens, {}, (True, False), rows={'initial_gain': initial_gain})
 
 
 def attention(
@@ -133,7 +142,7 @@ def with_past(x: Float[Array, 'b t c'], length: int) -> Float[Array, 'b s l c']:
         past = context_parallel.previous(x, length, SEQUENCE_AXIS)
         return jnp.concatenate([past, x], axis=1)[:, None]
 
-    return by_sequence(local, {'x': x}, {}, True)
+    return by_tokens(local, {'x': x}, {}, {}, True, token_axes(*x.shape[:2]))
 
 
 def _run(
@@ -143,8 +152,15 @@ def _run(
     tokens: Mapping[str, Any],
     whole: Mapping[str, Any],
     outputs: Any,
+    rows: Mapping[str, Any] | None = None,
+    own_rows: bool = True,
 ) -> Any:
-    """Calls the kernel, or its context-parallel form; ``tokens``, ``whole`` and ``outputs`` as in ``by_sequence``."""
-    if sequence_shards(next(iter(tokens.values())).shape[1]) == 1:
-        return kernel(**tokens, **whole, **static)
-    return by_sequence(partial(parallel, axis_name=SEQUENCE_AXIS, **static), tokens, whole, outputs)
+    """Calls the kernel, or its context-parallel form, on each device's own tokens; arguments as in ``by_tokens``."""
+    rows = rows or {}
+    axes = token_axes(*next(iter(tokens.values())).shape[:2])
+    if not own_rows:
+        axes = tuple(axis for axis in axes if axis not in BATCH_AXES)
+    if not axes:
+        return kernel(**tokens, **rows, **whole, **static)
+    function = partial(parallel, axis_name=SEQUENCE_AXIS) if SEQUENCE_AXIS in axes else kernel
+    return by_tokens(partial(function, **static), tokens, rows, whole, outputs, axes)

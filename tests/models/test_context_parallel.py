@@ -54,7 +54,7 @@ def arguments(name, length=T):
 
 @functools.cache
 def compiled(name, shards, length=T):
-    """``(params, x, cotangent, segment_ids, positions) -> (loss, (y, aux)), gradients``, compiled for ``shards`` devices."""
+    """``(params, x, cotangent, segment_ids, positions) -> (loss, (y, aux)), gradients`` for so many devices."""
     graphdef, _, rest = parameters(name)
     on = mesh(shards)
 
@@ -81,7 +81,8 @@ def compiled(name, shards, length=T):
 def found(name, shards):
     place = lambda x, sharding: jax.tree.map(jax.device_put, x, sharding)
     run, args = compiled(name, shards), arguments(name)
-    return jax.device_get(run(*place(args, run.input_shardings[0])))
+    (_, outputs), gradients = run(*place(args, run.input_shardings[0]))
+    return jax.device_get((outputs, gradients))
 
 
 CASES = [(name, shards) for name in PRESETS for shards in (2, 4, 8)] + [(name, 4) for name in OTHERS]
@@ -101,3 +102,20 @@ def test_what_shards_exchange_does_not_grow_with_the_sequence(name):
     """Counted in the compiled gradient: as many collectives of as many bytes for twice the tokens."""
     short, long = (collectives(compiled(name, 4, length).as_text()) for length in (T, 2 * T))
     assert short == long and of_sequence(short) > 0
+
+
+def test_a_state_goes_in_and_comes_out_whole():
+    """A prompt in two pieces, the second context parallel, the state from one device."""
+    graphdef, variables = nnx.split(layer('conba'))
+    x = jax.random.normal(jax.random.key(4), (2, T, DIM))
+    run = lambda x, context, state: nnx.merge(graphdef, variables)(x, context, state)[:2]
+
+    def on_two(x, context, state):
+        with jax.sharding.use_abstract_mesh(mesh(2).abstract_mesh):
+            return run(x, context, state)
+
+    half, rest = Context.whole(2, T // 2), Context.whole(2, T // 2, T // 2)
+    _, state = jax.jit(run)(x[:, : T // 2], half, layer('conba').init_state(2, T))
+    want = jax.jit(run)(x[:, T // 2 :], rest, state)
+    got = jax.jit(on_two, out_shardings=NamedSharding(mesh(2), PartitionSpec()))(x[:, T // 2 :], rest, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)

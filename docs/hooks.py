@@ -32,7 +32,10 @@ API = {
     'records': ('Records and reports', ['mixcon_jax.records', 'mixcon_jax.metrics', 'mixcon_jax.report']),
     'models': (
         'Models',
-        [f'mixcon_jax.models.{name}' for name in ('decoder', 'block', 'layers', 'context', 'presets', 'accounting')],
+        [
+            f'mixcon_jax.models.{name}'
+            for name in ('decoder', 'block', 'layers', 'sequence', 'context', 'presets', 'accounting')
+        ],
     ),
     'mixers': ('Mixers and FFNs', ['mixcon_jax.models.mixers.*', 'mixcon_jax.models.ffns.*']),
     'data': ('Data', ['mixcon_jax.data.*']),

@@ -38,7 +38,7 @@ def another(key: str, option: Option):
         return {int: (2, 3), float: (0.5, 0.25), str: ('conba', 'mamba')}[option.element]
     if isinstance(value, str):
         return 'another'
-    candidates = [value + 1, value * 2, value / 2 if isinstance(value, float) else value - 1, 1]
+    candidates = [value + 1, value * 2, value / 2 if isinstance(value, float) else value - 1, 1, 64]
     return next(type(value)(c) for c in candidates if c != value and (not option.check or option.check.holds(c)))
 
 
@@ -89,6 +89,7 @@ def test_argument_reaches_get_config(experiment):
         ('data.weights=1,2', 'data.weights has 2 numbers for 1'),
         ('optim.warmup_steps=1000', 'exceeds train.steps'),
         ('mesh.tensor=2', 'not supported yet'),
+        ('mesh.context=3', 'mesh.context=3 must divide data.seq_len='),
         ('mesh.fsdp=3', 'must divide'),
         ('mesh.data=4', 'takes 4 devices'),
         ('train.batch_size=3', 'must divide train.batch_size'),

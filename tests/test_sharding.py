@@ -41,6 +41,14 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused(axes):
         sharding.make_mesh(mesh_config(**axes))
 
 
+def test_devices_that_share_rows_are_of_one_process(monkeypatch):
+    """Each process loads its own rows, so that none may lie on the devices of two."""
+    monkeypatch.setattr(jax, 'process_count', lambda: 4)
+    assert sharding.make_mesh(mesh_config(data=4, context=2)).shape['context'] == 2
+    with pytest.raises(ConfigError, match=r'mesh\.data \* mesh\.fsdp \(2\) .* number of processes, 4'):
+        sharding.make_mesh(mesh_config(data=2, context=4))
+
+
 def test_specs_follow_the_table():
     mesh = sharding.make_mesh(mesh_config(data=1, fsdp=2, expert=2, tensor=2))
     spec = lambda axes, shape: sharding.partition_spec(axes, shape, mesh)

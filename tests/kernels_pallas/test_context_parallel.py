@@ -1,6 +1,8 @@
 """Context parallel: slices on several devices give, in float64, what the sequential functions give on one."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +120,18 @@ def test_selective_scan(shards, delay, borders):
     arrays, readout = draw_scan(len(borders), delay)
     args = (arrays, resets(borders), readout)
     assert_close(scan_on_shards(shards, delay)(*args), scan_on_one(delay)(*args))
+
+
+def test_no_buffer_holds_the_states_of_all_tokens():
+    length, channels, states = 512, 16, 16
+    shapes = {'u': (channels,), 'dt': (channels,), 'B': (states,), 'C': (states,)}
+    arrays = {name: jax.ShapeDtypeStruct((1, length, *shape), jnp.float32) for name, shape in shapes.items()}
+    arrays['A'] = jax.ShapeDtypeStruct((channels, states), jnp.float32)
+    run = lambda **arrays: on_shards(context_parallel.selective_scan, 2, (SPLIT, WHOLE), **arrays)
+    text = jax.jit(lambda arrays: graded(run, arrays)[1]).lower(arrays).compile().as_text()
+    found = re.findall(r'(?:pred|[a-z]+[0-9]+)\[([0-9,]+)\]', text)
+    largest = max(math.prod(int(size) for size in shape.split(',')) for shape in found)
+    assert length * channels / 2 <= largest <= length * channels * states / 2 / 4
 
 
 # ----- gains -----

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.causal_conv1d import reference, xla
+from kernels_pallas import platform
+from kernels_pallas.causal_conv1d import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = ('reference', 'xla')
+IMPLEMENTATIONS = ('reference', 'xla', 'mosaic_gpu')
 FAR = 2**30  # further back than any lag
 
 
@@ -45,14 +46,17 @@ def causal_conv1d(
       mask: bool [B, T], the real tokens. A row may be padded after its last token, and the final state skips that
         padding; y is arbitrary there. A row without any real token keeps its state.
       initial_state: [B, L, C], the last L tokens before this call; zeros if None. Differentiable.
-      implementation: None picks for the platform; 'reference' (sequential) or 'xla' (shifted sums).
+      implementation: None picks for the platform: 'mosaic_gpu' (shifted sums, and their gradient by one kernel) on
+        NVIDIA GPUs of compute capability 9.0 and newer where lags are at most 8, 'xla' (shifted sums) elsewhere.
+        'reference' is sequential.
 
     Returns:
       `(y [B, T, C], final state [B, L, C])`, the last L real tokens, zero where they belong to an earlier document than
       the last; it continues the sequence as initial_state.
 
     Raises:
-      ValueError: a shape that does not fit, naming the argument, or an option or implementation that does not exist.
+      ValueError: a shape that does not fit, naming the argument, an option or implementation that does not exist, or an
+        implementation that cannot run here.
     """
     lags = tuple(range(weight.shape[0] - 1, -1, -1)) if lags is None else tuple(int(lag) for lag in lags)
     _check(x, weight, bias, lags, activation, positions, reset, mask, initial_state)
@@ -65,7 +69,8 @@ def causal_conv1d(
     if implementation == 'reference':
         y = _reference(x, weight, bias, lags, silu, residual, reach, initial_state)
     else:
-        y = xla.conv(x, weight, bias, reach, initial_state, lags, silu, residual)
+        gradient = _gradient(implementation, x.dtype, lags)
+        y = xla.conv(x, weight, bias, reach, initial_state, lags, silu, residual, gradient)
     return y, _final_state(x, reach, mask, initial_state, max(lags))
 
 
@@ -73,6 +78,15 @@ def past_reach(reset: Bool[Array, 'b t']) -> Int[Array, 'b t']:
     """How far back a token may read: the tokens since its document's start, or any number before the first reset."""
     index = jnp.arange(reset.shape[1], dtype=jnp.int32)
     return index - lax.cummax(jnp.where(reset, index, -FAR), axis=1)
+
+
+def _gradient(implementation, dtype, lags):
+    if implementation == 'xla' or (implementation is None and platform.platform() != 'gpu'):
+        return None
+    reason = mosaic_gpu.unsupported(dtype, lags)
+    if reason is not None and implementation is not None:
+        raise ValueError(f"causal_conv1d: implementation 'mosaic_gpu' cannot run here: {reason}")
+    return mosaic_gpu.gradient if reason is None else None
 
 
 def _reference(x, weight, bias, lags, silu, residual, reach, initial_state):

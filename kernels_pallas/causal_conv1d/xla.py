@@ -30,10 +30,12 @@ def _sum(values, weight, bias, reach, lags, length):
     return sum(terms, _wide(bias)) if bias is not None else sum(terms)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def conv(x, weight, bias, reach, past, lags, silu, residual):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def conv(x, weight, bias, reach, past, lags, silu, residual, gradient=None):
     """Output of `api.causal_conv1d` in x's type; bias, reach (int [B, T], how far back a token may read) and past may
-    be None. Products and sums are in float32, or in float64 for float64 inputs."""
+    be None. Products and sums are in float32, or in float64 for float64 inputs. `gradient` in place of ours: a function
+    of (x, dy, weight, bias, reach, past, lags, silu, residual)."""
+    del gradient
     y = _sum(_values(x, past, max(lags)), weight, bias, reach, lags, x.shape[1])
     y = jax.nn.silu(y) if silu else y
     return (_wide(x) + y if residual else y).astype(x.dtype)
@@ -43,12 +45,15 @@ def _values(x, past, longest):
     return _padded(x, longest, 0) if past is None else jnp.concatenate([past.astype(x.dtype), x], 1)
 
 
-def _forward(x, weight, bias, reach, past, lags, silu, residual):
-    return conv(x, weight, bias, reach, past, lags, silu, residual), (x, weight, bias, reach, past)
+def _forward(x, weight, bias, reach, past, lags, silu, residual, gradient):
+    return conv(x, weight, bias, reach, past, lags, silu, residual, gradient), (x, weight, bias, reach, past)
 
 
-def _backward(lags, silu, residual, kept, dy):
+def _backward(lags, silu, residual, gradient, kept, dy):
     x, weight, bias, reach, past = kept
+    if gradient is not None:
+        dx, dweight, dbias, dpast = gradient(x, dy, weight, bias, reach, past, lags, silu, residual)
+        return dx, dweight, dbias, None, dpast
     length, longest = x.shape[1], max(lags)
     values = _values(x, past, longest)
     g = _wide(dy)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.causal_conv1d import causal_conv1d, past_reach
+from kernels_pallas.causal_conv1d import causal_conv1d, mosaic_gpu, past_reach, xla
+from tests.kernels_pallas import interpreted
 
 BATCH, CHANNELS = 2, 5
 SHAPES = {
@@ -164,12 +165,65 @@ def test_narrow_types_are_summed_in_float32(shape):
         assert error <= 4e-3 * jnp.linalg.norm(expected_gradients[name]), name
 
 
+# tokens, channels, bias, past, type, shortest slice: slices of 16 tokens and more, channels that fill no block
+KERNEL_CASES = [
+    ('width 4 + SiLU', 45, 130, True, False, jnp.float32, 16),
+    ('width 4 + SiLU', 7, 256, True, True, jnp.bfloat16, 256),
+    ('width 4 + SiLU', 64, 260, False, False, jnp.bfloat16, 16),
+    ('width 8 + SiLU', 33, 128, True, True, jnp.float32, 16),
+    ('taps', 70, 128, False, True, jnp.float32, 16),
+    ('taps + SiLU', 37, 100, True, False, jnp.float32, 16),
+    ('width 2', 1, 128, True, True, jnp.float32, 256),
+]
+
+
+@pytest.mark.parametrize('case', KERNEL_CASES, ids=str)
+def test_the_gradient_kernel_equals_the_written_gradient(case, monkeypatch):
+    """In Mosaic's interpreter, against the XLA form in float64."""
+    shape, length, channels, with_bias, with_past, dtype, shortest = case
+    options = {'silu': 'SiLU' in shape, 'residual': 'taps' in shape}
+    lags = SHAPES[shape]['lags']
+    rng = np.random.default_rng(length)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, dy = (normal(BATCH, length, channels).astype(dtype) for _ in range(2))
+    weight = normal(len(lags), channels)
+    bias = normal(channels) if with_bias else None
+    past = normal(BATCH, max(lags), channels).astype(dtype) if with_past else None
+    reset = rng.random((BATCH, length)) < 0.1
+    reset[0, [0, length - 1]] = True
+    reach = past_reach(jnp.asarray(reset)).astype(jnp.int32)
+    monkeypatch.setattr(mosaic_gpu, 'SHORTEST', shortest)
+
+    def kernel(x, dy, weight, bias, reach, past):
+        with jax.enable_x64(False):
+            interpret = interpreted.parameters()
+            return mosaic_gpu.gradient(x, dy, weight, bias, reach, past, lags, **options, interpret=interpret)
+
+    wide = lambda value: None if value is None else value.astype(jnp.float64)
+    kept = wide(x), wide(weight), wide(bias), reach, wide(past)
+    dx, dweight, dbias, _, dpast = xla._backward(lags, *options.values(), None, kept, wide(dy))
+    for name, actual, expected in zip(
+        ('x', 'weight', 'bias', 'past'),
+        kernel(x, dy, weight, bias, reach, past),
+        (dx, dweight, dbias, dpast),
+        strict=True,
+    ):
+        if expected is None:
+            assert actual is None
+            continue
+        tolerance = 3e-3 if actual.dtype == jnp.bfloat16 else 1e-6
+        error = np.linalg.norm(np.asarray(actual, np.float64) - expected)
+        assert error <= tolerance * np.linalg.norm(expected), (name, error)
+
+
 def test_errors_name_the_argument():
     conv = inspect.unwrap(causal_conv1d)  # below the tests' own check of annotations
     arrays, reset = draw(0, 3, (1, 0))
     x, weight = arrays['x'], arrays['weight']
-    with pytest.raises(ValueError, match="no implementation 'cuda'; available here: reference, xla"):
+    with pytest.raises(ValueError, match="no implementation 'cuda'; available here: reference, xla, mosaic_gpu"):
         conv(x, weight, implementation='cuda')
+    with pytest.raises(ValueError, match="'mosaic_gpu' cannot run here: it needs an NVIDIA GPU, and this is for cpu"):
+        conv(x, weight, implementation='mosaic_gpu')
     with pytest.raises(ValueError, match=r'weight has shape \(2, 5\), expected \(3, 5\)'):
         conv(x, weight, lags=(0, 1, 2))
     with pytest.raises(ValueError, match=r'initial_state has shape \(2, 1, 5\), expected \(2, 4, 5\)'):

@@ -47,8 +47,8 @@ def causal_conv1d(
         padding; y is arbitrary there. A row without any real token keeps its state.
       initial_state: [B, L, C], the last L tokens before this call; zeros if None. Differentiable.
       implementation: None picks for the platform: 'mosaic_gpu' (shifted sums, and their gradient by one kernel) on
-        NVIDIA GPUs of compute capability 9.0 and newer where lags are at most 8, 'xla' (shifted sums) elsewhere.
-        'reference' is sequential.
+        NVIDIA GPUs of compute capability 9.0 and newer with 'silu' and lags of at most 8, 'xla' (shifted sums)
+        elsewhere. 'reference' is sequential.
 
     Returns:
       `(y [B, T, C], final state [B, L, C])`, the last L real tokens, zero where they belong to an earlier document than
@@ -69,7 +69,7 @@ def causal_conv1d(
     if implementation == 'reference':
         y = _reference(x, weight, bias, lags, silu, residual, reach, initial_state)
     else:
-        gradient = _gradient(implementation, x.dtype, lags)
+        gradient = _gradient(implementation, x.dtype, lags, silu)
         y = xla.conv(x, weight, bias, reach, initial_state, lags, silu, residual, gradient)
     return y, _final_state(x, reach, mask, initial_state, max(lags))
 
@@ -80,13 +80,14 @@ def past_reach(reset: Bool[Array, 'b t']) -> Int[Array, 'b t']:
     return index - lax.cummax(jnp.where(reset, index, -FAR), axis=1)
 
 
-def _gradient(implementation, dtype, lags):
+def _gradient(implementation, dtype, lags, silu):
     if implementation == 'xla' or (implementation is None and platform.platform() != 'gpu'):
         return None
     reason = mosaic_gpu.unsupported(dtype, lags)
     if reason is not None and implementation is not None:
         raise ValueError(f"causal_conv1d: implementation 'mosaic_gpu' cannot run here: {reason}")
-    return mosaic_gpu.gradient if reason is None else None
+    # Without SiLU, XLA fuses the sums with what surrounds them, and a layer moves less without the kernel (README).
+    return mosaic_gpu.gradient if reason is None and (silu or implementation is not None) else None
 
 
 def _reference(x, weight, bias, lags, silu, residual, reach, initial_state):

@@ -1,6 +1,7 @@
 """Adaptive gains against the selective scan they accompany, forward and backward.
 
-`python -m tests.benchmarks.adaptive_gain` prints each gain's time next to a scan of as many channels in the same run.
+`python -m tests.benchmarks.adaptive_gain` prints each gain's time next to a scan of as many channels in the same run, at
+sizes that suit the device: minutes on a CPU, seconds on a GPU.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import platform
 from kernels_pallas.adaptive_gain import diagonal_gain, matrix_gain
 from tests.benchmarks import selective_scan
 from tests.benchmarks.timing import compare, table
@@ -19,7 +21,9 @@ BASELINE = 'selective scan'
 
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    sizes = {'batch': 4, 'length': 512, 'channels': 256, 'width': 32, 'repeats': 9}
+    gpu = platform.platform() == 'gpu'
+    small = {'batch': 4, 'length': 512, 'channels': 256, 'width': 32, 'repeats': 9}
+    sizes = {'batch': 8, 'length': 4096, 'channels': 8192, 'width': 32, 'repeats': 5} if gpu else small
     for name, value in sizes.items():
         parser.add_argument(f'--{name}', type=int, default=value)
     args = parser.parse_args(arguments)
@@ -40,9 +44,14 @@ def main(arguments: Sequence[str] = ()) -> None:
         BASELINE: (selective_scan.value_and_gradient(), scan_inputs),
         'diagonal gain': (gradient(diagonal_gain), gain_inputs),
         'diagonal gain + reset': (gradient(diagonal_gain, reset=reset), gain_inputs),
-        **{f'matrix gain, chunk={c}': (gradient(matrix_gain, chunk=c), gain_inputs) for c in (16, 32, 64)},
         'matrix gain + reset': (gradient(matrix_gain, reset=reset), gain_inputs),
+        'matrix gain': (gradient(matrix_gain), gain_inputs),
     }
+    for chunk in (32,) if gpu else (16, 32, 64):
+        chunked = gradient(matrix_gain, chunk=chunk, implementation='chunked')
+        cases[f'matrix gain, chunk={chunk}'] = chunked, gain_inputs
+    if gpu:
+        cases['matrix gain, forward only'] = lambda *args: matrix_gain(*args)[0], gain_inputs
     print('adaptive gains, forward + backward:', ', '.join(f'{name} {getattr(args, name)}' for name in sizes))
     print(table(compare(cases, args.repeats), BASELINE))
 

@@ -63,15 +63,12 @@ def _backward(lags, silu, residual, gradient, kept, dy):
         g = g * (share * (1 + y * (1 - share)))
         if dy.dtype != g.dtype:  # the barrier makes XLA store the narrow one
             g = _wide(jax.lax.optimization_barrier(g.astype(dy.dtype)))
-    dvalues, dweight = jnp.zeros((), g.dtype), []
-    for i, lag in enumerate(lags):
-        reading = g if reach is None or lag == 0 else jnp.where((reach >= lag)[..., None], g, 0)
-        dvalues += _padded(reading * _wide(weight)[i], longest - lag, lag)
-        dweight.append(jnp.sum(reading * _wide(values[:, longest - lag : longest - lag + length]), (0, 1)))
+    linear = lambda values, weight, bias: _sum(values, weight, bias, reach, lags, length)
+    _, transpose = jax.vjp(linear, _wide(values), weight, bias)
+    dvalues, dweight, dbias = transpose(g)
     dx = dvalues[:, longest:] + _wide(dy) if residual else dvalues[:, longest:]
     dpast = None if past is None else dvalues[:, :longest].astype(past.dtype)
-    dbias = None if bias is None else jnp.sum(g, (0, 1)).astype(bias.dtype)
-    return dx.astype(x.dtype), jnp.stack(dweight).astype(weight.dtype), dbias, None, dpast
+    return dx.astype(x.dtype), dweight, dbias, None, dpast
 
 
 conv.defvjp(_forward, _backward)

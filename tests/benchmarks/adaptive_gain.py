@@ -1,7 +1,7 @@
 """Adaptive gains against the selective scan they accompany, forward and backward.
 
-`python -m tests.benchmarks.adaptive_gain` prints each gain's time next to a scan of as many channels in the same run, at
-sizes that suit the device: minutes on a CPU, seconds on a GPU.
+`python -m tests.benchmarks.adaptive_gain` prints each gain's time next to a scan of as many channels in the same run,
+at sizes that suit the device.
 """
 
 import argparse

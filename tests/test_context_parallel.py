@@ -5,6 +5,7 @@ import numpy as np
 
 from mixcon_jax import step
 from mixcon_jax.trees import named_leaves
+from tests.benchmarks.context_parallel import collectives, of_sequence
 from tests.training import mesh_of, random_batch, tiny_config
 
 LENGTH = 16
@@ -47,3 +48,16 @@ def test_a_step_on_shared_sequences_equals_one_device():
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_what_a_step_exchanges_does_not_grow_with_the_sequence():
+    """Convolution, scan, experts and loss; only attention reads all tokens. Sums are of gradients and metrics."""
+    options = OPTIONS | {'model__pattern': ('mamba+moe',), 'train__accum_steps': 1, 'model__dtype': 'bfloat16'}
+    exchanged = []
+    for length in (32, 64):
+        config = tiny_config(**options | {'data__seq_len': length}, mesh__data=2, mesh__context=2)
+        steps = step.make_steps(config, mesh_of(config, 4))
+        batch = steps.put(random_batch(0, 8, length))
+        module = steps.train_step.lower(steps.abstract_state, batch).compile().as_text()
+        exchanged.append(of_sequence(collectives(module)))
+    assert exchanged[0] == exchanged[1] > 0

@@ -53,7 +53,8 @@ class MoE(nnx.Module):
         logits = jnp.matmul(x.astype(wide), self.router[...], precision=jax.lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits, axis=-1)
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
-        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), options.top_k)
+        # XLA would gather the scores of all devices for this, too.
+        chosen = by_rows(lambda scores: jax.lax.top_k(scores, options.top_k)[1], (jax.lax.stop_gradient(scores),), ())
         weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
         if options.renormalize:
             weights = weights / weights.sum(-1, keepdims=True)

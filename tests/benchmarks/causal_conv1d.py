@@ -1,6 +1,6 @@
 """The short convolution with SiLU and its gradient, each implementation against the bytes it must move.
 
-`python -m tests.benchmarks.causal_conv1d`, at sizes that suit the device; a copy of x in the same run tells the bandwidth.
+`python -m tests.benchmarks.causal_conv1d`, at sizes that suit the device; a copy of x tells the bandwidth.
 """
 
 import argparse

@@ -7,12 +7,19 @@ that any implementation moves: every input read and every output written once. J
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from kernels_pallas.adaptive_gain import diagonal_gain, matrix_gain
 from kernels_pallas.causal_conv1d import causal_conv1d
+from kernels_pallas.causal_conv1d import mosaic_gpu as conv_mosaic
+from mixcon_jax import config as configs
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import Parameters
+from mixcon_jax.models.mixers import MIXERS
 from mixcon_jax.planning.targets import compile_for, devices
 from tests.benchmarks import hlo_bytes
 
@@ -36,7 +43,8 @@ def report(target: str, name: str, function: Callable, args: Sequence, necessary
     kernels = hlo_bytes.kernels(compiled.as_text())
     moved, launches = sum(kernel.total for kernel in kernels), sum(kernel.count for kernel in kernels)
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    figures = f'{launches:9}{moved / GIB:10.2f}{necessary / GIB:11.2f}{moved / necessary:8.2f}{temporary / MIB:10.0f}'
+    needed = f'{necessary / GIB:11.2f}{moved / necessary:8.2f}' if necessary else ' ' * 19
+    figures = f'{launches:9}{moved / GIB:10.2f}{needed}{temporary / MIB:10.0f}'
     print(f'{name:44}{figures}', flush=True)
     if verbose:
         print(hlo_bytes.summary(kernels, 16 * MIB))
@@ -46,21 +54,26 @@ def conv_cases(batch: int, length: int, channels: int) -> dict[str, tuple[Callab
     x, positions = Shape((batch, length, channels), jnp.bfloat16), Shape((batch, length), jnp.int32)
     weight, bias = Shape((4, channels), jnp.float32), Shape((channels,), jnp.float32)
 
-    def short(x, weight, bias, positions):
-        return causal_conv1d(x, weight, bias, positions=positions, activation='silu')[0]
-
-    def taps(x, weight, positions):
-        return causal_conv1d(x, weight, positions=positions, lags=(1, 2, 4, 8), residual=True)[0]
-
     one = 2 * batch * length * channels
     wide = Shape(x.shape, jnp.float32)
-    name = f'{channels} channels'
-    return {
-        f'width 4 + SiLU, bf16, {name}': (short, (x, weight, bias, positions), 2 * one),
-        f'  gradient, {name}': (gradient(short, 3), (x, x, weight, bias, positions), 3 * one),
-        f'taps 1, 2, 4, 8, float32, {name}': (taps, (wide, weight, positions), 4 * one),
-        f'  gradient of taps, {name}': (gradient(taps, 2), (wide, wide, weight, positions), 6 * one),
-    }
+    cases = {}
+    for implementation in ('xla', 'mosaic_gpu'):
+
+        def short(x, weight, bias, positions, implementation=implementation):
+            options = {'activation': 'silu', 'implementation': implementation}
+            return causal_conv1d(x, weight, bias, positions=positions, **options)[0]
+
+        def taps(x, weight, positions, implementation=implementation):
+            options = {'lags': (1, 2, 4, 8), 'residual': True, 'implementation': implementation}
+            return causal_conv1d(x, weight, positions=positions, **options)[0]
+
+        name = f'{channels} channels, {implementation}'
+        if implementation == 'xla':
+            cases[f'SiLU, bf16, {channels} channels'] = short, (x, weight, bias, positions), 2 * one
+            cases[f'taps, float32, {channels} channels'] = taps, (wide, weight, positions), 4 * one
+        cases[f'gradient of SiLU, {name}'] = gradient(short, 3), (x, x, weight, bias, positions), 3 * one
+        cases[f'gradient of taps, {name}'] = gradient(taps, 2), (wide, wide, weight, positions), 6 * one
+    return cases
 
 
 def gain_cases(batch: int, length: int, heads: int, width: int) -> dict[str, tuple[Callable, tuple, int]]:
@@ -84,25 +97,62 @@ def gain_cases(batch: int, length: int, heads: int, width: int) -> dict[str, tup
     return cases
 
 
+def layer_gradient(mixer: str, batch: int, length: int, dim: int) -> tuple[Callable, tuple]:
+    """A layer's output and its gradients for parameters and input, in bfloat16, and the shapes of its arguments."""
+    config = configs.default()
+    config.model.dim, config.model.dtype = dim, 'bfloat16'
+    model = configs.validate(config).model
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: MIXERS[mixer](model, Parameters(jax.random.key(0)), 4)), nnx.Param
+    )
+
+    def run(params, x, dy, positions, segment_ids):
+        context = Context(segment_ids=segment_ids, positions=positions)
+        y, vjp = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x, context, None)[0], params, x)
+        return y, vjp(dy)
+
+    x, tokens = Shape((batch, length, dim), jnp.bfloat16), Shape((batch, length), jnp.int32)
+    return run, (params, x, x, tokens, tokens)
+
+
+def report_layers(target: str, batch: int, length: int, dim: int, verbose: bool) -> None:
+    """Whole layers, with the convolution's gradient by its kernel and by XLA; nothing is said to be necessary."""
+    for mixer in ('mamba', 'conba'):
+        for kernel in (True, False):
+            function, args = layer_gradient(mixer, batch, length, dim)
+            reason = conv_mosaic.unsupported if kernel else lambda *_: 'not wanted'
+            with mock.patch.object(conv_mosaic, 'unsupported', reason):
+                report(
+                    target,
+                    f'{mixer} layer, convolution by {"its kernel" if kernel else "XLA"}',
+                    function,
+                    args,
+                    0,
+                    verbose,
+                )
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (('batch', 8), ('length', 4096), ('width', 32)):
         parser.add_argument(f'--{name}', type=int, default=value)
     parser.add_argument('--channels', type=int, nargs='+', default=[4096, 8192])
     parser.add_argument('--target', default='h100')
-    parser.add_argument('--only', choices=('conv', 'gain'))
+    parser.add_argument('--only', choices=('conv', 'gain', 'layers'))
     parser.add_argument('--verbose', action='store_true', help='list the kernels that move 16 MiB or more')
     args = parser.parse_args(arguments)
     cases: dict[str, tuple[Callable, tuple, int]] = {}
-    if args.only != 'gain':
+    if args.only in (None, 'conv'):
         for channels in args.channels:
             cases |= conv_cases(args.batch, args.length, channels)
-    if args.only != 'conv':
+    if args.only in (None, 'gain'):
         cases |= gain_cases(args.batch, args.length, args.channels[-1] // args.width, args.width)
     print(f'compiled for {args.target}: B{args.batch} T{args.length}, gains of {args.channels[-1]} channels')
     print(f'{"":44}{"launches":>9}{"GiB":>10}{"necessary":>11}{"ratio":>8}{"temp MiB":>10}')
     for name, (function, shapes, necessary) in cases.items():
         report(args.target, name, function, shapes, necessary, args.verbose)
+    if args.only in (None, 'layers'):
+        report_layers(args.target, args.batch, args.length, args.channels[0] // 2, args.verbose)
 
 
 if __name__ == '__main__':

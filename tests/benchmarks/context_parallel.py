@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,19 +47,31 @@ def of_sequence(found: dict[str, tuple[int, int]]) -> int:
     return sum(size for kind, (_, size) in found.items() if kind != 'all-reduce')
 
 
-def layer_gradient(name: str, shards: int, batch: int, length: int, dim: int) -> str:
-    """The compiled text of a layer's gradient by inputs and parameters, in bfloat16, tokens split over the devices."""
+def layer_gradient(
+    name: str, shards: int, batch: int, length: int, dim: int, data: int = 1, devices: Sequence[Any] = ()
+) -> str:
+    """The compiled text of a layer's gradient by inputs and parameters, in bfloat16, tokens split over the devices.
+
+    Args:
+      name: a key of LAYERS.
+      shards: devices that share a sequence.
+      batch, length, dim: of the input.
+      data: into how many parts the rows are split.
+      devices: to compile for; JAX's own if empty, absent GPUs (planning.targets) if they are to be.
+    """
     config = configs.default()
     config.model.update(dim=dim, dtype='bfloat16')
     if name in presets.CONBA_PRESETS:
         config.model.conba.update(presets.conba(name))
-    config.mesh.context, config.data.seq_len = shards, length
+    config.mesh.update(data=data, context=shards)
+    config.data.seq_len = length
     config = configs.validate(config)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:shards])
+    used = (devices or jax.devices())[: data * shards]
+    mesh = sharding.make_mesh(config.mesh, used)
     mixer = nnx.eval_shape(lambda: MIXERS[LAYERS[name]](config.model, Parameters(jax.random.key(0)), 1))
     graphdef, params = nnx.split(mixer)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(None, 'context'))
+    split = NamedSharding(mesh, PartitionSpec('data', 'context'))
 
     def loss(params, x, segment_ids, positions):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -66,13 +79,14 @@ def layer_gradient(name: str, shards: int, batch: int, length: int, dim: int) ->
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), aux
 
     gradient = jax.jit(
-        jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
-        in_shardings=(everywhere, split, split, split),
-        out_shardings=(None, (everywhere, split)),
+        jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), out_shardings=(None, (everywhere, split))
     )
-    shaped = lambda shape, dtype: jax.ShapeDtypeStruct((batch, length, *shape), dtype)
+    shaped = lambda shape, dtype: jax.ShapeDtypeStruct((batch, length, *shape), dtype, sharding=split)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), params)
     tokens = shaped((), jnp.int32)
-    return gradient.lower(params, shaped((dim,), jnp.bfloat16), tokens, tokens).compile().as_text()
+    with jax.default_device(used[0]):  # whose kernels are asked for
+        traced = gradient.trace(params, shaped((dim,), jnp.bfloat16), tokens, tokens)
+        return traced.lower(lowering_platforms=('cuda' if devices else 'cpu',)).compile().as_text()
 
 
 def lines(names: Iterable[str], shards: int, batch: int, lengths: Sequence[int], dim: int) -> Iterator[str]:

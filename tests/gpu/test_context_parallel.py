@@ -1,0 +1,20 @@
+"""Layers on several absent H100s: the kernels run on each device's own tokens, and nothing is gathered for them."""
+
+import re
+
+import pytest
+
+from mixcon_jax.planning import targets
+from tests.benchmarks.context_parallel import collectives, layer_gradient
+
+
+@pytest.mark.parametrize('name', ['mamba', 'conba'])
+def test_kernels_get_their_devices_tokens(name):
+    """Two devices a row, two shares of the rows; XLA cannot split a kernel and would give each device all inputs."""
+    length = 1536
+    module = layer_gradient(name, 2, 4, length, 256, data=2, devices=targets.devices('h100', devices_per_host=4))
+    kernels = [line for line in module.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    shapes = ' '.join(re.findall(r'\w+\[[\d,]+\]', ' '.join(kernels)))
+    assert len(kernels) >= 5 and re.search(rf'\b{length // 2}\b', shapes) and not re.search(rf'\b{length}\b', shapes)
+    found = collectives(module)
+    assert found['all-gather'] == found['reduce-scatter'] == (0, 0) and found['collective-permute'][0] > 0

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kernels_pallas import platform
 from kernels_pallas.adaptive_gain import diagonal_gain, matrix_gain
 from tests.benchmarks import selective_scan
-from tests.benchmarks.timing import compare, table
+from tests.benchmarks.timing import compare, table, worst_error
 
 BASELINE = 'selective scan'
 
@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] = ()) -> None:
         cases[f'matrix gain, chunk={chunk}'] = chunked, gain_inputs
     if gpu:
         cases['matrix gain, forward only'] = lambda *args: matrix_gain(*args)[0], gain_inputs
+    first = jax.tree.map(lambda x: x[:1, :300, :5], gain_inputs)  # no multiple of any tile
+    with jax.default_matmul_precision('highest'):
+        for gain in (matrix_gain, diagonal_gain):
+            exact = jax.jit(gradient(gain, reset=reset[:1, :300], implementation='reference'))(*first)
+            error = worst_error(jax.jit(gradient(gain, reset=reset[:1, :300]))(*first), exact)
+            print(f'{gain.__name__}: gradients within {error:.1e} of the sequential form')
     print('adaptive gains, forward + backward:', ', '.join(f'{name} {getattr(args, name)}' for name in sizes))
     print(table(compare(cases, args.repeats), BASELINE))
 

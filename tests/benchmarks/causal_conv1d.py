@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import platform
 from kernels_pallas.causal_conv1d import causal_conv1d
-from tests.benchmarks.timing import compare, table
+from tests.benchmarks.timing import compare, table, worst_error
 
 BASELINE = 'copy of x'
 
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     positions = jnp.broadcast_to(jnp.arange(args.length, dtype=jnp.int32) % 1000, shape[:2])
 
     def conv(x, weight, bias, implementation):
-        options = {'activation': 'silu', 'positions': positions, 'implementation': implementation}
+        places = positions[: x.shape[0], : x.shape[1]]
+        options = {'activation': 'silu', 'positions': places, 'implementation': implementation}
         return causal_conv1d(x, weight, bias, **options)[0]
 
     def gradient(implementation):
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     cases = {BASELINE: (lambda x: x + 1, (x,)), 'forward': (lambda *args: conv(*args, None), inputs)}
     for implementation in ('xla', 'mosaic_gpu') if gpu else ('xla',):
         cases[f'gradient, {implementation}'] = gradient(implementation), (dy, *inputs)
+    first = jax.tree.map(lambda x: x[:1, :300], (dy, x)) + inputs[1:]  # no multiple of a tile
+    exact = jax.jit(gradient('reference'))(*(value.astype(jnp.float32) for value in first))
+    error = worst_error(jax.jit(gradient(None))(*first), exact)
+    print(f'gradients within {error:.1e} of the sequential form in float32')
     print('short convolution with SiLU:', ', '.join(f'{name} {getattr(args, name)}' for name in sizes))
     timings = compare(cases, args.repeats)
     print(table(timings, BASELINE))

@@ -1,6 +1,6 @@
 """Bytes that the convolution and the gains move on a GPU, counted from modules compiled for an H100 that is not there.
 
-`python -m tests.benchmarks compiled_bytes` prints kernels' launches and operands' and results' bytes next to the least
+`python -m tests.benchmarks.compiled_bytes` prints kernels' launches and operands' and results' bytes next to the least
 that any implementation moves: every input read and every output written once. JAX_PLATFORMS=cpu, extra `plan`.
 """
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclass
@@ -45,6 +46,13 @@ def compare(cases: Mapping[str, tuple[Callable, Sequence[Any]]], repeats: int = 
             jax.block_until_ready(run(*args))
             timing.seconds.append(time.perf_counter() - start)
     return {name: timing for name, (_, timing, _) in compiled.items()}
+
+
+def worst_error(actual: Any, expected: Any) -> float:
+    """The largest relative error, in the 2-norm, of any array of a tree."""
+    norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel())
+    errors = jax.tree.map(lambda a, b: norm(a.astype(jnp.float32) - b) / norm(b), actual, expected)
+    return float(max(jax.tree.leaves(errors)))
 
 
 def table(timings: Mapping[str, Timing], baseline: str) -> str:

@@ -1,0 +1,53 @@
+"""Bytes counted from a compiled module's text, on one written by hand."""
+
+from tests.benchmarks.hlo_bytes import array_bytes, kernels
+
+MODULE = """
+HloModule hand, is_scheduled=true
+
+%sliced (p0: f32[8,100], p1: s32[]) -> f32[1,100] {
+  %p0 = f32[8,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+  ROOT %twice = f32[1,100]{1,0} add(%part, %part)
+}
+
+%updated (q0: f32[8,100], q1: f32[1,100], q2: s32[]) -> f32[8,100] {
+  %q0 = f32[8,100]{1,0} parameter(0)
+  %q1 = f32[1,100]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %put = f32[8,100]{1,0} dynamic-update-slice(%q0, %q1, %q2, %none)
+}
+
+%body (carry: (s32[], f32[8,100])) -> (s32[], f32[8,100]) {
+  %carry = (s32[], f32[8,100]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[8,100]{1,0} get-tuple-element(%carry), index=1
+  %fusion.1 = f32[1,100]{1,0} fusion(%x, %i), kind=kLoop, calls=%sliced
+  %fusion.2 = f32[8,100]{1,0} fusion(%x, %fusion.1, %i), kind=kLoop, calls=%updated
+  ROOT %next = (s32[], f32[8,100]{1,0}) tuple(%i, %fusion.2)
+}
+
+ENTRY %main (a: f32[8,100], b: bf16[4,/*index=1*/50]) -> (s32[], f32[8,100]) {
+  %a = f32[8,100]{1,0} parameter(0)
+  %b = bf16[4,50]{1,0} parameter(1)
+  %start = s32[] constant(0)
+  %kernel = (f32[8,100]{1,0}, pred[3]{0}) custom-call(%a, %b), custom_call_target="mosaic_gpu_v2"
+  %first = f32[8,100]{1,0} get-tuple-element(%kernel), index=0
+  %init = (s32[], f32[8,100]{1,0}) tuple(%start, %first)
+  ROOT %loop = (s32[], f32[8,100]{1,0}) while(%init), body=%body, backend_config={"known_trip_count":{"n":"8"}}
+}
+"""
+
+
+def test_shapes():
+    assert array_bytes('(f32[2,3]{1,0}, bf16[5]{0}, s32[], pred[7])') == 24 + 10 + 4 + 7
+
+
+def test_loops_slices_updates_in_place_and_custom_calls():
+    call, sliced, updated = kernels(MODULE)
+    assert (call.kind, call.count, call.bytes) == ('mosaic_gpu_v2', 1, 3200 + 400 + 3200 + 3)
+    assert (sliced.count, sliced.bytes) == (8, 400 + 4 + 400)  # a row in, a row out, the index
+    assert (updated.count, updated.bytes) == (8, 400 + 4 + 400)

@@ -35,6 +35,10 @@ def between(low: float, high: float) -> Check:
     return Check(lambda value: low <= value <= high, f'between {low} and {high}')
 
 
+def multiple_of(factor: int) -> Check:
+    return Check(lambda value: value >= 0 and value % factor == 0, f'a multiple of {factor}')
+
+
 def one_of(*choices: str) -> Check:
     return Check(lambda value: value in choices, 'one of ' + ', '.join(choices))
 
@@ -81,9 +85,12 @@ OPTIONS: dict[str, Any] = {
             'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
             'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
             'implementation': Option(
-                '', 'Selective scan: "" picks the best here.', one_of('', 'reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative'),
+                '', 'Selective scan: "" picks the best here.', one_of('', 'reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative', 'mosaic_gpu'),
             ),
             'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
+            'keep_every': Option(
+                0, 'Tokens between the states that the GPU kernel keeps for the backward pass; 0 means 16. 64: a quarter of the memory, more work.', multiple_of(16),
+            ),
         },
         'mamba': {
             'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.'),

@@ -47,6 +47,7 @@ def literal_loop(layer, x):
     control, options = layer.control, layer.options
     law = control.law(x[None], inputs.u, Context.whole(1, len(x)))
     u_d, dt, B, C = (value[0] for value in (inputs.u, inputs.dt, inputs.B, inputs.C))
+    dt = jax.nn.softplus(dt + layer.dt_bias[...])
     heads, width = control.heads, control.head_dim
     state = jnp.zeros((layer.inner, layer.d_state))
     gain = jnp.zeros((heads, width, width))

@@ -16,7 +16,7 @@ from kernels_pallas import platform
 from kernels_pallas.selective_scan.mosaic_gpu import tuning
 from kernels_pallas.selective_scan.mosaic_gpu.backward import backward
 from kernels_pallas.selective_scan.mosaic_gpu.forward import cocarry, forward
-from kernels_pallas.selective_scan.mosaic_gpu.tiles import CHANNELS, FORGET, LOG2E, Problem
+from kernels_pallas.selective_scan.mosaic_gpu.tiles import CHANNELS, FORGET, LOG2E, Problem, with_offset
 
 MAX_STATES = 64
 PADDED_DT = -1e30  # softplus of it is 0: a token that leaves the state as it is
@@ -187,12 +187,12 @@ def _forward(plan: Plan, arrays: Arrays, keep: bool) -> tuple[jax.Array, jax.Arr
     if plan.slices > 1:
         inputs['state'] = _entering(plan, inputs, arrays['state'])
     tile, every = plan.settings.forward_tile, plan.keep_every if keep else 0
-    names = ['u', 'dt', 'B', 'C', 'A', 'bias', 'state', *(n for n in ('z', 'offset', 'Zt', 'g') if n in inputs)]
+    names = ['u', 'dt', 'B', 'C', 'A', 'bias', 'state', *(n for n in ('z', 'Zt', 'g') if n in inputs)]
     if not plan.problem.prior:
         names.append('D')
     out = forward(
         plan.problem,
-        _whole_tiles({name: inputs[name] for name in names}, tile),
+        {name: inputs[name] for name in names},
         tile=tile,
         unroll=plan.settings.unroll,
         checkpoint=every,
@@ -217,9 +217,6 @@ def _backward(plan: Plan, arrays: Arrays, states: jax.Array, dy: jax.Array, dfin
     given |= {name: inputs[name] for name in ('B', 'C')}
     given |= {'A': warps(inputs['A'], 0), 'D': warps(inputs['D'], 0), 'bias': warps(inputs['bias'], 0)}
     given['states'] = warps(states, 2)
-    if problem.reset:
-        given['offset'] = inputs['offset']
-    given = _whole_tiles(given, tile)
     if problem.length % tile:
         given['live'] = (jnp.arange(-(-problem.length // tile) * tile) < problem.length).astype(jnp.float32)
     if problem.readout:
@@ -260,7 +257,7 @@ def _backward(plan: Plan, arrays: Arrays, states: jax.Array, dy: jax.Array, dfin
 
 # ------------------------------------------------------------------------------------------------- slices of time
 def _sliced(plan: Plan, arrays: Arrays) -> Arrays:
-    """The kernels' inputs: A in base 2, and slices of time as rows."""
+    """The kernels' inputs: A in base 2, slices of time as rows, and the resets with B."""
     out = dict(arrays)
     out['A'] = arrays['A'] * LOG2E
     if plan.problem.readout:
@@ -269,15 +266,9 @@ def _sliced(plan: Plan, arrays: Arrays) -> Arrays:
         if name in arrays:
             x = arrays[name]
             out[name] = x.reshape(plan.problem.batch, plan.problem.length, *x.shape[2:])
+    if plan.problem.reset:
+        out['B'] = with_offset(out['B'], out['offset'])
     return out
-
-
-def _whole_tiles(inputs: Arrays, tile: int) -> Arrays:
-    """Offsets are read one by one, not by the copy engine's bounds."""
-    if 'offset' in inputs:
-        offset = inputs['offset']
-        inputs = inputs | {'offset': jnp.pad(offset, ((0, 0), (0, -offset.shape[1] % tile)))}
-    return inputs
 
 
 def _decay(plan: Plan, inputs: Arrays) -> jax.Array:
@@ -296,13 +287,13 @@ def _combine(left, right):
 
 def _entering(plan: Plan, inputs: Arrays, state: jax.Array) -> jax.Array:
     """The state that every slice is entered with, [rows * slices, D, N], from each slice's own and the initial one."""
-    names = ['u', 'dt', 'B', 'A', 'bias', *(['offset'] if plan.problem.reset else [])]
+    names = ['u', 'dt', 'B', 'A', 'bias']
     given = {name: inputs[name] for name in names}
     given['state'] = jnp.zeros((plan.problem.batch, *state.shape[1:]), jnp.float32)
     tile = plan.settings.forward_tile
     local = forward(
         plan.problem,
-        _whole_tiles(given, tile),
+        given,
         tile=tile,
         unroll=plan.settings.unroll,
         read=False,
@@ -322,12 +313,12 @@ def _leaving(plan: Plan, inputs: Arrays, dy: jax.Array, dfinal: jax.Array, run: 
     if problem.readout:  # the cotangent depends on the states, which only the backward kernel has
         local = run(jnp.zeros((problem.batch, *dfinal.shape[1:]), jnp.float32))['dstate']
     else:
-        names = ['dt', 'C', 'A', 'bias', *(n for n in ('z', 'offset') if n in inputs)]
+        names = ['dt', 'C', 'A', 'bias', *(['z'] if 'z' in inputs else [])]
         given = {'dy': dy.reshape(inputs['u'].shape), **{name: inputs[name] for name in names}}
+        if problem.reset:
+            given['C'] = with_offset(given['C'], inputs['offset'])
         tile = plan.settings.forward_tile
-        local = cocarry(
-            problem, _whole_tiles(given, tile), tile=tile, unroll=plan.settings.unroll, interpret=plan.interpret
-        )
+        local = cocarry(problem, given, tile=tile, unroll=plan.settings.unroll, interpret=plan.interpret)
     local = local.reshape(plan.rows, plan.slices, *dfinal.shape[1:])
     decay = _decay(plan, inputs)
     last = decay[:, -1:] * dfinal[:, None] + local[:, -1:]
@@ -340,12 +331,12 @@ def _refined(plan: Plan, inputs: Arrays, states: jax.Array) -> jax.Array:
     """The state before every backward tile [B, T/tile, D, N] from one every `keep_every` steps: a pass in parallel."""
     problem, every = plan.problem, plan.keep_every
     groups = problem.length // every
-    names = ['u', 'dt', 'B', *(['offset'] if problem.reset else [])]
+    names = ['u', 'dt', 'B']
     given = {name: inputs[name].reshape(problem.batch * groups, every, *inputs[name].shape[2:]) for name in names}
     given |= {'A': inputs['A'], 'bias': inputs['bias'], 'state': states.reshape(-1, *states.shape[2:])}
     out = forward(
         dataclasses.replace(problem, batch=problem.batch * groups, length=every),
-        _whole_tiles(given, plan.settings.backward_tile),
+        given,
         tile=plan.settings.backward_tile,
         unroll=plan.settings.unroll,
         checkpoint=plan.settings.backward_tile,

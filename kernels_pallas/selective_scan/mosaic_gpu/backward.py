@@ -43,9 +43,9 @@ def backward(
     Args:
       problem: sizes and options; with a readout, 16 states.
       inputs: u, dt, z, dy [B, T, D/32, 32]; B, C [B, T, N]; A [D/32, 32, N] in base 2; D, bias [D/32, 32]; states
-        [B, T/tile, D/32, 32, N], as `forward` stored them; dfinal [B, D/32, 32, N]; offset [B, T] as for `forward`;
+        [B, T/tile, D/32, 32, N], as `forward` stored them; dfinal [B, D/32, 32, N];
         live [T], 1 for tokens and 0 behind the end, where T is not a whole number of tiles; Z, Zt [N, N] (Zt its
-        transpose) and g [N]. z, offset, live, Z, Zt and g only where the problem has them.
+        transpose) and g [N]. z, live, Z, Zt and g only where the problem has them. With resets B is `tiles.with_offset`.
       tile: steps between states.
       stretch: steps whose states are in registers at once; divides tile, and is less.
       interpret: parameters of the interpreter, for tests.
@@ -74,7 +74,7 @@ def backward(
         dx_, ddecay_, y_ = (ref.x_, ref.step_, ref.dy_gated_) if parts == 1 else (ref.dx_, ref.ddecay_, ref.sum_)
 
         def _states(memory, slot, t, part=0):
-            return memory.at[slot, t] if parts == 1 else memory.at[slot, t, pl.ds(part * width, width)]
+            return memory.at[slot, t, pl.ds(part * width, width)]
 
         def over_part(index, slot, part, g, dA, extra):
             states = slice(None) if parts == 1 else pl.ds(part * width, width)
@@ -84,7 +84,7 @@ def backward(
             def one(t, h):
                 exponent = spread.over_states(spread.load_channels(ref.step_.at[t])) * A
                 if problem.reset:
-                    exponent = exponent + ref.offset[row, index * tile + t]
+                    exponent = exponent + ref.B_[slot, t, problem.states]
                 decay = jnp.exp2(exponent)
                 x = spread.load_channels(ref.x_.at[t])
                 B = spread.load_states(_states(ref.B_, slot, t, part))
@@ -232,7 +232,7 @@ def backward(
                 store(ref.Z_.at[n], spread.load_states(ref.Z.at[n]))
                 store(ref.Zt_.at[n], spread.load_states(ref.Zt.at[n]))
             zeros = plgpu.layout_cast(jnp.zeros((WARPS, width, width), FLOAT), matrix)
-            extra = (zeros, spread.zeros())
+            extra = (zeros, plgpu.layout_cast(jnp.zeros((WARPS, width), FLOAT), matrix.reduce(2)))
             copies.fence()
         if slots > 1:
             copies.start(tiles - 1, 0)
@@ -258,7 +258,7 @@ def backward(
         if problem.readout:
             dZ, dg = extra
             store(ref.dZ.at[row, mine], dZ)
-            store(ref.dg.at[row, mine], jnp.sum(dg, axis=1))
+            store(ref.dg.at[row, mine], dg)
         if problem.tma:
             plgpu.wait_smem_to_gmem(0)
 
@@ -293,7 +293,7 @@ def _readout(ref, problem, spread, matrix, copies, slot, first, hs, y_, extra):
     copies.fence()
     bias = deep(spread.load_states(ref.g))
 
-    def scores(s, dg):
+    def scores(s):
         h = spread.load(ref.h_.at[s])
         dy = wide(spread.load_channels(ref.dy_gated_.at[first + s]))
         C = deep(spread.load_states(ref.C_.at[slot, first + s]))
@@ -307,23 +307,24 @@ def _readout(ref, problem, spread, matrix, copies, slot, first, hs, y_, extra):
         store(ref.dscore_.at[s], dscore)
         if problem.gate:  # last: it takes the place of dy
             store(y_.at[first + s], jnp.sum(seen * C, axis=2))
-        return dg + dscore
 
-    dg = lax.fori_loop(0, steps, scores, dg)
+    lax.fori_loop(0, steps, lambda s, _: scores(s), None)
     copies.fence()
 
-    def spread_back(s, dZ):
+    def spread_back(s, carry):
         store(ref.inject_.at[s], product(ref.dscore_.at[s], ref.Z_, spread.load(ref.inject_.at[s])))
 
-        def outer(d, dZ):
+        def outer(d, carry):
+            dZ, dg = carry
             shape = (WARPS, width, width)
-            rows, columns = load(ref.dscore_.at[s, :, d], matrix.reduce(2)), load(ref.h_.at[s, :, d], matrix.reduce(1))
-            rows = plgpu.layout_cast(lax.broadcast_in_dim(rows, shape, (0, 1)), matrix)
-            return dZ + rows * plgpu.layout_cast(lax.broadcast_in_dim(columns, shape, (0, 2)), matrix)
+            row, column = load(ref.dscore_.at[s, :, d], matrix.reduce(2)), load(ref.h_.at[s, :, d], matrix.reduce(1))
+            rows = plgpu.layout_cast(lax.broadcast_in_dim(row, shape, (0, 1)), matrix)
+            columns = plgpu.layout_cast(lax.broadcast_in_dim(column, shape, (0, 2)), matrix)
+            return dZ + rows * columns, dg + row
 
-        return lax.fori_loop(0, LANES, outer, dZ)
+        return lax.fori_loop(0, LANES, outer, carry)
 
-    dZ = lax.fori_loop(0, steps, spread_back, dZ)
+    dZ, dg = lax.fori_loop(0, steps, spread_back, (dZ, dg))
     copies.fence()  # the next stretch writes h_ anew
     return dZ, dg
 
@@ -353,7 +354,8 @@ def _scratch(problem: Problem, tile: int, stretches: int, stretch: int, width: i
     memory = lambda *shape, dtype=FLOAT: plgpu.SMEM(shape, dtype)
     names = ('u_', 'dt_', 'dy_', *(('z_',) if problem.gate else ()))
     scratch: dict = {name: memory(slots, tile, WARPS, LANES, dtype=problem.dtype) for name in names}
-    scratch |= {name: memory(slots, tile, problem.states) for name in ('B_', 'C_')}
+    scratch['B_'] = memory(slots, tile, problem.columns)
+    scratch['C_'] = memory(slots, tile, problem.states)
     if problem.tma:
         scratch['arrived'] = plgpu.Barrier(num_arrivals=len(scratch), num_barriers=slots)
     per_token = ('step_', 'x_', 'dy_gated_', *(('dx_', 'ddecay_', 'sum_') if parts > 1 else ()))

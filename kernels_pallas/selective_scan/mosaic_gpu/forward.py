@@ -4,6 +4,9 @@ The same recurrence serves three uses: with outputs it is the scan; without, it 
 in (`carry`), or states at checkpoints; and run backwards it gives the slice's cotangent (`cocarry`).
 """
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +22,8 @@ from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
     Problem,
     Spread,
     launch,
+    load,
+    plain,
     sigmoid,
     softplus,
     store,
@@ -27,6 +32,7 @@ from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
 )
 
 SLOTS = 2  # tiles of time in flight
+PART = 4  # states handled at a time
 
 
 def forward(
@@ -44,8 +50,8 @@ def forward(
     Args:
       problem: sizes and options.
       inputs: u, dt, z [B, T, D]; B, C [B, T, N]; A [D, N] in base 2; D, bias [D]; state
-        [B, D, N]; offset [B, T] (0, or FORGET where a document starts), padded to whole tiles; Zt [N, N] and g [N].
-        z, offset, Zt and g only where the problem has them; C, D and z only with `read`.
+        [B, D, N]; Zt [N, N] and g [N]. z, Zt and g only where the problem has them; C, D and z only with `read`. With
+        resets B is `tiles.with_offset`.
       tile: steps a tile of time.
       unroll: steps written out in the innermost loop; divides tile and checkpoint.
       checkpoint: also store the state before every that many steps, a divisor or a multiple of the tile; 0 for none.
@@ -57,29 +63,35 @@ def forward(
     """
     readout, gate = problem.readout and read, problem.gate and read  # neither with a prior
     tiles, stretch = -(-problem.length // tile), min(checkpoint or tile, tile)
-    spread = Spread(thread_a_channel(problem.states), (CHANNELS,), problem.states)
+    spread, parts = _spread(problem)
 
     def body(ref: Any) -> None:
         row, block = lax.axis_index('row'), lax.axis_index('block')
         mine = pl.ds(block * CHANNELS, CHANNELS)
         copies = Copies(problem, tile, row, mine, ref, _rows(ref, inputs))
-        A, bias = spread.load(ref.A.at[mine]), spread.load_channels(ref.bias.at[mine])
+        A = [spread.load(ref.A.at[mine, part]) for part in parts]
+        bias = spread.load_channels(ref.bias.at[mine])
         skip = spread.load_channels(ref.D.at[mine]) if read and not problem.prior else None
         if readout:
             for n in range(problem.states):  # a few kilobytes, once a block
-                store(ref.Zt_.at[n], spread.load_states(ref.Zt.at[n]))
-            g = spread.over_channels(spread.load_states(ref.g))
+                for part in parts:
+                    store(ref.Zt_.at[n, part], spread.load_states(ref.Zt.at[n, part]))
 
         def scaled(h):
             """h * swish(h Z^T + g): a product over states, one column after the other out of shared memory."""
-            store(ref.h_, h)  # a thread reads back what it wrote itself
-            add = lambda n, s: (
-                s
-                + spread.over_states(spread.load_channels(ref.h_.at[:, n]))
-                * spread.over_channels(spread.load_states(ref.Zt_.at[n]))
-            )
-            scores = lax.fori_loop(0, problem.states, add, g)
-            return h * scores * sigmoid(scores)
+            for part, x in zip(parts, h):
+                store(ref.h_.at[:, part], x)  # a thread reads back what it wrote itself
+
+            def add(i, scores):
+                for n in (PART * i + j for j in range(PART)):
+                    column = spread.over_states(spread.load_channels(ref.h_.at[:, n]))
+                    rows = (spread.over_channels(spread.load_states(ref.Zt_.at[n, part])) for part in parts)
+                    scores = tuple(s + column * row for s, row in zip(scores, rows))
+                return scores
+
+            bias = tuple(spread.over_channels(spread.load_states(ref.g.at[part])) for part in parts)
+            scores = lax.fori_loop(0, problem.states // PART, add, bias)
+            return [x * s * sigmoid(s) for x, s in zip(h, scores)]
 
         def step(index, slot, t, h):
             u = spread.load_channels(ref.u_.at[slot, t]).astype(FLOAT)
@@ -87,24 +99,35 @@ def forward(
             dt = softplus(dt) if problem.softplus else dt
             if problem.length % tile:
                 dt = dt * where(index * tile + t < problem.length, 1.0)
-            B = spread.load_states(ref.B_.at[slot, t])
-            C = spread.load_states(ref.C_.at[slot, t]) if read else None
-            exponent = spread.over_states(dt) * A
-            if problem.reset:
-                exponent = exponent + _offset(ref, row, slot, index * tile + t, t)
-            carried = jnp.exp2(exponent) * h
-            h = carried + spread.over_states(dt * u) * spread.over_channels(B)
+            decay = spread.over_states(dt)
+            offset = ref.B_[slot, t, problem.states] if problem.reset else None
+            x, carried, after, total = spread.over_states(dt * u), [], [], None
+            B = _ahead(spread, ref.B_, slot, t, parts)
+            C = _ahead(spread, ref.C_, slot, t, parts) if read else None
+            for i in range(len(parts)):  # part by part, lest all their temporaries live at once
+                exponent = decay * A[i] if offset is None else decay * A[i] + offset
+                carried.append(jnp.exp2(exponent) * h[i])
+                after.append(carried[i] + x * spread.over_channels(B(i)))
+                if read and not readout:
+                    product = (carried if problem.prior else after)[i] * spread.over_channels(C(i))
+                    total = product if total is None else total + product
+            h = tuple(after)
             if read:
-                seen = carried if problem.prior else scaled(h) if readout else h
-                y = jnp.sum(seen * spread.over_channels(C), axis=1)
+                if readout:
+                    seen = enumerate(scaled(h))
+                    total = functools.reduce(operator.add, (x * spread.over_channels(C(i)) for i, x in seen))
+                y = jnp.sum(total, axis=1)
                 if not problem.prior:
                     y = y + skip * u
                 if gate:
                     z = spread.load_channels(ref.z_.at[slot, t]).astype(FLOAT)
                     y = y * z * sigmoid(z)
-                where_to = ref.y_.at[slot, t] if problem.tma else ref.y.at[row, index * tile + t, mine]
-                store(where_to, y.astype(problem.dtype))
+                store(ref.y_.at[slot, t], y.astype(problem.dtype))
             return h
+
+        def keep(memory, h):
+            for part, x in zip(parts, h):
+                store(memory.at[:, part], x)
 
         def over_tile(index, h):
             slot = lax.rem(index, SLOTS)
@@ -116,7 +139,7 @@ def forward(
 
             def over_stretch(i, h):
                 if 0 < checkpoint <= tile:
-                    store(ref.states.at[row, index * (tile // stretch) + i, mine], h)
+                    keep(ref.states.at[row, index * (tile // stretch) + i, mine], h)
 
                 def steps(k, h):
                     for j in range(unroll):
@@ -129,20 +152,24 @@ def forward(
 
                 @pl.when(lax.rem(index * tile, checkpoint) == 0)
                 def _():
-                    store(ref.states.at[row, lax.div(index * tile, checkpoint), mine], h)
+                    keep(ref.states.at[row, lax.div(index * tile, checkpoint), mine], h)
 
             h = lax.fori_loop(0, tile // stretch, over_stretch, h)
-            if read and problem.tma:
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(ref.y_.at[slot], ref.y.at[row, pl.ds(index * tile, tile), mine])
-                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+            if read:
+                copies.fence()
+                staged, final = ref.y_.at[slot], ref.y.at[row, pl.ds(index * tile, tile), mine]
+                if problem.tma:
+                    plgpu.copy_smem_to_gmem(staged, final)
+                    plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                else:
+                    store(final, load(staged, plain((tile, CHANNELS))))
             return h
 
         if readout:
             copies.fence()
         copies.start(0, 0)
-        h = lax.fori_loop(0, tiles, over_tile, spread.load(ref.state.at[row, mine]))
-        store(ref.final.at[row, mine], h)
+        initial = tuple(spread.load(ref.state.at[row, mine, part]) for part in parts)
+        keep(ref.final.at[row, mine], lax.fori_loop(0, tiles, over_tile, initial))
         if read and problem.tma:
             plgpu.wait_smem_to_gmem(0)
 
@@ -150,8 +177,7 @@ def forward(
     scratch = _scratch(problem, tile, inputs)
     if read:
         outputs['y'] = problem.tokens(problem.axes)
-        if problem.tma:
-            scratch['y_'] = plgpu.SMEM((SLOTS, tile, CHANNELS), problem.dtype)
+        scratch['y_'] = plgpu.SMEM((SLOTS, tile, CHANNELS), problem.dtype)
     if checkpoint:
         outputs['states'] = _state(problem, problem.batch, -(-tiles * tile // checkpoint))
     if readout:
@@ -170,7 +196,8 @@ def cocarry(
 
     Args:
       problem: sizes and options; no readout.
-      inputs: dy, dt, z [B, T, D]; C [B, T, N]; A, bias, offset as for `forward`.
+      inputs: dy, dt, z [B, T, D]; C [B, T, N]; A, bias as for `forward`. With resets C is
+        `tiles.with_offset`.
       tile: steps a tile of time.
       unroll: steps written out in the innermost loop.
       interpret: parameters of the interpreter, for tests.
@@ -179,13 +206,14 @@ def cocarry(
       [B, D, N].
     """
     tiles = -(-problem.length // tile)
-    spread = Spread(thread_a_channel(problem.states), (CHANNELS,), problem.states)
+    spread, parts = _spread(problem)
 
     def body(ref: Any) -> None:
         row, block = lax.axis_index('row'), lax.axis_index('block')
         mine = pl.ds(block * CHANNELS, CHANNELS)
         copies = Copies(problem, tile, row, mine, ref, _rows(ref, inputs))
-        A, bias = spread.load(ref.A.at[mine]), spread.load_channels(ref.bias.at[mine])
+        A = [spread.load(ref.A.at[mine, part]) for part in parts]
+        bias = spread.load_channels(ref.bias.at[mine])
 
         def step(index, slot, t, g):
             dy = spread.load_channels(ref.dy_.at[slot, t]).astype(FLOAT)
@@ -196,11 +224,13 @@ def cocarry(
             if problem.gate:
                 z = spread.load_channels(ref.z_.at[slot, t]).astype(FLOAT)
                 dy = dy * z * sigmoid(z)
-            exponent = spread.over_states(dt) * A
-            if problem.reset:
-                exponent = exponent + _offset(ref, row, slot, index * tile + t, t)
-            C = spread.over_channels(spread.load_states(ref.C_.at[slot, t]))
-            return jnp.exp2(exponent) * (g + spread.over_states(dy) * C)
+            decay, dy, after = spread.over_states(dt), spread.over_states(dy), []
+            offset = ref.C_[slot, t, problem.states] if problem.reset else None
+            for i, part in enumerate(parts):
+                exponent = decay * A[i] if offset is None else decay * A[i] + offset
+                C = spread.over_channels(spread.load_states(ref.C_.at[slot, t, part]))
+                after.append(jnp.exp2(exponent) * (g[i] + dy * C))
+            return tuple(after)
 
         def over_tile(k, g):
             index, slot = tiles - 1 - k, lax.rem(k, SLOTS)
@@ -218,7 +248,9 @@ def cocarry(
             return lax.fori_loop(0, tile // unroll, steps, g)
 
         copies.start(tiles - 1, 0)
-        store(ref.costate.at[row, mine], lax.fori_loop(0, tiles, over_tile, spread.zeros()))
+        g = lax.fori_loop(0, tiles, over_tile, tuple(spread.zeros() for _ in parts))
+        for part, x in zip(parts, g):
+            store(ref.costate.at[row, mine, part], x)
 
     outputs = {'costate': _state(problem, problem.batch)}
     return launch('selective_scan_cocarry', problem, body, inputs, outputs, _scratch(problem, tile, inputs), interpret)[
@@ -226,17 +258,24 @@ def cocarry(
     ]
 
 
+def _spread(problem: Problem) -> tuple[Spread, list[Any]]:
+    """A thread holds a channel's states in parts of four, a vector load; and the parts' places among the states."""
+    return Spread(thread_a_channel(), (CHANNELS,), PART), [pl.ds(i, PART) for i in range(0, problem.states, PART)]
+
+
+def _ahead(spread: Spread, memory: Any, slot: Any, t: Any, parts: list[Any]) -> Callable[[int], jax.Array]:
+    """Part i of a token's B or C (N,): loaded now, which takes a quarter fewer registers, or when asked for, if many."""
+    load = lambda i: spread.load_states(memory.at[slot, t, parts[i]])
+    return [load(i) for i in range(len(parts))].__getitem__ if len(parts) <= 4 else load
+
+
 def _rows(ref: Any, inputs: dict) -> list:
     """What is copied tile by tile: of the inputs, those that have a place in shared memory."""
     return [
-        (getattr(ref, name), getattr(ref, f'{name}_'), name not in ('B', 'C', 'offset'))
-        for name in ('u', 'dy', 'dt', 'z', 'B', 'C', 'offset')
+        (getattr(ref, name), getattr(ref, f'{name}_'), name not in ('B', 'C'))
+        for name in ('u', 'dy', 'dt', 'z', 'B', 'C')
         if name in inputs and hasattr(ref, f'{name}_')
     ]
-
-
-def _offset(ref: Any, row: Any, slot: Any, time: Any, t: Any) -> Any:
-    return ref.offset_[slot, t] if hasattr(ref, 'offset_') else ref.offset[row, time]
 
 
 def _scratch(problem: Problem, tile: int, inputs: dict) -> dict:
@@ -246,9 +285,7 @@ def _scratch(problem: Problem, tile: int, inputs: dict) -> dict:
             scratch[f'{name}_'] = plgpu.SMEM((SLOTS, tile, CHANNELS), problem.dtype)
     for name in ('B', 'C'):
         if name in inputs:
-            scratch[f'{name}_'] = plgpu.SMEM((SLOTS, tile, problem.states), FLOAT)
-    if 'offset' in inputs and problem.tma and tile % 32 == 0:  # copies want 128 bytes
-        scratch['offset_'] = plgpu.SMEM((SLOTS, tile), FLOAT)
+            scratch[f'{name}_'] = plgpu.SMEM((SLOTS, tile, inputs[name].shape[2]), FLOAT)
     arrivals = len(scratch)
     if problem.tma:
         scratch['arrived'] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=SLOTS)

@@ -22,6 +22,7 @@ CHANNELS = WARPS * LANES  # of a block
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 FLOAT = jnp.float32
 FORGET = -1e30  # added to the exponent where a document starts: 2^FORGET is 0
+OFFSET_COLUMNS = 8  # one would do; copies want whole pieces
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Problem:
         return jax.ShapeDtypeStruct((self.batch, self.length, *axes), self.dtype)
 
     @property
+    def columns(self) -> int:
+        """Columns of the map that brings resets along, see `with_offset`."""
+        return self.states + (OFFSET_COLUMNS if self.reset else 0)
+
+    @property
     def axes(self) -> tuple[int, ...]:
         """The channels as one axis."""
         return (self.channels,)
@@ -55,6 +61,12 @@ class Problem:
         return (self.channels // LANES, LANES)
 
 
+def with_offset(states: jax.Array, offset: jax.Array) -> jax.Array:
+    """A token's map B or C [B, T, N] with what is added to its exponents [B, T] behind it: it arrives on one way."""
+    columns = jnp.pad(offset[..., None], ((0, 0), (0, 0), (0, OFFSET_COLUMNS - 1)))
+    return jnp.concatenate([states, columns], axis=-1)
+
+
 # ------------------------------------------------------------------------------------------------------- layouts
 def _tiled(tiling, warp_dims, lane_dims) -> Any:
     layout = fragmented_array.TiledLayout(
@@ -63,9 +75,9 @@ def _tiled(tiling, warp_dims, lane_dims) -> Any:
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def thread_a_channel(states: int) -> Any:
+def thread_a_channel() -> Any:
     """(128, N): a thread holds all states of one channel, so that a sum over states stays in its registers."""
-    return _tiled(((CHANNELS, states), (LANES, 4), (1, 4)), (-6,), (-4,))
+    return _tiled(((CHANNELS, 4), (LANES, 4)), (-4,), (-2,))
 
 
 def lanes_over_states(states: int) -> Any:

@@ -20,7 +20,7 @@ class Settings:
 # What compiles without spilling everywhere; the table overrides it where somebody has measured.
 FALLBACK = {
     'hopper': Settings(forward_tile=32, unroll=2, backward_tile=16, stretch=4),
-    'ampere': Settings(forward_tile=16, unroll=1, backward_tile=16, stretch=4),
+    'ampere': Settings(forward_tile=16, unroll=2, backward_tile=16, stretch=4),
 }
 
 
@@ -32,7 +32,7 @@ def settings(generation: str, states: int, item_bytes: int, readout: bool) -> Se
         return Settings(**found)
     base = FALLBACK[generation]
     # Shared memory: rows of u, dt, z and of B, C grow with the element and with the states.
-    tile = base.forward_tile // (2 if item_bytes > 2 or states > 32 else 1)
+    tile = max(16, base.forward_tile // (2 if item_bytes > 2 or states > 32 else 1))
     return Settings(tile, min(base.unroll, 1 if states > 16 or readout else 2), base.backward_tile, 2 if readout else 4)
 
 

@@ -161,11 +161,12 @@ class Conba(SelectiveSSM):
             inputs.B,
             inputs.C,
             D=self.D[...],
+            dt_bias=self.dt_bias[...],
+            dt_softplus=True,
             reset=context.reset,
             initial_state=None if state is None else state['scan'][:, i],
             **extra,
-            implementation=self.implementation,
-            chunk=self.chunk,
+            **self.scan_options,
         )
 
 

@@ -1,6 +1,5 @@
 """Mamba's mixer (S6), with or without Jamba's norms on dt, B and C."""
 
-import jax
 from jaxtyping import Array, Float
 
 from mixcon_jax.models.context import Context
@@ -26,11 +25,13 @@ class Mamba(SelectiveSSM):
             inputs.B,
             inputs.C,
             D=self.D[...],
+            z=inputs.z,
+            dt_bias=self.dt_bias[...],
+            dt_softplus=True,
             reset=context.reset,
             initial_state=None if state is None else state['scan'],
-            implementation=self.implementation,
-            chunk=self.chunk,
+            **self.scan_options,
         )
         if state is not None:
             state = {'conv': inputs.conv_state, 'scan': final}
-        return project(y.astype(x.dtype) * jax.nn.silu(inputs.z), self.out_proj), state, {}
+        return project(y, self.out_proj), state, {}

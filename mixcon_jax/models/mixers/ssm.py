@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kernels_pallas.selective_scan import PADDED_DT
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import (
     Parameters,
@@ -23,7 +24,7 @@ from mixcon_jax.models.layers import (
 
 
 class ScanInputs(NamedTuple):
-    """Everything the selective scan takes, and the gate branch."""
+    """Everything the selective scan takes, and the gate branch; dt is what softplus(dt + bias) makes step sizes of."""
 
     u: Float[Array, 'b t i']
     z: Float[Array, 'b t i']
@@ -49,7 +50,8 @@ class SelectiveSSM(nnx.Module):
         self.inner = options.expand * config.dim
         self.d_state = options.d_state
         self.dt_rank = options.dt_rank or -(-config.dim // 16)
-        self.implementation, self.chunk = options.implementation or None, options.chunk or None
+        names = ('implementation', 'chunk', 'keep_every')
+        self.scan_options = {name: options[name] or None for name in names}
         self.dtype = jnp.dtype(config.dtype)
         init = normal(config.init_std)
         self.in_proj = params('in_proj', (config.dim, 2 * self.inner), ('embed', 'inner'), init)
@@ -77,16 +79,13 @@ class SelectiveSSM(nnx.Module):
         }
 
     def inputs(self, x: Float[Array, 'b t d'], context: Context, conv_state: Any) -> ScanInputs:
-        """Projects tokens to the scan's inputs; a padded token gets dt = 0, which leaves the state as it was."""
+        """Projects tokens to the scan's inputs; a padded token gets a step size of 0, which leaves the state as it was."""
         u, z = jnp.split(project(x, self.in_proj), 2, axis=-1)
         u, conv_state = self.conv(u, context, conv_state, activation='silu')
         dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         if self.norms:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        # Step sizes set the decay over thousands of tokens: softplus and beyond stay in full precision.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        dt = jax.nn.softplus(project(dt, self.dt_proj).astype(wide) + self.dt_bias[...])
-        dt = jnp.where(context.mask[..., None], dt, 0)
+        dt = jnp.where(context.mask[..., None], project(dt, self.dt_proj), PADDED_DT)
         return ScanInputs(u, z, dt, -jnp.exp(self.A_log[...]), B, C, conv_state)
 
 

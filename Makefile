@@ -1,7 +1,7 @@
 # Every target makes .venv when it is missing or older than the lock file; see docs/setup.md.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format bench docs parity lock clean
+.PHONY: help setup quickstart test test-all lint format bench docs plan parity lock clean
 
 BIN := .venv/bin
 WORKERS ?= 2
@@ -21,10 +21,10 @@ quickstart: setup  ## Pretrain a small MixCon on the standard library's text, th
 	@$(BIN)/mixcon train --config experiments/quickstart.py --workdir "$$WORKDIR"
 	@$(BIN)/mixcon generate --workdir "$$WORKDIR" --prompt "$$PROMPT" --temperature 0.7 --top-k 40
 
-test: lint docs  ## Lint, type-check, build the documentation and run the tests
+test: lint docs plan  ## Lint, type-check, build the documentation and run the tests
 	@$(PYTEST) -m 'not slow'
 
-test-all: lint docs  ## The same with slow tests, compiled as for real runs
+test-all: lint docs plan  ## The same with slow tests, compiled as for real runs
 	@XLA_FLAGS=--xla_backend_optimization_level=3 $(PYTEST)
 
 lint: setup  ## ruff (rules and format) and mypy
@@ -39,6 +39,9 @@ bench: setup  ## Time every benchmark against its baseline
 docs: setup  ## Build the documentation into site/
 	@bash launch/bootstrap.sh docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site && echo 'site/index.html is ready'
+
+plan: setup  ## Install what compiles for GPUs that are not there, as the tests do
+	@bash launch/bootstrap.sh plan
 
 parity: setup  ## Recompute the reference outputs of the published implementations and compare
 	@bash tests/parity/run.sh

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import adaptive_gain
-from kernels_pallas import selective_scan as scans
+from kernels_pallas import selective_scan as local_scan
 from kernels_pallas.attention import attention as local_attention
 from kernels_pallas.context_parallel import exchange
 from kernels_pallas.context_parallel.exchange import previous as previous  # part of the interface
@@ -68,7 +68,7 @@ def selective_scan(
         key, std, *start = process_noise
         process_noise = (key, std, sum(start) + lax.axis_index(axis_name) * u.shape[1])
     run = partial(
-        scans.selective_scan,
+        local_scan,
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
         reset=reset,

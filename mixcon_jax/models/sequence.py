@@ -45,7 +45,7 @@ def selective_scan(
     outputs = (True, False, True) if prior else (True, False)
     whole = {'A': A, 'process_noise': process_noise} | options
     return _run(
-        scan_kernel.selective_scan,
+        scan_kernel,
         context_parallel.selective_scan,
         static,
         tokens,

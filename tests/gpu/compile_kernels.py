@@ -1,7 +1,8 @@
 """Compiles every variant of the GPU kernels for a GPU that is absent, and reads registers, spills and instructions.
 
-`python -m tests.gpu.compile_kernels h100` prints a table; tests read it as JSON (`--json`). One process a GPU model, for a
-compiler that fails may take its process along, and dumps are asked for by environment variables.
+`python -m tests.gpu.compile_kernels h100` prints a table; tests read it as JSON (`--json`). One process a GPU model: a
+compiler that fails may take its process along, dumps are asked for by environment variables, and Mosaic mixes up two
+models that it compiles for in one process.
 """
 
 import argparse
@@ -95,37 +96,36 @@ def compile_here(target: str, names: list[str]) -> dict[str, dict]:
         compile_for(device, run, args)
         (report,) = folder.glob('*.ptxas')
         kernel = sass.read(folder, report.name.rsplit('_', 1)[0])
-        found[str(variant)] = _figures(kernel, variant.kernel, chosen)
+        found[str(variant)] = _figures(kernel, variant, chosen)
     return found
 
 
-def _figures(kernel: Any, kind: str, chosen: Any) -> dict:
+def _figures(kernel: Any, variant: Variant, chosen: Any) -> dict:
     """What the limits are about; instructions and the like for a step of a warp."""
-    figures = {'registers': kernel.registers, 'spilled': kernel.spilled_bytes, 'shared_kib': kernel.shared_bytes / 1024}
-    figures['atomics'] = sum(n for op, n in kernel.opcodes.items() if op.startswith(('ATOM', 'RED.')))
-    figures['barriers'] = sum(n for op, n in kernel.opcodes.items() if op.startswith('BAR'))
-    loops = kernel.loops
-    whole = max(loops, key=lambda loop: loop.count())  # over tiles of time
-    inner = kernel.inner
-    if kind == 'backward':
-        replay, back = inner[0], max(inner, key=lambda loop: loop.count())
-        stretches = chosen.backward_tile // chosen.stretch
-        per_tile = lambda *ops: (
-            whole.count(*ops) - replay.count(*ops) - back.count(*ops)
-            + (stretches - 1) * replay.count(*ops) + stretches * back.count(*ops)
+    figures = {
+        'registers': kernel.registers,
+        'spilled': kernel.spilled_bytes,
+        'shared_kib': kernel.shared_bytes / 1024,
+        'barriers': sum(n for op, n in kernel.opcodes.items() if op.startswith('BAR')),
+        'atomics': sum(n for op, n in kernel.opcodes.items() if op.startswith(('ATOM', 'RED.'))),
+    }
+    if variant.options.get('readout'):
+        return figures  # its steps have loops of their own
+    inner = sorted(kernel.inner, key=lambda loop: loop.count())
+    if variant.kernel == 'backward':
+        replay, back = inner[0], inner[-1]
+        whole = max(kernel.loops, key=lambda loop: loop.count())  # a tile of time; both others are in it once
+        stretches, steps = chosen.backward_tile // chosen.stretch, chosen.backward_tile
+        count = lambda *ops: (
+            whole.count(*ops) + (stretches - 2) * replay.count(*ops) + (stretches - 1) * back.count(*ops)
         )  # fmt: skip
-        steps = chosen.backward_tile
-        figures['inner_barriers'] = replay.count('BAR') + back.count('BAR')
+        figures['step_barriers'] = replay.count('BAR') + back.count('BAR')
     else:
-        step = max(inner, key=lambda loop: loop.count())
-        per_tile, steps = step.count, chosen.unroll
-        figures['inner_barriers'] = step.count('BAR')
-        figures['vector_loads'] = step.count('LDS.128') / steps
-    figures['instructions'] = per_tile() / steps
-    figures['special'] = per_tile('MUFU') / steps
-    figures['exponentials'] = per_tile('MUFU.EX2') / steps
-    figures['shuffles'] = per_tile('SHFL') / steps
-    return figures
+        count, steps = inner[-1].count, chosen.unroll
+        figures['step_barriers'] = inner[-1].count('BAR')
+        figures['vector_loads'] = inner[-1].count('LDS.128') / steps
+    kinds = {'instructions': (), 'special': ('MUFU',), 'exponentials': ('MUFU.EX2',), 'shuffles': ('SHFL',)}
+    return figures | {name: count(*ops) / steps for name, ops in kinds.items()}
 
 
 def compiled(target: str, names: tuple[str, ...] = ()) -> dict[str, dict]:
@@ -147,21 +147,13 @@ def compiled(target: str, names: tuple[str, ...] = ()) -> dict[str, dict]:
 
 
 def table(figures: dict[str, dict]) -> str:
-    columns = (
-        'registers',
-        'spilled',
-        'shared_kib',
-        'instructions',
-        'special',
-        'exponentials',
-        'shuffles',
-        'inner_barriers',
-        'barriers',
-        'atomics',
-    )
+    """Markdown, a row a kernel."""
+    columns = ['registers', 'spilled', 'shared_kib', 'instructions', 'special', 'shuffles', 'step_barriers', 'barriers']
+    columns.append('atomics')
     lines = ['| kernel | ' + ' | '.join(columns) + ' |', '|---' * (len(columns) + 1) + '|']
     for name, row in figures.items():
-        lines.append(f'| {name} | ' + ' | '.join(f'{row[c]:.4g}' for c in columns) + ' |')
+        cells = (f'{row[column]:.4g}' if column in row else '–' for column in columns)
+        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 

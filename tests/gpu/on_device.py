@@ -1,12 +1,14 @@
 """Checks and times the GPU kernels on a machine with an NVIDIA GPU: `python -m tests.gpu.on_device [SECTION ...]`.
 
-Prints one table a section, and writes every figure to `--out FILE` (JSON). Sections: `correct` compares with float64 on the
-same GPU, `scan` times the selective scan against its floors and XLA's chunked form, `split` the slices of time,
-`layers` whole MixCon layers. Times are those of calls queued one behind the other.
+Prints one table a section, and writes every figure to `--out FILE` (JSON). Sections: `correct` compares with float64 on
+the same GPU, `scan` times the selective scan against its floors, XLA's chunked form and mamba_ssm if that is installed,
+`split` slices of time, `layers` whole layers, `gain` and `conv` the other kernels. Times are those of calls queued one
+behind the other.
 """
 
 import argparse
 import functools
+import importlib
 import json
 import sys
 import time
@@ -21,7 +23,6 @@ from kernels_pallas.selective_scan import mosaic_gpu, selective_scan
 from kernels_pallas.selective_scan.mosaic_gpu.tuning import Settings
 
 FIGURES: dict[str, Any] = {}
-MUFU_RATE = {(9, 0): 16, (8, 0): 16}  # special-function results a clock and multiprocessor, by NVIDIA's tables
 
 
 def milliseconds(function: Callable, *args: Any, seconds: float = 0.4) -> float:
@@ -92,30 +93,35 @@ def with_gradient(scan: Callable, softplus: bool) -> Callable:
 
 def correct() -> None:
     """Outputs and gradients against the associative scan in float64; the same bits twice."""
-    cases = {
-        'bf16 B2 T300 D256 N16 full': (dict(batch=2, length=300, channels=256, states=16, resets=0.02), {}),
-        'f32 B2 T300 D256 N16 full': (dict(batch=2, length=300, channels=256, states=16, dtype=jnp.float32, resets=0.02), {}),
-        'f32 B3 T257 D200 N8': (dict(batch=3, length=257, channels=200, states=8, dtype=jnp.float32), {}),
-        'f32 B1 T1 D5 N3': (dict(batch=1, length=1, channels=5, states=3, dtype=jnp.float32), {}),
-        'f32 B1 T65 D128 N64': (dict(batch=1, length=65, channels=128, states=64, dtype=jnp.float32, resets=0.05), {}),
-        'f32 B1 T100 D384 N24 plain': (dict(batch=1, length=100, channels=384, states=24, dtype=jnp.float32, gate=False, softplus=False), {}),
-        'f32 B1 T1000 D256 N16 split 4': (dict(batch=1, length=1000, channels=256, states=16, dtype=jnp.float32, resets=0.01), {'splits': 4}),
-        'f32 B2 T1000 D256 N16 keep 64': (dict(batch=2, length=1000, channels=256, states=16, dtype=jnp.float32, resets=0.01), {'keep_every': 64}),
-        'f32 B2 T200 D256 N16 prior': (dict(batch=2, length=200, channels=256, states=16, dtype=jnp.float32, gate=False, resets=0.01), {'prior': True}),
-        'f32 B2 T200 D256 N16 readout': (dict(batch=2, length=200, channels=256, states=16, dtype=jnp.float32, resets=0.01), {'readout': True}),
-        'bf16 B4 T2048 D1024 N16 full': (dict(batch=4, length=2048, channels=1024, states=16, resets=0.002), {}),
-    }  # fmt: skip
-    for name, (sizes, options) in cases.items():
-        attempt('correct', name, functools.partial(_correct, name, sizes, dict(options)))
+    single = {'dtype': jnp.float32}
+    cases = [  # (B, T, D, N), how they are drawn, options of the call
+        ((2, 300, 256, 16), {'resets': 0.02}, {}),
+        ((2, 300, 256, 16), single | {'resets': 0.02}, {}),
+        ((3, 257, 200, 8), single, {}),
+        ((1, 1, 5, 3), single, {}),
+        ((1, 65, 128, 64), single | {'resets': 0.05}, {}),
+        ((1, 100, 384, 24), single | {'gate': False, 'softplus': False}, {}),
+        ((1, 1000, 256, 16), single | {'resets': 0.01}, {'splits': 4}),
+        ((2, 1000, 256, 16), single | {'resets': 0.01}, {'keep_every': 64}),
+        ((2, 200, 256, 16), single | {'gate': False, 'resets': 0.01}, {'prior': True}),
+        ((2, 200, 256, 16), single | {'resets': 0.01}, {'readout': True}),
+        ((4, 2048, 1024, 16), {'resets': 0.002}, {}),
+    ]
+    for shape, drawn, options in cases:
+        extra = [
+            str(value.__name__ if key == 'dtype' else f'{key}={value}') for key, value in (drawn | options).items()
+        ]
+        name = ' '.join(['x'.join(map(str, shape)), *extra])
+        attempt('correct', name, functools.partial(_correct, name, shape, drawn, dict(options)))
 
 
-def _correct(name: str, sizes: dict, options: dict) -> None:
-    arrays = draw(**sizes)
-    softplus = sizes.get('softplus', True)
+def _correct(name: str, shape: tuple[int, ...], drawn: dict, options: dict) -> None:
+    arrays = draw(*shape, **drawn)
+    softplus = drawn.get('softplus', True)
     readout, prior = options.pop('readout', False), options.get('prior', False)
     if prior:
         arrays.pop('D')
-    states = sizes['states']
+    states = shape[3]
     if readout:
         arrays |= {'Z': 0.3 * jax.random.normal(jax.random.key(5), (states, states)), 'g': jnp.ones(states)}
     keys = jax.random.split(jax.random.key(9))
@@ -205,10 +211,38 @@ def scan(batch: int = 8, length: int = 4096, channels: int = 4096, states: int =
     times('mosaic_gpu + readout', functools.partial(kernel, **readout))
     xla = functools.partial(selective_scan, dt_softplus=True, implementation='chunked')
     times('XLA chunked', xla)
+    attempt('scan', 'mamba_ssm', functools.partial(_mamba_ssm, arrays, dy))
+
+
+def _mamba_ssm(arrays: dict, dy: jax.Array) -> None:
+    """The CUDA kernels of the mamba_ssm package on the same inputs, timed by CUDA events."""
     try:
-        import mamba_ssm  # noqa: F401
-    except ImportError:
-        print('scan     mamba_ssm is not installed: not compared')
+        import torch
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError as error:
+        print(f'scan     mamba_ssm is not compared: {error}')
+        return
+    take = lambda x, dtype=torch.bfloat16: torch.tensor(np.asarray(x, np.float32), device='cuda', dtype=dtype)
+    by_channel = lambda x: take(x).transpose(1, 2).contiguous().requires_grad_()
+    u, dt, z, B, C = (by_channel(arrays[name]) for name in ('u', 'dt', 'z', 'B', 'C'))
+    A, D, bias = (take(arrays[name], torch.float32).requires_grad_() for name in ('A', 'D', 'dt_bias'))
+    gradient = take(dy).transpose(1, 2).contiguous()
+    forward = lambda: selective_scan_fn(u, dt, A, B, C, D, z, bias, delta_softplus=True)
+
+    def timed(run):
+        for _ in range(3):
+            run()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 10
+
+    with torch.no_grad():
+        ms = timed(forward)
+    show('scan', 'mamba_ssm', forward_ms=ms, both_ms=timed(lambda: forward().backward(gradient)))
 
 
 def split(length: int = 65536, channels: int = 4096, states: int = 16) -> None:
@@ -268,7 +302,18 @@ def layers(batch: int = 8, length: int = 4096, dim: int = 2048) -> None:
         attempt('layers', f'{mixer} {preset} {implementation}', run)
 
 
-SECTIONS = {'correct': correct, 'scan': scan, 'split': split, 'layers': layers}
+def _benchmark(name: str) -> None:
+    attempt(name, 'benchmark', importlib.import_module(f'tests.benchmarks.{name}').main)
+
+
+SECTIONS = {
+    'correct': correct,
+    'scan': scan,
+    'split': split,
+    'layers': layers,
+    'gain': functools.partial(_benchmark, 'adaptive_gain'),
+    'conv': functools.partial(_benchmark, 'causal_conv1d'),
+}
 
 
 def main(arguments: list[str]) -> int:

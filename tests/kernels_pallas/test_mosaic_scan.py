@@ -1,7 +1,7 @@
 """The GPU kernels of the selective scan, interpreted on the CPU, against the sequential loop in float64.
 
-The interpreter detects races with the copy engine and treats a block's threads as one; barriers between them are counted
-in the compiled kernels (tests/gpu).
+The interpreter detects races with the copy engine and treats a block's threads as one; barriers between them are
+counted in the compiled kernels (tests/gpu).
 """
 
 from dataclasses import dataclass, field
@@ -193,14 +193,14 @@ def test_a_missing_wait_is_detected(monkeypatch):
     case = Case((1, 33, 128, 8))
     arrays, reset = draw(case, 0)
     try:
-        with pytest.raises(Exception, match='(?i)race|barrier|never'):
+        with pytest.raises(Exception, match=r'(?i)race|barrier|never'):
             jax.block_until_ready(kernel(case, arrays, reset))
     finally:
         interpreted.reset()
 
 
 def test_time_is_split_only_where_blocks_do_not_fill_the_gpu():
-    """At least two blocks a multiprocessor after a split, none for a full GPU, and no slice shorter than eight tiles."""
+    """At least two blocks a multiprocessor after a split, none for a full GPU, no slice shorter than eight tiles."""
     assert time_splits(blocks=256, length=4096, cores=132, tile=32) == 1
     assert time_splits(blocks=132, length=131072, cores=132, tile=32) == 1
     assert time_splits(blocks=8, length=131072, cores=132, tile=32) == 64

@@ -212,7 +212,7 @@ def _backward(plan: Plan, arrays: Arrays, states: jax.Array, dy: jax.Array, dfin
 
     tokens = lambda x: x.reshape(*x.shape[:-1], *problem.warp_axes)
     warps = lambda x, axis: x.reshape(*x.shape[:axis], *problem.warp_axes, *x.shape[axis + 1 :])
-    given = {name: tokens(inputs[name]) for name in ('u', 'dt', 'z') if name in inputs}
+    given: Arrays = {name: tokens(inputs[name]) for name in ('u', 'dt', 'z') if name in inputs}
     given['dy'] = tokens(dy.reshape(inputs['u'].shape))
     given |= {name: inputs[name] for name in ('B', 'C')}
     given |= {'A': warps(inputs['A'], 0), 'D': warps(inputs['D'], 0), 'bias': warps(inputs['bias'], 0)}

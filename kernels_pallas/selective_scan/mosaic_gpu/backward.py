@@ -1,9 +1,9 @@
 """The backward kernel of the selective scan: deterministic, without atomics.
 
-The forward pass keeps the state before every tile of time. From the last tile to the first, a block of 128 channels replays
-the tile in two steps: once for the states before every stretch of a few tokens, which stay in shared memory, and then
-stretch by stretch with all its states in registers, through which the cotangent runs back. Gradients of B and C are sums
-over channels: a block writes its partial sums, and they are added outside in a fixed order.
+The forward pass keeps the state before every tile of time. From the last tile to the first, a block of 128 channels
+replays the tile in two steps: once for the states before every stretch of a few tokens, which stay in shared memory,
+and then stretch by stretch with all its states in registers, through which the cotangent runs back. Gradients of B and
+C are sums over channels: a block writes its partial sums, and they are added outside in a fixed order.
 """
 
 from typing import Any
@@ -45,7 +45,8 @@ def backward(
       inputs: u, dt, z, dy [B, T, D/32, 32]; B, C [B, T, N]; A [D/32, 32, N] in base 2; D, bias [D/32, 32]; states
         [B, T/tile, D/32, 32, N], as `forward` stored them; dfinal [B, D/32, 32, N];
         live [T], 1 for tokens and 0 behind the end, where T is not a whole number of tiles; Z, Zt [N, N] (Zt its
-        transpose) and g [N]. z, live, Z, Zt and g only where the problem has them. With resets B is `tiles.with_offset`.
+        transpose) and g [N]. z, live, Z, Zt and g only where the problem has them. With resets B is
+        `tiles.with_offset`.
       tile: steps between states.
       stretch: steps whose states are in registers at once; divides tile, and is less.
       interpret: parameters of the interpreter, for tests.
@@ -226,7 +227,7 @@ def backward(
                     plgpu.copy_smem_to_gmem(getattr(ref, f'{name}_').at[slot], final)
             return dD, dbias, *rest
 
-        extra = ()
+        extra: tuple = ()
         if problem.readout:
             for n in range(width):
                 store(ref.Z_.at[n], spread.load_states(ref.Z.at[n]))
@@ -237,7 +238,7 @@ def backward(
         if slots > 1:
             copies.start(tiles - 1, 0)
         if parts == 1:
-            initial = (spread.load(ref.dfinal.at[row, mine]), spread.zeros(), extra)
+            initial: tuple = (spread.load(ref.dfinal.at[row, mine]), spread.zeros(), extra)
         else:
             initial = ()
             for part in range(parts):

@@ -1,7 +1,7 @@
-"""Forward kernels of the selective scan: a thread a channel, its states in registers, time tiles through shared memory.
+"""Forward kernels of the selective scan: a thread a channel, states in registers, tiles of time through shared memory.
 
-The same recurrence serves three uses: with outputs it is the scan; without, it gives the state that a slice of time ends
-in (`carry`), or states at checkpoints; and run backwards it gives the slice's cotangent (`cocarry`).
+The same recurrence serves three uses: with outputs it is the scan; without, it gives the state that a slice of time
+ends in, or the states at checkpoints; and run backwards it gives the slice's cotangent (`cocarry`).
 """
 
 import functools
@@ -264,7 +264,7 @@ def _spread(problem: Problem) -> tuple[Spread, list[Any]]:
 
 
 def _ahead(spread: Spread, memory: Any, slot: Any, t: Any, parts: list[Any]) -> Callable[[int], jax.Array]:
-    """Part i of a token's B or C (N,): loaded now, which takes a quarter fewer registers, or when asked for, if many."""
+    """Part i of a token's B or C: loaded now, which takes a sixth fewer registers, or when asked for, if many."""
     load = lambda i: spread.load_states(memory.at[slot, t, parts[i]])
     return [load(i) for i in range(len(parts))].__getitem__ if len(parts) <= 4 else load
 
@@ -279,7 +279,7 @@ def _rows(ref: Any, inputs: dict) -> list:
 
 
 def _scratch(problem: Problem, tile: int, inputs: dict) -> dict:
-    scratch = {}
+    scratch: dict[str, Any] = {}
     for name in ('u', 'dy', 'dt', 'z'):
         if name in inputs:
             scratch[f'{name}_'] = plgpu.SMEM((SLOTS, tile, CHANNELS), problem.dtype)

@@ -1,7 +1,7 @@
 """What the kernels share: the problem's description, how arrays lie in threads, and the scalar functions.
 
-A block of 128 threads owns 128 channels. The forward kernels see them as one axis, `[.., D]`; the backward kernel, which
-sums over the channels of a warp, as two, `[.., D/32, 32]`. Nothing is moved for that: it is a reshape.
+A block of 128 threads owns 128 channels. The forward kernels see them as one axis, `[.., D]`; the backward kernel,
+which sums over the channels of a warp, as two, `[.., D/32, 32]`. Nothing is moved for that: it is a reshape.
 """
 
 import math

@@ -79,7 +79,7 @@ class SelectiveSSM(nnx.Module):
         }
 
     def inputs(self, x: Float[Array, 'b t d'], context: Context, conv_state: Any) -> ScanInputs:
-        """Projects tokens to the scan's inputs; a padded token gets a step size of 0, which leaves the state as it was."""
+        """Projects tokens to the scan's inputs; a padded token gets step size 0, which leaves the state as it was."""
         u, z = jnp.split(project(x, self.in_proj), 2, axis=-1)
         u, conv_state = self.conv(u, context, conv_state, activation='silu')
         dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)

@@ -1,0 +1,64 @@
+"""The selective scan's kernels as compiled for GPUs that are not there: registers, spills, instructions, barriers.
+
+Nothing runs here. What runs, in the interpreter, is in tests/kernels_pallas/test_mosaic_scan.py.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.gpu.compile_kernels import FULL, VARIANTS, Variant, compiled, table
+
+TARGETS = ('h100', 'a100')
+
+
+@pytest.fixture(scope='module')
+def figures():
+    """Every variant on both GPUs, each compiled in a process of its own; printed as tables."""
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+    for target, rows in found.items():
+        print(f'\n{target}\n{table(rows)}')
+    return found
+
+
+def test_no_variant_spills_or_needs_atomics(figures):
+    """Forward, backward, both carries, gate, readout, prior, float32, 8 to 64 states."""
+    for target in TARGETS:
+        assert set(figures[target]) == set(map(str, VARIANTS))
+        for name, row in figures[target].items():
+            assert (row['spilled'], row['atomics']) == (0, 0), (target, name)
+
+
+def test_the_tuned_case_stays_below_its_ceilings(figures):
+    """16 states, bfloat16, with gate, softplus and resets, at the sizes that decide how many blocks a core holds."""
+    for target, registers, shared in (('h100', 96, 80), ('a100', 104, 40)):
+        for kernel in ('forward', 'inference'):
+            row = figures[target][str(Variant(kernel, options=FULL))]
+            assert row['registers'] <= registers
+            assert row['shared_kib'] <= shared
+            assert row['instructions'] <= 135
+            assert row['exponentials'] == 16 + 2  # one a state; softplus and gate take one each
+            assert row['vector_loads'] == 8  # B and C, four states at a time
+    for target, shared in (('h100', 112), ('a100', 80)):
+        row = figures[target][str(Variant('backward', options=FULL))]
+        assert row['registers'] <= 255
+        assert row['shared_kib'] <= shared
+        assert row['instructions'] <= 520
+        assert row['shuffles'] <= 50
+        # 16 states a thread: each is replayed, and all but the last stretch of a tile once before that.
+        assert row['exponentials'] - 5 <= 2 * 16  # five of softplus, gate and their derivatives
+
+
+def test_barriers_stand_around_tiles_and_not_in_steps(figures):
+    """What the interpreter, for which a block is one thread, cannot see.
+
+    Forward: before a tile is fetched over the last one, before y is sent, and the one that ends a kernel's set-up.
+    Backward: before a tile is fetched, after the tokens' pass, after the steps, before results are sent.
+    """
+    for target in TARGETS:
+        for name, row in figures[target].items():
+            assert row.get('step_barriers', 0) == 0, (target, name)
+            kernel = name.split('-')[0]
+            fewest = {'forward': 2, 'inference': 2, 'carry': 1, 'cocarry': 1, 'backward': 4}[kernel]
+            assert row['barriers'] >= fewest, (target, name)

@@ -50,8 +50,8 @@ class SelectiveSSM(nnx.Module):
         self.inner = options.expand * config.dim
         self.d_state = options.d_state
         self.dt_rank = options.dt_rank or -(-config.dim // 16)
-        names = ('implementation', 'chunk', 'keep_every')
-        self.scan_options = {name: options[name] or None for name in names}
+        self.implementation, self.chunk = options.implementation or None, options.chunk or None
+        self.keep_every = options.keep_every or None
         self.dtype = jnp.dtype(config.dtype)
         init = normal(config.init_std)
         self.in_proj = params('in_proj', (config.dim, 2 * self.inner), ('embed', 'inner'), init)
@@ -69,6 +69,11 @@ class SelectiveSSM(nnx.Module):
             self.dt_norm = RMSNorm(self.dt_rank, params.scope('dt_norm'), config.norm_eps)
             self.B_norm = RMSNorm(self.d_state, params.scope('B_norm'), config.norm_eps)
             self.C_norm = RMSNorm(self.d_state, params.scope('C_norm'), config.norm_eps)
+
+    @property
+    def scan_options(self) -> dict[str, Any]:
+        """What ``config.model.ssm`` says of how the scan runs."""
+        return {'implementation': self.implementation, 'chunk': self.chunk, 'keep_every': self.keep_every}
 
     def init_state(self, batch: int, max_len: int) -> State:
         """Returns the constant-size state; ``max_len`` is not needed."""

@@ -66,11 +66,7 @@ def forward(
     spread, parts = _spread(problem)
 
     def body(ref: Any) -> None:
-        row, block = lax.axis_index('row'), lax.axis_index('block')
-        mine = pl.ds(block * CHANNELS, CHANNELS)
-        copies = Copies(problem, tile, row, mine, ref, _rows(ref, inputs))
-        A = [spread.load(ref.A.at[mine, part]) for part in parts]
-        bias = spread.load_channels(ref.bias.at[mine])
+        row, mine, copies, A, step_size = _begin(problem, tile, spread, parts, inputs, ref)
         skip = spread.load_channels(ref.D.at[mine]) if read and not problem.prior else None
         if readout:
             for n in range(problem.states):  # a few kilobytes, once a block
@@ -94,11 +90,7 @@ def forward(
             return [x * s * sigmoid(s) for x, s in zip(h, scores)]
 
         def step(index, slot, t, h):
-            u = spread.load_channels(ref.u_.at[slot, t]).astype(FLOAT)
-            dt = spread.load_channels(ref.dt_.at[slot, t]).astype(FLOAT) + bias
-            dt = softplus(dt) if problem.softplus else dt
-            if problem.length % tile:
-                dt = dt * where(index * tile + t < problem.length, 1.0)
+            u, dt = spread.load_channels(ref.u_.at[slot, t]).astype(FLOAT), step_size(index, slot, t)
             decay = spread.over_states(dt)
             offset = ref.B_[slot, t, problem.states] if problem.reset else None
             x, carried, after, total = spread.over_states(dt * u), [], [], None
@@ -209,18 +201,10 @@ def cocarry(
     spread, parts = _spread(problem)
 
     def body(ref: Any) -> None:
-        row, block = lax.axis_index('row'), lax.axis_index('block')
-        mine = pl.ds(block * CHANNELS, CHANNELS)
-        copies = Copies(problem, tile, row, mine, ref, _rows(ref, inputs))
-        A = [spread.load(ref.A.at[mine, part]) for part in parts]
-        bias = spread.load_channels(ref.bias.at[mine])
+        row, mine, copies, A, step_size = _begin(problem, tile, spread, parts, inputs, ref)
 
         def step(index, slot, t, g):
-            dy = spread.load_channels(ref.dy_.at[slot, t]).astype(FLOAT)
-            dt = spread.load_channels(ref.dt_.at[slot, t]).astype(FLOAT) + bias
-            dt = softplus(dt) if problem.softplus else dt
-            if problem.length % tile:
-                dt = dt * where(index * tile + t < problem.length, 1.0)
+            dy, dt = spread.load_channels(ref.dy_.at[slot, t]).astype(FLOAT), step_size(index, slot, t)
             if problem.gate:
                 z = spread.load_channels(ref.z_.at[slot, t]).astype(FLOAT)
                 dy = dy * z * sigmoid(z)
@@ -252,15 +236,29 @@ def cocarry(
         for part, x in zip(parts, g):
             store(ref.costate.at[row, mine, part], x)
 
-    outputs = {'costate': _state(problem, problem.batch)}
-    return launch('selective_scan_cocarry', problem, body, inputs, outputs, _scratch(problem, tile, inputs), interpret)[
-        'costate'
-    ]
+    outputs, scratch = {'costate': _state(problem, problem.batch)}, _scratch(problem, tile, inputs)
+    return launch('selective_scan_cocarry', problem, body, inputs, outputs, scratch, interpret)['costate']
 
 
 def _spread(problem: Problem) -> tuple[Spread, list[Any]]:
     """A thread holds a channel's states in parts of four, a vector load; and the parts' places among the states."""
     return Spread(thread_a_channel(), (CHANNELS,), PART), [pl.ds(i, PART) for i in range(0, problem.states, PART)]
+
+
+def _begin(problem: Problem, tile: int, spread: Spread, parts: list[Any], inputs: dict, ref: Any) -> tuple:
+    """What a block starts with: its row and channels, its copies of tiles, A by parts, and how step sizes are had."""
+    row, mine = lax.axis_index('row'), pl.ds(lax.axis_index('block') * CHANNELS, CHANNELS)
+    copies = Copies(problem, tile, row, mine, ref, _rows(ref, inputs))
+    A = [spread.load(ref.A.at[mine, part]) for part in parts]
+    bias = spread.load_channels(ref.bias.at[mine])
+
+    def step_size(index, slot, t):
+        """dt of one token (128,), which is 0 behind the end."""
+        dt = spread.load_channels(ref.dt_.at[slot, t]).astype(FLOAT) + bias
+        dt = softplus(dt) if problem.softplus else dt
+        return dt * where(index * tile + t < problem.length, 1.0) if problem.length % tile else dt
+
+    return row, mine, copies, A, step_size
 
 
 def _ahead(spread: Spread, memory: Any, slot: Any, t: Any, parts: list[Any]) -> Callable[[int], jax.Array]:

@@ -4,6 +4,7 @@ The interpreter detects races with the copy engine and treats a block's threads 
 counted in the compiled kernels (tests/gpu).
 """
 
+import warnings
 from dataclasses import dataclass, field
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.selective_scan import PADDED_DT, mosaic_gpu, selective_scan
+from kernels_pallas import platform
+from kernels_pallas.selective_scan import PADDED_DT, api, mosaic_gpu, selective_scan
 from kernels_pallas.selective_scan.mosaic_gpu.tuning import Settings, time_splits
 from tests.kernels_pallas import interpreted
 
@@ -200,14 +202,19 @@ def test_a_missing_wait_is_detected(monkeypatch):
 
 
 def test_time_is_split_only_where_blocks_do_not_fill_the_gpu():
-    """At least two blocks a multiprocessor after a split, none for a full GPU, no slice shorter than eight tiles."""
-    assert time_splits(blocks=256, length=4096, cores=132, tile=32) == 1
-    assert time_splits(blocks=132, length=131072, cores=132, tile=32) == 1
+    """Two to four blocks a multiprocessor after a split, none for a full GPU, and no slice shorter than eight tiles."""
+    assert time_splits(blocks=32, length=65536, cores=132, tile=32) == 16  # measured: 4.4 times as fast as one
     assert time_splits(blocks=8, length=131072, cores=132, tile=32) == 64
-    for blocks in (1, 8, 32, 64):
+    assert time_splits(blocks=32, length=1024, cores=132, tile=32) == 4  # of eight tiles
+    assert time_splits(blocks=32, length=511, cores=132, tile=32) == 1
+    assert time_splits(blocks=99, length=131072, cores=132, tile=32) == 4
+    assert time_splits(blocks=100, length=131072, cores=132, tile=32) == 1
+    assert time_splits(blocks=256, length=4096, cores=132, tile=32) == 1
+    for blocks in (1, 8, 32, 64, 99):
         for length in (1, 100, 1024, 65536):
             splits = time_splits(blocks, length, 132, 32)
             assert splits == 1 or (blocks * splits < 4 * 132 and length / splits >= 8 * 32)
+            assert blocks * splits >= 2 * 132 or length / splits < 16 * 32
 
 
 def test_what_cannot_run_says_why():
@@ -223,3 +230,20 @@ def test_what_cannot_run_says_why():
         selective_scan(**arrays, process_noise=(jax.random.key(0), 0.1), implementation='mosaic_gpu')
     with pytest.raises(ValueError, match='keep_every=12 is no multiple of the backward tile, 8'):
         mosaic_gpu.scan(**arrays, keep_every=12, settings=SMALL, generation='hopper')
+
+
+def test_on_a_gpu_what_the_kernels_lack_falls_back_with_one_warning(monkeypatch):
+    monkeypatch.setattr(platform, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(platform, 'compute_capability', lambda: (9, 0))
+    api._warn_once.cache_clear()
+    arrays, _ = draw(Case((1, 4, 5, 3)), 0)
+    delay = jnp.full(5, 0.5)
+    with pytest.warns(UserWarning, match="runs 'chunked' in place of 'mosaic_gpu': a delay inside the recurrence"):
+        y, _ = selective_scan(**arrays, delay=delay)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        selective_scan(**arrays, delay=delay)
+    np.testing.assert_allclose(y, selective_scan(**arrays, delay=delay, implementation='reference')[0], rtol=1e-5)
+    monkeypatch.setattr(platform, 'compute_capability', lambda: (7, 5))
+    with pytest.raises(ValueError, match=r'needs compute capability 8.0 or newer, and this GPU has 7.5'):
+        selective_scan(**arrays, implementation='mosaic_gpu')

@@ -102,7 +102,7 @@ def scan(
     dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in (u, dt) if x is not None) else jnp.float32
     D = None if prior else D
     gate, readout = z is not None and not prior, Z is not None and not prior
-    generation = generation or ('hopper' if platform.compute_capability() >= (9, 0) else 'ampere')
+    generation = generation or tuning.generation(platform.compute_capability())
     padded_states = 16 if readout else -(-states // 8) * 8
     settings = settings or tuning.settings(generation, padded_states, jnp.dtype(dtype).itemsize, readout)
     keep_every = keep_every or settings.backward_tile

@@ -43,7 +43,8 @@ def selective_scan(
     Source: Mamba (S6) with zero-order-hold decay and Euler input; the options are those of MixCon's Conba, equations 6,
     7 and 13 (docs/conba.md). Everything is computed in float32, or in float64 if any of u, dt, A, B, C is float64.
     No token's result depends on another row or channel: under `jax.shard_map` over batch and channels (u, dt, z, y by
-    both; A, D, dt_bias by channels; B, C, reset by batch) it needs no communication.
+    both; A, D, dt_bias by channels; B, C, reset by batch) it needs no communication. Pass `check_vma=False` there: loops
+    and kernels do not follow what differs between devices.
 
     Args:
       u: input [B, T, D], any float type, T >= 1.

@@ -1,12 +1,14 @@
-"""Bytes that the convolution and the gains move on a GPU, counted from modules compiled for an H100 that is not there.
+"""Bytes that scan, convolution and gains move on a GPU, counted from modules compiled for an H100 that is not there.
 
 `python -m tests.benchmarks.compiled_bytes` prints kernels' launches and operands' and results' bytes next to the least
 that any implementation moves: every input read and every output written once. JAX_PLATFORMS=cpu, extra `plan`.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import jax
@@ -97,29 +99,77 @@ def gain_cases(batch: int, length: int, heads: int, width: int) -> dict[str, tup
     return cases
 
 
-def layer_gradient(mixer: str, batch: int, length: int, dim: int) -> tuple[Callable, tuple]:
-    """A layer's output and its gradients for parameters and input, in bfloat16, and the shapes of its arguments."""
+def layer(mixer: str, batch: int, length: int, dim: int, backward: bool = True, **ssm: Any) -> tuple[Callable, tuple]:
+    """A layer in bfloat16 and the shapes of its arguments.
+
+    Args:
+      mixer: its name.
+      batch, length, dim: of its input.
+      backward: the function returns the output and the gradients of parameters and input, not the output alone.
+      ssm: options of `config.model.ssm`.
+    """
     config = configs.default()
     config.model.dim, config.model.dtype = dim, 'bfloat16'
+    config.model.ssm.update(ssm)
     model = configs.validate(config).model
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: MIXERS[mixer](model, Parameters(jax.random.key(0)), 4)), nnx.Param
     )
 
-    def run(params, x, dy, positions, segment_ids):
-        context = Context(segment_ids=segment_ids, positions=positions)
-        y, vjp = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x, context, None)[0], params, x)
+    def forward(params, x, positions, segment_ids):
+        return nnx.merge(graphdef, params)(x, Context(segment_ids=segment_ids, positions=positions), None)[0]
+
+    def both(params, x, dy, positions, segment_ids):
+        y, vjp = jax.vjp(lambda params, x: forward(params, x, positions, segment_ids), params, x)
         return y, vjp(dy)
 
     x, tokens = Shape((batch, length, dim), jnp.bfloat16), Shape((batch, length), jnp.int32)
-    return run, (params, x, x, tokens, tokens)
+    return (both, (params, x, x, tokens, tokens)) if backward else (forward, (params, x, tokens, tokens))
+
+
+def scan_figures(target: str, mixer: str, batch: int, length: int, dim: int, backward: bool) -> dict:
+    """What a layer's selective-scan kernels take and return.
+
+    Returns:
+      `kernels`, bytes of operands and results by name; `floor`, the bytes of the arrays [B, T, D] alone, each once a
+      pass: forward u, dt, y, backward u, dt, dy, du, ddt, with a gate in the kernel (Mamba) also z, and z, dz;
+      `largest`, the elements of the module's largest array, and `states`, how many [B, T, D, N] would have; `peak`, the
+      bytes of memory that the layer needs.
+    """
+    function, args = layer(mixer, batch, length, dim, backward)
+    compiled = compile_for(devices(target)[0], function, *args)
+    text = compiled.as_text()
+    ours = re.compile(r'selective_scan_\w+')
+    found = [(ours.search(k.operation), k.total) for k in hlo_bytes.kernels(text) if k.kind.startswith('mosaic_gpu')]
+    options = configs.default().model.ssm
+    tokens, gate = batch * length * options.expand * dim, mixer == 'mamba'
+    return {
+        'kernels': {name[0]: size for name, size in found if name},
+        'floor': 2 * tokens * (3 + gate + backward * (5 + 2 * gate)),
+        'largest': hlo_bytes.largest(text),
+        'states': tokens * options.d_state,
+        'peak': compiled.memory_analysis().peak_memory_in_bytes,
+    }
+
+
+def report_scans(target: str, batch: int, length: int, dim: int) -> None:
+    """The selective scan's kernels as layers call them."""
+    print(f'{"selective scan of a layer":44}{"GiB":>10}{"necessary":>11}{"ratio":>8}')
+    for mixer in ('mamba', 'conba'):
+        for backward in (False, True):
+            figures = scan_figures(target, mixer, batch, length, dim, backward)
+            moved, floor = sum(figures['kernels'].values()), figures['floor']
+            name = f'{mixer}, {"forward and backward" if backward else "inference"}'
+            print(f'{name:44}{moved / GIB:10.2f}{floor / GIB:11.2f}{moved / floor:8.3f}')
+            for kernel, size in figures['kernels'].items():
+                print(f'  {kernel:42}{size / GIB:10.2f}', flush=True)
 
 
 def report_layers(target: str, batch: int, length: int, dim: int, verbose: bool) -> None:
     """Whole layers, with the convolution's gradient by its kernel and by XLA; nothing is said to be necessary."""
     for mixer in ('mamba', 'conba'):
         for kernel in (True, False):
-            function, args = layer_gradient(mixer, batch, length, dim)
+            function, args = layer(mixer, batch, length, dim)
             reason = conv_mosaic.unsupported if kernel else lambda *_: 'not wanted'
             with mock.patch.object(conv_mosaic, 'unsupported', reason):
                 report(
@@ -138,9 +188,13 @@ def main(arguments: Sequence[str] = ()) -> None:
         parser.add_argument(f'--{name}', type=int, default=value)
     parser.add_argument('--channels', type=int, nargs='+', default=[4096, 8192])
     parser.add_argument('--target', default='h100')
-    parser.add_argument('--only', choices=('conv', 'gain', 'layers'))
+    parser.add_argument('--only', choices=('scan', 'conv', 'gain', 'layers'))
     parser.add_argument('--verbose', action='store_true', help='list the kernels that move 16 MiB or more')
     args = parser.parse_args(arguments)
+    if args.only in (None, 'scan'):
+        report_scans(args.target, args.batch, args.length, args.channels[0] // 2)
+    if args.only == 'scan':
+        return
     cases: dict[str, tuple[Callable, tuple, int]] = {}
     if args.only in (None, 'conv'):
         for channels in args.channels:

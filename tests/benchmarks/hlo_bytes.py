@@ -29,6 +29,14 @@ def array_bytes(shape: str) -> int:
                if kind in SIZES)  # fmt: skip
 
 
+def largest(text: str) -> int:
+    """Elements of the largest array that a module's text names, in memory or inside a kernel, whatever its type."""
+    # Of a Mosaic kernel the text holds a program, too, whose bytes could look like anything.
+    lines = (line.partition('backend_config=')[0] for line in text.splitlines())
+    arrays = (array for line in lines for array in ARRAY.findall(line))
+    return max(math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in arrays if kind in SIZES)
+
+
 @dataclass
 class Instruction:
     name: str

@@ -1,6 +1,6 @@
 """Bytes counted from a compiled module's text, on one written by hand."""
 
-from tests.benchmarks.hlo_bytes import array_bytes, kernels
+from tests.benchmarks.hlo_bytes import array_bytes, kernels, largest
 
 MODULE = """
 HloModule hand, is_scheduled=true
@@ -51,3 +51,8 @@ def test_loops_slices_updates_in_place_and_custom_calls():
     assert (call.kind, call.count, call.bytes) == ('mosaic_gpu_v2', 1, 3200 + 400 + 3200 + 3)
     assert (sliced.count, sliced.bytes) == (8, 400 + 4 + 400)  # a row in, a row out, the index
     assert (updated.count, updated.bytes) == (8, 400 + 4 + 400)
+
+
+def test_largest_array():
+    assert largest(MODULE) == 800
+    assert largest('%x = (pred[2,3]{1,0}, bf16[4,5,6]{2,1,0}) custom-call(), backend_config={"f32[9,9,9]"}') == 120

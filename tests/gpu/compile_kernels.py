@@ -38,6 +38,8 @@ VARIANTS = [
     *(Variant(kernel, options={}) for kernel in ('forward', 'backward')),
     *(Variant(kernel, states, options=FULL) for kernel in ('forward', 'backward') for states in (8, 24, 32, 64)),
     *(Variant(kernel, dtype='float32', options=FULL) for kernel in ('forward', 'backward')),
+    *(Variant('backward', states, 'float32', FULL) for states in (32, 48, 56, 64)),  # take the most shared memory
+    Variant('backward', dtype='float32', options=FULL | {'readout': True}),
     *(Variant(kernel, options=FULL | {'readout': True}) for kernel in ('forward', 'backward')),
     *(Variant(kernel, options={'softplus': True, 'reset': True, 'prior': True}) for kernel in ('forward', 'backward')),
 ]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mixcon_jax.planning import targets as planning
 from tests.gpu.compile_kernels import FULL, VARIANTS, Variant, compiled, table
 
 TARGETS = ('h100', 'a100')
@@ -28,6 +29,14 @@ def test_no_variant_spills_or_needs_atomics(figures):
         assert set(figures[target]) == set(map(str, VARIANTS))
         for name, row in figures[target].items():
             assert (row['spilled'], row['atomics']) == (0, 0), (target, name)
+
+
+def test_every_variant_fits_a_block_s_shared_memory(figures):
+    """Mosaic takes Hopper's limit for every GPU, so that on an A100 only the launch would fail."""
+    for target in TARGETS:
+        limit = planning.TARGETS[target].shared_bytes_block / 1024
+        too_large = {name: row['shared_kib'] for name, row in figures[target].items() if row['shared_kib'] > limit}
+        assert not too_large, (target, limit)
 
 
 def test_the_tuned_case_stays_below_its_ceilings(figures):

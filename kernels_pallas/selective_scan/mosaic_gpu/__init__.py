@@ -5,6 +5,7 @@ This module is what surrounds the kernels: padding, the split over time, and the
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ from jax import lax
 
 from kernels_pallas import platform
 from kernels_pallas.selective_scan.mosaic_gpu import tuning
-from kernels_pallas.selective_scan.mosaic_gpu.backward import backward
+from kernels_pallas.selective_scan.mosaic_gpu.backward import backward, shared_bytes
 from kernels_pallas.selective_scan.mosaic_gpu.forward import cocarry, forward
 from kernels_pallas.selective_scan.mosaic_gpu.tiles import CHANNELS, FORGET, LOG2E, Problem, with_offset
 
 MAX_STATES = 64
+# Shared memory that a block may take, by compute capability (CUDA C++ Programming Guide); 99 KiB elsewhere.
+SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 PADDED_DT = -1e30  # softplus of it is 0: a token that leaves the state as it is
 
 Arrays = dict[str, jax.Array]
@@ -39,8 +42,14 @@ class Plan:
         return self.problem.batch // self.slices
 
 
-def unsupported(dtype: Any, states: int, readout: bool) -> str | None:
-    """Why these arguments cannot run here, or None."""
+def element_type(*tokens: jax.Array | None) -> Any:
+    """What u, dt, z and y are in the kernels: bfloat16 where all of them are, else float32."""
+    half = all(x.dtype == jnp.bfloat16 for x in tokens if x is not None)
+    return jnp.dtype(jnp.bfloat16 if half else jnp.float32)
+
+
+def unsupported(dtype: Any, element: Any, states: int, readout: bool) -> str | None:
+    """Why these arguments cannot run here, or None; `dtype` is the computation's, `element` as `element_type` has it."""
     if platform.platform() != 'gpu':
         return f'it needs an NVIDIA GPU, and this is for {platform.platform()}'
     capability = platform.compute_capability()
@@ -52,7 +61,19 @@ def unsupported(dtype: Any, states: int, readout: bool) -> str | None:
         return f'it holds at most {MAX_STATES} states a channel, not {states}'
     if readout and states > 16:
         return f'its readout scales at most 16 states a channel, not {states}'
+    generation, padded = tuning.generation(capability), _padded(states, readout)
+    chosen = tuning.settings(generation, padded, element.itemsize, readout)
+    everything = {'gate': True, 'softplus': True, 'reset': True, 'readout': readout, 'prior': False}
+    problem = Problem(1, 1, CHANNELS, padded, element, tma=generation == 'hopper', **everything)
+    needed, has = shared_bytes(problem, chosen.backward_tile, chosen.stretch), SHARED_BYTES.get(capability, 99 << 10)
+    if needed > has:
+        case = f'{states} states a channel in {element.name}' + (' with a readout' if readout else '')
+        return f'its gradient needs {needed >> 10} KiB of shared memory for {case}, and this GPU has {has >> 10} KiB'
     return None
+
+
+def _padded(states: int, readout: bool) -> int:
+    return 16 if readout else -(-states // 8) * 8
 
 
 def scan(
@@ -95,34 +116,37 @@ def scan(
       `(y [B, T, D] of u's type, final state [B, D, N] float32)`.
 
     Raises:
-      ValueError: keep_every or splits that do not fit.
+      ValueError: keep_every or splits that do not fit. There is no second derivative.
     """
     batch, length, channels = u.shape
     states = A.shape[1]
-    dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in (u, dt) if x is not None) else jnp.float32
+    if dt_bias is not None and not dt_softplus:
+        dt, dt_bias = dt.astype(jnp.float32) + dt_bias, None
+    dtype = element_type(u, dt, z)
     D = None if prior else D
     gate, readout = z is not None and not prior, Z is not None and not prior
     generation = generation or tuning.generation(platform.compute_capability())
-    padded_states = 16 if readout else -(-states // 8) * 8
-    settings = settings or tuning.settings(generation, padded_states, jnp.dtype(dtype).itemsize, readout)
-    keep_every = keep_every or settings.backward_tile
-    if keep_every % settings.backward_tile:
-        raise ValueError(f'keep_every={keep_every} is no multiple of the backward tile, {settings.backward_tile}')
+    padded_states = _padded(states, readout)
+    settings = settings or tuning.settings(generation, padded_states, dtype.itemsize, readout)
+    back, ahead = settings.backward_tile, settings.forward_tile
+    keep_every = back if keep_every is None else keep_every
+    if keep_every < 1 or keep_every % back or (keep_every % ahead and ahead % keep_every):
+        raise ValueError(
+            f'keep_every={keep_every} must be a multiple of {back}, and a multiple or a divisor of {ahead}: the tiles'
+        )
+    if splits is not None and splits < 1:
+        raise ValueError(f'splits must be at least 1, got {splits}')
     blocks = batch * -(-channels // CHANNELS)
     cores = cores or getattr(platform.device(), 'core_count', 132)
     if splits is None:
-        splits = tuning.time_splits(blocks, length, cores, settings.forward_tile)
+        splits = tuning.time_splits(blocks, length, cores, ahead)
 
-    # Slices of time have one length, Ampere wants whole tiles and a second level of states whole groups.
-    unit = 1 if generation == 'hopper' else max(settings.forward_tile, settings.backward_tile)
-    unit = max(unit, keep_every) if keep_every > settings.backward_tile else unit
-    unit = splits * unit if splits == 1 or length % splits == 0 else splits * max(unit, settings.backward_tile)
-    padded = -(-length // unit) * unit
+    # Slices of time have one length; Ampere wants whole tiles, and states kept less often whole groups.
+    whole = math.lcm(1 if generation == 'hopper' else math.lcm(ahead, back), keep_every if keep_every > back else 1)
+    padded = -(-length // (splits * whole)) * splits * whole
     extra_time, extra_channels = padded - length, -channels % CHANNELS
     extra_states = padded_states - states
 
-    if dt_bias is not None and not dt_softplus:
-        dt, dt_bias = dt + dt_bias, None
     pad = lambda x, *widths, value=0: jnp.pad(x, [(0, w) for w in widths], constant_values=value)
     tokens = lambda x, value=0: pad(pad(x.astype(dtype), 0, extra_time, 0, value=value), 0, 0, extra_channels)
     per_channel = lambda x: pad(
@@ -150,7 +174,7 @@ def scan(
         length=padded // splits,
         channels=channels + extra_channels,
         states=padded_states,
-        dtype=jnp.dtype(dtype),
+        dtype=dtype,
         gate=gate,
         softplus=dt_softplus,
         reset=reset is not None,
@@ -267,7 +291,7 @@ def _sliced(plan: Plan, arrays: Arrays) -> Arrays:
             x = arrays[name]
             out[name] = x.reshape(plan.problem.batch, plan.problem.length, *x.shape[2:])
     if plan.problem.reset:
-        out['B'] = with_offset(out['B'], out['offset'])
+        out['B'] = with_offset(out['B'], out['offset'], plan.problem.columns)
     return out
 
 
@@ -316,7 +340,7 @@ def _leaving(plan: Plan, inputs: Arrays, dy: jax.Array, dfinal: jax.Array, run: 
         names = ['dt', 'C', 'A', 'bias', *(['z'] if 'z' in inputs else [])]
         given = {'dy': dy.reshape(inputs['u'].shape), **{name: inputs[name] for name in names}}
         if problem.reset:
-            given['C'] = with_offset(given['C'], inputs['offset'])
+            given['C'] = with_offset(given['C'], inputs['offset'], problem.columns)
         tile = plan.settings.forward_tile
         local = cocarry(problem, given, tile=tile, unroll=plan.settings.unroll, interpret=plan.interpret)
     local = local.reshape(plan.rows, plan.slices, *dfinal.shape[1:])
@@ -333,7 +357,7 @@ def _refined(plan: Plan, inputs: Arrays, states: jax.Array) -> jax.Array:
     groups = problem.length // every
     names = ['u', 'dt', 'B']
     given = {name: inputs[name].reshape(problem.batch * groups, every, *inputs[name].shape[2:]) for name in names}
-    given |= {'A': inputs['A'], 'bias': inputs['bias'], 'state': states.reshape(-1, *states.shape[2:])}
+    given |= {'A': inputs['A'], 'bias': inputs['bias'], 'state': states[:, :groups].reshape(-1, *states.shape[2:])}
     out = forward(
         dataclasses.replace(problem, batch=problem.batch * groups, length=every),
         given,

@@ -21,8 +21,8 @@ WARPS, LANES = 4, 32
 CHANNELS = WARPS * LANES  # of a block
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 FLOAT = jnp.float32
+MAX_ROWS = 65535
 FORGET = -1e30  # added to the exponent where a document starts: 2^FORGET is 0
-OFFSET_COLUMNS = 8  # one would do; copies want whole pieces
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Problem:
     @property
     def columns(self) -> int:
         """Columns of the map that brings resets along, see `with_offset`."""
-        return self.states + (OFFSET_COLUMNS if self.reset else 0)
+        # One more would do, but Ampere copies 128 numbers at a time, of tiles of 16 or (where those do not fit) 8 steps.
+        return self.states + (0 if not self.reset else 16 if self.readout or self.states in (48, 64) else 8)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -61,10 +62,10 @@ class Problem:
         return (self.channels // LANES, LANES)
 
 
-def with_offset(states: jax.Array, offset: jax.Array) -> jax.Array:
+def with_offset(states: jax.Array, offset: jax.Array, columns: int) -> jax.Array:
     """A token's map B or C [B, T, N] with what is added to its exponents [B, T] behind it: it arrives on one way."""
-    columns = jnp.pad(offset[..., None], ((0, 0), (0, 0), (0, OFFSET_COLUMNS - 1)))
-    return jnp.concatenate([states, columns], axis=-1)
+    behind = jnp.pad(offset[..., None], ((0, 0), (0, 0), (0, columns - states.shape[-1] - 1)))
+    return jnp.concatenate([states, behind], axis=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
@@ -147,8 +148,10 @@ def store(ref: Any, value: jax.Array) -> None:
 
 # ----------------------------------------------------------------------------------------------------- functions
 def softplus(x: jax.Array) -> jax.Array:
-    """log(1 + exp(x)) in base 2, without overflow."""
-    return jnp.maximum(x, 0.0) + LN2 * jnp.log2(1.0 + jnp.exp2(-LOG2E * jnp.abs(x)))
+    """log(1 + exp(x)) without overflow, and to 3e-6 of it for small step sizes too, where 1 + exp(x) loses exp(x)."""
+    w = jnp.exp2(-LOG2E * jnp.abs(x))
+    series = w * (1.0 - w * (0.5 - w * (1 / 3 - w * 0.25)))
+    return jnp.maximum(x, 0.0) + jnp.where(w < 1 / 16, series, LN2 * jnp.log2(1.0 + w))
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
@@ -174,12 +177,15 @@ def launch(name: str, problem: Problem, body: Any, inputs: dict, outputs: dict, 
       interpret: parameters of the interpreter for the CPU, or None.
     """
     names = (*inputs, *outputs, *scratch)
+    grid = {'row': problem.batch, 'block': problem.channels // CHANNELS}
+    if problem.batch > MAX_ROWS:  # of CUDA's axes, the one that Pallas gives to the last may grow further
+        grid = dict(reversed(grid.items()))
     kernel = plgpu.kernel(
         lambda *refs: body(SimpleNamespace(**dict(zip(names, refs, strict=True)))),
         out_type=tuple(outputs.values()),
         scratch_types=tuple(scratch.values()),
-        grid=(problem.batch, problem.channels // CHANNELS),
-        grid_names=('row', 'block'),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # exp2 is one instruction
             unsafe_no_auto_barriers=True,  # barriers are written out

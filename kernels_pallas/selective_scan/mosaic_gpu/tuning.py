@@ -25,6 +25,11 @@ FALLBACK = {
     'hopper': Settings(forward_tile=32, unroll=2, backward_tile=16, stretch=4),
     'ampere': Settings(forward_tile=16, unroll=2, backward_tile=16, stretch=4),
 }
+# Cases whose backward tile of 16 steps exceeds a block's shared memory: 227 KiB, and 163 on A100.
+SHORT = {
+    'hopper': {'N64-32bit'},
+    'ampere': {'N48-32bit', 'N64-16bit', 'N64-32bit', 'N16-32bit-readout'},
+}
 
 
 def generation(capability: tuple[int, int]) -> str:
@@ -34,13 +39,16 @@ def generation(capability: tuple[int, int]) -> str:
 
 def settings(generation: str, states: int, item_bytes: int, readout: bool) -> Settings:
     """Returns the tile sizes for a GPU generation, a number of states and the size of u's elements."""
-    found = read(TABLE).get(generation, {}).get(key(states, item_bytes, readout))
+    case = key(states, item_bytes, readout)
+    found = read(TABLE).get(generation, {}).get(case)
     if found:
         return Settings(**found)
     base = FALLBACK[generation]
     # Shared memory: rows of u, dt, z and of B, C grow with the element and with the states.
     tile = max(16, base.forward_tile // (2 if item_bytes > 2 or states > 32 else 1))
-    return Settings(tile, min(base.unroll, 1 if states > 16 or readout else 2), base.backward_tile, 2 if readout else 4)
+    unroll = min(base.unroll, 1 if states > 16 or readout else 2)
+    backward_tile = 8 if case in SHORT[generation] else base.backward_tile
+    return Settings(tile, unroll, backward_tile, 2 if readout else base.stretch)
 
 
 def key(states: int, item_bytes: int, readout: bool) -> str:

@@ -252,7 +252,7 @@ def refusal(options: argparse.Namespace) -> str | None:
     log.addFilter(causes)
     try:
         reasons = (
-            mosaic_gpu.unsupported(jnp.dtype(dtype), states, options.readout)
+            mosaic_gpu.unsupported(jnp.dtype(dtype), jnp.dtype(dtype), states, options.readout)
             for states in options.states
             for dtype in options.dtype
         )

@@ -48,7 +48,7 @@ class Problem:
     @property
     def columns(self) -> int:
         """Columns of the map that brings resets along, see `with_offset`."""
-        # One more would do, but Ampere copies 128 numbers at a time, of tiles of 16 or (where those do not fit) 8 steps.
+        # One more would do, but Ampere copies 128 numbers at a time, of tiles of 16 steps or, where they do not fit, 8.
         return self.states + (0 if not self.reset else 16 if self.readout or self.states in (48, 64) else 8)
 
     @property

@@ -43,8 +43,8 @@ def selective_scan(
     Source: Mamba (S6) with zero-order-hold decay and Euler input; the options are those of MixCon's Conba, equations 6,
     7 and 13 (docs/conba.md). Everything is computed in float32, or in float64 if any of u, dt, A, B, C is float64.
     No token's result depends on another row or channel: under `jax.shard_map` over batch and channels (u, dt, z, y by
-    both; A, D, dt_bias by channels; B, C, reset by batch) it needs no communication. Pass `check_vma=False` there: loops
-    and kernels do not follow what differs between devices.
+    both; A, D, dt_bias by channels; B, C, reset by batch) it needs no communication. Pass `check_vma=False` there, as
+    loops and kernels do not follow what differs between devices.
 
     Args:
       u: input [B, T, D], any float type, T >= 1.
@@ -96,12 +96,12 @@ def selective_scan(
             f'selective_scan has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
         )
     if implementation is None and platform.platform() == 'gpu':
-        if reason := _kernel_refuses(u, inputs, options):
+        if reason := _kernel_refuses((u, dt, z), inputs, options):
             _warn_once(reason)
         else:
             implementation = 'mosaic_gpu'
     if implementation == 'mosaic_gpu':
-        if reason := _kernel_refuses(u, inputs, options):
+        if reason := _kernel_refuses((u, dt, z), inputs, options):
             raise ValueError(f"selective_scan: implementation 'mosaic_gpu' cannot run here: {reason}")
         y, final_state, prior_y = _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every)
     else:
@@ -134,13 +134,14 @@ def _separately(run: Callable[[Inputs, Options], Outputs], inputs: Inputs, optio
     return Outputs(y, final_state, prior)
 
 
-def _kernel_refuses(u: jax.Array, inputs: Inputs, options: Options) -> str | None:
+def _kernel_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | None:
     """Why the GPU kernels cannot take this call, or None."""
     if options.delay is not None:
         return 'a delay inside the recurrence is of second order; taps on the outputs are not'
     if options.noise_key is not None:
         return 'it draws no process noise'
-    return mosaic_gpu.unsupported(inputs.u.dtype, inputs.A.shape[1], options.Z is not None)
+    element = mosaic_gpu.element_type(*tokens)
+    return mosaic_gpu.unsupported(inputs.u.dtype, element, inputs.A.shape[1], options.Z is not None)
 
 
 @functools.cache
@@ -162,7 +163,9 @@ def _fused_kernel(u, dt, A, B, C, fused: Fused, inputs: Inputs, options: Options
         initial_state=inputs.initial_state,
         keep_every=keep_every,
     )
-    read = C if options.F is None else inputs.C + jnp.einsum('btm,mn->btn', inputs.C, options.F)
+    read = C
+    if options.F is not None:
+        read = inputs.C + jnp.einsum('btm,mn->btn', inputs.C, options.F, precision='highest')
     y, final_state = run(read, D=fused.D, z=fused.z, Z=options.Z, g=options.g)
     prior, final_state = run(C, prior=True) if options.prior else (None, final_state)
     return Outputs(y, final_state, prior)

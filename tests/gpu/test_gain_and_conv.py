@@ -24,6 +24,14 @@ CEILINGS = {
 }
 
 
+BARRIERS = {  # in the loop over tiles; the convolution's stores its results itself
+    'adaptive_gain_forward': 3,
+    'adaptive_gain_backward': 4,
+    'adaptive_gain_replay': 3,
+    'causal_conv1d_backward': 1,
+}
+
+
 @pytest.fixture(scope='module')
 def kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp('dumps')
@@ -58,9 +66,8 @@ def test_no_atomics_and_no_barrier_in_the_step(kernels, name):
     assert not any(opcode.startswith(('ATOM', 'RED.')) for opcode in kernel.opcodes)
     assert step.count('BAR') == step.count('FENCE') == 0
     # Around the steps: a tile may be overwritten only behind a barrier, and is sent only behind another.
-    sends = name != 'causal_conv1d_backward'  # which stores its results itself
     tile = max(kernel.loops, key=lambda loop: loop.count())
-    assert tile.count('BAR') >= 1 + 2 * sends
+    assert tile.count('BAR') == BARRIERS[name]  # one less is a race
 
 
 def main() -> None:

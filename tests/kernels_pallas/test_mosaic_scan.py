@@ -18,7 +18,7 @@ from kernels_pallas.selective_scan.mosaic_gpu.tuning import Settings, time_split
 from tests.kernels_pallas import interpreted
 
 SMALL = Settings(forward_tile=16, unroll=2, backward_tile=8, stretch=4)  # several tiles in few steps
-TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
+TOLERANCE = {jnp.dtype(jnp.float32): 1e-5, jnp.dtype(jnp.bfloat16): 5e-3}  # by an output's own type
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ CASES = [
     Case((2, 37, 128, 8), state=True, options={'splits': 2}),
     Case((1, 32, 128, 8), jnp.bfloat16, **FULL, options={'splits': 2}),
     # states kept less often
-    Case((1, 70, 128, 8), **FULL, resets=(40,), options={'keep_every': 32}),
+    Case((2, 70, 128, 8), **FULL, resets=(40,), options={'keep_every': 32}),
+    Case((2, 100, 128, 8), softplus=True, state=True, options={'keep_every': 48}),
+    Case((2, 50, 128, 8), state=True, options={'keep_every': 16, 'settings': Settings(32, 2, 8, 4)}),
     # the a-priori outputs
     Case((1, 24, 128, 8), softplus=True, state=True, resets=(9,), options={'prior': True}),
     Case((1, 32, 128, 8), softplus=True, state=True, options={'prior': True, 'splits': 2}),
@@ -171,12 +173,12 @@ def test_equals_the_sequential_loop(case: Case):
         expected, expected_gradients = outputs_and_gradients(oracle, case, exact, reset, map(jnp.asarray, cotangents))
         expected, expected_gradients = jax.tree.map(np.asarray, (expected, expected_gradients))
 
-    tolerance = TOLERANCE[case.dtype]
     assert outputs[0].dtype == case.dtype
     assert outputs[1].dtype == jnp.float32
-    errors = {'y': relative_error(outputs[0], expected[0]), 'state': relative_error(outputs[1], expected[1])}
-    errors |= {f'd{name}': relative_error(gradients[name], expected_gradients[name]) for name in arrays}
-    assert all(error <= tolerance for error in errors.values()), errors
+    pairs = {'y': (outputs[0], expected[0]), 'state': (outputs[1], expected[1])}
+    pairs |= {f'd{name}': (gradients[name], expected_gradients[name]) for name in arrays}
+    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    assert all(errors[name] <= TOLERANCE[actual.dtype] for name, (actual, _) in pairs.items()), errors
 
 
 def test_the_same_call_gives_the_same_bits():
@@ -228,8 +230,14 @@ def test_what_cannot_run_says_why():
         selective_scan(**arrays, delay=jnp.ones(5) / 2, implementation='mosaic_gpu')
     with pytest.raises(ValueError, match="'mosaic_gpu' cannot run here: it draws no process noise"):
         selective_scan(**arrays, process_noise=(jax.random.key(0), 0.1), implementation='mosaic_gpu')
-    with pytest.raises(ValueError, match='keep_every=12 is no multiple of the backward tile, 8'):
-        mosaic_gpu.scan(**arrays, keep_every=12, settings=SMALL, generation='hopper')
+    call = lambda **options: mosaic_gpu.scan(**arrays, settings=SMALL, generation='hopper', **options)
+    for wrong in (12, -8, 24):
+        with pytest.raises(
+            ValueError, match=f'keep_every={wrong} must be a multiple of 8, and a multiple or a divisor of'
+        ):
+            call(keep_every=wrong)
+    with pytest.raises(ValueError, match='splits must be at least 1, got 0'):
+        call(splits=0)
 
 
 def test_on_a_gpu_what_the_kernels_lack_falls_back_with_one_warning(monkeypatch):

@@ -49,7 +49,7 @@ def element_type(*tokens: jax.Array | None) -> Any:
 
 
 def unsupported(dtype: Any, element: Any, states: int, readout: bool) -> str | None:
-    """Why these arguments cannot run here, or None; `dtype` is the computation's, `element` as `element_type` has it."""
+    """Why these arguments cannot run here, or None; `dtype` is the computation's, `element` that of `element_type`."""
     if platform.platform() != 'gpu':
         return f'it needs an NVIDIA GPU, and this is for {platform.platform()}'
     capability = platform.compute_capability()

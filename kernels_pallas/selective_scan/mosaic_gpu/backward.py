@@ -6,6 +6,7 @@ and then stretch by stretch with all its states in registers, through which the 
 C are sums over channels: a block writes its partial sums, and they are added outside in a fixed order.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -56,10 +57,8 @@ def backward(
       `dstate` [B, D/32, 32, N]; `dD`, `dbias` [B, D/32, 32]; with a readout `dZ` [B, D/32, N, N] and `dg` [B, D/32, N],
       by warps.
     """
-    width = 16 if problem.states % 16 == 0 else 8  # states handled together
-    parts = problem.states // width
+    width, parts, slots = _divided(problem)
     tiles, stretches = -(-problem.length // tile), tile // stretch
-    slots = 2 if problem.tma else 1
     spread = Spread(lanes_over_states(width), (WARPS, LANES), width)
     flat = thread_a_channel_over_time(tile)
     over_time = lambda x: plgpu.layout_cast(lax.broadcast_in_dim(x, (tile, WARPS, LANES), (1, 2)), flat)
@@ -264,7 +263,7 @@ def backward(
             plgpu.wait_smem_to_gmem(0)
 
     outputs = _outputs(problem, tiles * tile)
-    scratch = _scratch(problem, tile, stretches, stretch, width, parts, slots)
+    scratch = _scratch(problem, tile, stretch)
     return launch('selective_scan_backward', problem, body, inputs, outputs, scratch, interpret)
 
 
@@ -351,7 +350,20 @@ def _outputs(problem: Problem, padded: int) -> dict:
     return outputs
 
 
-def _scratch(problem: Problem, tile: int, stretches: int, stretch: int, width: int, parts: int, slots: int) -> dict:
+def shared_bytes(problem: Problem, tile: int, stretch: int) -> int:
+    """Shared memory that a block of this kernel takes; no other kernel takes as much."""
+    memory = [part for part in _scratch(problem, tile, stretch).values() if not isinstance(part, plgpu.Barrier)]
+    return sum(math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in memory)
+
+
+def _divided(problem: Problem) -> tuple[int, int, int]:
+    """States handled together, how many parts of those there are, and tiles of time in flight."""
+    width = 16 if problem.states % 16 == 0 else 8
+    return width, problem.states // width, 2 if problem.tma else 1
+
+
+def _scratch(problem: Problem, tile: int, stretch: int) -> dict:
+    width, parts, slots = _divided(problem)
     memory = lambda *shape, dtype=FLOAT: plgpu.SMEM(shape, dtype)
     names = ('u_', 'dt_', 'dy_', *(('z_',) if problem.gate else ()))
     scratch: dict = {name: memory(slots, tile, WARPS, LANES, dtype=problem.dtype) for name in names}
@@ -362,7 +374,7 @@ def _scratch(problem: Problem, tile: int, stretches: int, stretch: int, width: i
     per_token = ('step_', 'x_', 'dy_gated_', *(('dx_', 'ddecay_', 'sum_') if parts > 1 else ()))
     scratch |= {name: memory(tile, WARPS, LANES) for name in per_token}
     scratch |= {name: memory(tile, WARPS, width) for name in ('dB_', 'dC_')}
-    scratch['fine_'] = memory(stretches - 1, WARPS, LANES, width)
+    scratch['fine_'] = memory(tile // stretch - 1, WARPS, LANES, width)
     if parts > 1:
         scratch |= {name: memory(parts, WARPS, LANES, width) for name in ('g_', 'dA_')}
     if problem.readout:

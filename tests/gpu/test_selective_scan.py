@@ -68,9 +68,9 @@ def test_barriers_stand_around_tiles_and_not_in_steps(figures):
     """What the interpreter, for which a block is one thread, cannot see.
 
     Exact, as one barrier less is a race. A forward kernel waits before a tile is fetched over the last one and before
-    y is sent; the backward one also between the tokens' pass and the steps, before sums over warps, between parts of the
-    states, and around the products of a readout. What remains is Mosaic's own, at a kernel's beginning and around a wait
-    for the copy engine.
+    y is sent; the backward one also between the tokens' pass and the steps, before sums over warps, between parts of
+    the states, and around the products of a readout. What remains is Mosaic's own, at a kernel's beginning and around a
+    wait for the copy engine.
     """
     for target in TARGETS:
         for name, row in figures[target].items():

@@ -13,9 +13,9 @@ import pytest
 from tests.benchmarks.scan_memory import ROOT
 
 BATCH, LENGTH, DIM = 8, 4096, 2048  # 4096 channels
-# Bytes over those of u, dt, z, y and, in training, their gradients, each once a pass. Conba's scan has no gate: over its
-# own eight arrays it moves 1.573 times the bytes in training. Half of the excess over 1 and more are the float32 states,
-# one in 16 steps written and read, whatever else happens.
+# Bytes over those of u, dt, z, y and, in training, their gradients, each once a pass. Conba's scan has no gate:
+# over its own eight arrays it moves 1.573 times the bytes in training, of which 0.5 are the float32 states, one in
+# 16 steps written and read, whatever else happens.
 LIMITS = {'inference': 1.15, 'training': 1.5}
 WITHOUT_GATE = {'inference': 1.15, 'training': 1.58}
 GATE = {'inference': 1, 'training': 3}  # arrays like u that z adds: read in both passes, and dz

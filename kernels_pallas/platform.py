@@ -7,23 +7,21 @@ default device, `with jax.default_device(device)`.
 import jax
 
 
-def device() -> jax.Device | str:
-    """JAX's default device if one is set (a device, or a platform's name), else the first device."""
-    return jax.config.jax_default_device or jax.devices()[0]
+def device() -> jax.Device:
+    """JAX's default device if one is set, by itself or by its platform's name, else the first device."""
+    found = jax.config.jax_default_device
+    return jax.devices(found)[0] if found is None or isinstance(found, str) else found
 
 
 def platform() -> str:
     """Returns 'cpu', 'gpu' (NVIDIA) or whatever JAX calls another platform."""
-    found = device()
-    name = found if isinstance(found, str) else found.platform
+    name = device().platform
     return 'gpu' if name == 'cuda' else name
 
 
 def compute_capability() -> tuple[int, int] | None:
     """Returns the CUDA compute capability, such as (9, 0), or None where there is none."""
-    found = device()
     if platform() != 'gpu':
         return None
-    version = (jax.devices(found)[0] if isinstance(found, str) else found).compute_capability
-    major, _, minor = version.partition('.')
+    major, _, minor = device().compute_capability.partition('.')
     return int(major), int(minor or 0)

@@ -206,7 +206,7 @@ def measure_scan(case: Case, candidates: Sequence[Settings], gradient: bool) -> 
 def cases(options: argparse.Namespace, cores: int) -> list[Case]:
     """One for every number of states and element type, with two blocks of channels a multiprocessor at most."""
     batch = options.batch or max(1, 2 * cores * CHANNELS // options.channels)
-    padded = [16 if options.readout else -(-states // 8) * 8 for states in options.states]
+    padded = [mosaic_gpu.padded_states(states, options.readout) for states in options.states]
     sizes = (options.readout, batch, options.length, options.channels)
     return [Case(states, dtype, *sizes) for states in dict.fromkeys(padded) for dtype in dict.fromkeys(options.dtype)]
 
@@ -272,8 +272,7 @@ def main(arguments: Sequence[str]) -> int:
     if reason := refusal(options):
         print(f'error: {reason}', file=sys.stderr)
         return 2
-    found = platform.device()
-    device = jax.devices(found)[0] if isinstance(found, str) else found
+    device = platform.device()
     generation = tuning.generation(platform.compute_capability())
     print(f'{device.device_kind} ({generation}), {device.core_count} multiprocessors, JAX {jax.__version__}')
     failed = False

@@ -89,7 +89,7 @@ OPTIONS: dict[str, Any] = {
             ),
             'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
             'keep_every': Option(
-                0, 'Tokens between the states that the GPU kernel keeps for the backward pass; 0 means 16. 64: a quarter of the memory, more work.', multiple_of(16),
+                0, 'Tokens between the states that the GPU kernel keeps for the backward pass; 0 means one a tile, 16 as a rule. 64: a quarter of the memory, more work.', multiple_of(16),
             ),
         },
         'mamba': {

@@ -72,8 +72,8 @@ def selective_scan(
         'mosaic_gpu' (fused kernels). A chunk is stepped on CPU and scanned associatively elsewhere;
         'chunked_stepped' and 'chunked_associative' say which.
       chunk: tokens a chunk of 'chunked'; None picks for the platform.
-      keep_every: of 'mosaic_gpu', steps between the states kept for the backward pass; None for 16, a multiple of it
-        for less memory and more work.
+      keep_every: of 'mosaic_gpu' alone, steps between the states kept for the backward pass; None for one a tile (16
+        steps as a rule), a multiple of that for less memory and more work.
 
     Returns:
       `(y [B, T, D], final_state)`, with `prior=True` also the a-priori outputs [B, T, D]; final_state has
@@ -87,8 +87,11 @@ def selective_scan(
     for name, value, shape in (('D', D, u.shape[2:]), ('z', z, u.shape), ('dt_bias', dt_bias, u.shape[2:])):
         if value is not None:
             _expect(name, value, shape)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f'chunk must be at least 1, got {chunk}')
+    for name, count in (('chunk', chunk), ('keep_every', keep_every)):
+        if count is not None and count < 1:
+            raise ValueError(f'{name} must be at least 1, got {count}')
+    if dt_bias is not None and not dt_softplus:  # a plain sum, of full precision
+        dt, dt_bias = dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + dt_bias, None
     inputs, options = _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
     fused = Fused(D, z, dt_bias, dt_softplus)
     if implementation not in (None, *IMPLEMENTATIONS):

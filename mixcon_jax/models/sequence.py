@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import adaptive_gain, context_parallel
-from kernels_pallas import attention as attention_kernel
-from kernels_pallas import causal_conv1d as conv_kernel
-from kernels_pallas import selective_scan as scan_kernel
+from kernels_pallas.attention import attention as attention_kernel
+from kernels_pallas.causal_conv1d import causal_conv1d as conv_kernel
+from kernels_pallas.selective_scan import selective_scan as scan_kernel
 from mixcon_jax.mesh import BATCH_AXES, SEQUENCE_AXIS, by_tokens, sequence_shards, token_axes
 
 
@@ -96,9 +96,9 @@ def attention(
 ) -> Float[Array, 'b t h d']:
     """``kernels_pallas.attention``; a call that reads a cache (``kv_segment_ids``, ``q_offset``) is not split."""
     if cache:
-        return attention_kernel.attention(q, k, v, segment_ids=segment_ids, block_size=block_size, **cache)
+        return attention_kernel(q, k, v, segment_ids=segment_ids, block_size=block_size, **cache)
     tokens = {'q': q, 'k': k, 'v': v, 'segment_ids': segment_ids}
-    return _run(attention_kernel.attention, context_parallel.attention, {'block_size': block_size}, tokens, {}, True)
+    return _run(attention_kernel, context_parallel.attention, {'block_size': block_size}, tokens, {}, True)
 
 
 def causal_conv1d(
@@ -113,13 +113,11 @@ def causal_conv1d(
 ) -> tuple[Float[Array, 'b t c'], Float[Array, 'b l c'] | None]:
     """``kernels_pallas.causal_conv1d``; returns no state, and may be split, where none is given."""
     if initial_state is not None:
-        return conv_kernel.causal_conv1d(
-            x, weight, bias, positions=positions, mask=mask, initial_state=initial_state, **options
-        )
+        return conv_kernel(x, weight, bias, positions=positions, mask=mask, initial_state=initial_state, **options)
     longest = max(options.get('lags') or (weight.shape[0] - 1,))
 
     def plain(x, positions, weight, bias, past=None):
-        y, _ = conv_kernel.causal_conv1d(x, weight, bias, positions=positions, initial_state=past, **options)
+        y, _ = conv_kernel(x, weight, bias, positions=positions, initial_state=past, **options)
         return y
 
     def parallel(x, positions, weight, bias, axis_name):

@@ -4,7 +4,6 @@ XLA takes a description of the device in place of the device; the figures are th
 the CUDA device properties. JAX_PLATFORMS must be ``cpu`` before JAX is imported, so that no GPU is looked for.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +101,7 @@ def devices(target: str, hosts: int = 1, devices_per_host: int = 1) -> list[Any]
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f'cannot compile for {target}: {error}; is the extra "plan" installed?') from error
     found = list(topology.devices)
-    assert len(found) == math.prod((hosts, devices_per_host))
+    assert len(found) == hosts * devices_per_host
     return found
 
 

@@ -61,7 +61,7 @@ def unsupported(dtype: Any, element: Any, states: int, readout: bool) -> str | N
         return f'it holds at most {MAX_STATES} states a channel, not {states}'
     if readout and states > 16:
         return f'its readout scales at most 16 states a channel, not {states}'
-    generation, padded = tuning.generation(capability), _padded(states, readout)
+    generation, padded = tuning.generation(capability), padded_states(states, readout)
     chosen = tuning.settings(generation, padded, element.itemsize, readout)
     everything = {'gate': True, 'softplus': True, 'reset': True, 'readout': readout, 'prior': False}
     problem = Problem(1, 1, CHANNELS, padded, element, tma=generation == 'hopper', **everything)
@@ -72,7 +72,8 @@ def unsupported(dtype: Any, element: Any, states: int, readout: bool) -> str | N
     return None
 
 
-def _padded(states: int, readout: bool) -> int:
+def padded_states(states: int, readout: bool) -> int:
+    """How many states the kernels hold a channel, for so many."""
     return 16 if readout else -(-states // 8) * 8
 
 
@@ -102,6 +103,7 @@ def scan(
     """The selective scan of `kernels_pallas.selective_scan`, whose arguments these are; differentiable in every array.
 
     Args:
+      dt_bias: only with dt_softplus.
       prior: y is the a-priori output, `(exp(dt A) x_{k-1}) C_k`, without skip, gate and readout.
       keep_every: steps between the states that are kept for the backward pass; None for one a tile of its kernel
         (16 steps, 4 N / 16 bytes a channel and token). A multiple of the tile, 64 say, keeps a fourth and computes the
@@ -120,14 +122,12 @@ def scan(
     """
     batch, length, channels = u.shape
     states = A.shape[1]
-    if dt_bias is not None and not dt_softplus:
-        dt, dt_bias = dt.astype(jnp.float32) + dt_bias, None
     dtype = element_type(u, dt, z)
     D = None if prior else D
     gate, readout = z is not None and not prior, Z is not None and not prior
     generation = generation or tuning.generation(platform.compute_capability())
-    padded_states = _padded(states, readout)
-    settings = settings or tuning.settings(generation, padded_states, dtype.itemsize, readout)
+    held = padded_states(states, readout)
+    settings = settings or tuning.settings(generation, held, dtype.itemsize, readout)
     back, ahead = settings.backward_tile, settings.forward_tile
     keep_every = back if keep_every is None else keep_every
     if keep_every < 1 or keep_every % back or (keep_every % ahead and ahead % keep_every):
@@ -145,7 +145,7 @@ def scan(
     whole = math.lcm(1 if generation == 'hopper' else math.lcm(ahead, back), keep_every if keep_every > back else 1)
     padded = -(-length // (splits * whole)) * splits * whole
     extra_time, extra_channels = padded - length, -channels % CHANNELS
-    extra_states = padded_states - states
+    extra_states = held - states
 
     pad = lambda x, *widths, value=0: jnp.pad(x, [(0, w) for w in widths], constant_values=value)
     tokens = lambda x, value=0: pad(pad(x.astype(dtype), 0, extra_time, 0, value=value), 0, 0, extra_channels)
@@ -173,7 +173,7 @@ def scan(
         batch=batch * splits,
         length=padded // splits,
         channels=channels + extra_channels,
-        states=padded_states,
+        states=held,
         dtype=dtype,
         gate=gate,
         softplus=dt_softplus,

@@ -62,10 +62,10 @@ class Problem:
         return (self.channels // LANES, LANES)
 
 
-def with_offset(states: jax.Array, offset: jax.Array, columns: int) -> jax.Array:
+def with_offset(projection: jax.Array, offset: jax.Array, columns: int) -> jax.Array:
     """A token's map B or C [B, T, N] with what is added to its exponents [B, T] behind it: it arrives on one way."""
-    behind = jnp.pad(offset[..., None], ((0, 0), (0, 0), (0, columns - states.shape[-1] - 1)))
-    return jnp.concatenate([states, behind], axis=-1)
+    behind = jnp.pad(offset[..., None], ((0, 0), (0, 0), (0, columns - projection.shape[-1] - 1)))
+    return jnp.concatenate([projection, behind], axis=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
@@ -82,7 +82,7 @@ def thread_a_channel() -> Any:
 
 
 def lanes_over_states(states: int) -> Any:
-    """(4, 32, N), N = 8 or 16: lanes share a channel's states by fours, and a thread holds N channels' share.
+    """(4, 32, N), N = 8 or 16: N / 4 lanes share a channel, four states each, and a thread holds N / 4 channels.
 
     Sums over states and over a warp's channels both take few shuffles (for N = 16: 2, and 3 for a group of 4).
     """

@@ -8,6 +8,7 @@ from jax import lax
 
 from kernels_pallas import platform
 from kernels_pallas.adaptive_gain import reference
+from kernels_pallas.affine import compose
 
 GROUP = 256  # tokens whose chunks are prepared together; more would only cost memory
 STEPPED_CHUNK = 8  # diagonal gain
@@ -127,10 +128,6 @@ def _group(K, phi, alpha, log_decay, document=None, before=None):
 
 
 # ------------------------------------------------------------------------------------------------- diagonal gain
-def _combine(left, right):
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-
 def diagonal(e, alpha, log_decay, reset, initial_gain, chunk=None):
     """Diagonal gain; shapes as in `reference.diagonal`, reset may be None. Keeps e and the gains between chunks."""
     stepped = platform.platform() == 'cpu'
@@ -160,7 +157,7 @@ def diagonal(e, alpha, log_decay, reset, initial_gain, chunk=None):
             read, K = jnp.stack(gains[:-1]), gains[-1]
         else:
             first = b[:1] + a[:1] * K
-            _, after = lax.associative_scan(_combine, (a, jnp.concatenate([first, b[1:]])))
+            _, after = lax.associative_scan(compose, (a, jnp.concatenate([first, b[1:]])))
             read, K = jnp.concatenate([K[None], after[:-1]]), after[-1]
         if reset is not None:
             read = jnp.where(fresh, 0, read)  # the first token must not see the old document's gain

@@ -98,14 +98,15 @@ def selective_scan(
         raise ValueError(
             f'selective_scan has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
         )
-    if implementation is None and platform.platform() == 'gpu':
-        if reason := _kernel_refuses((u, dt, z), inputs, options):
+    if implementation == 'mosaic_gpu' or (implementation is None and platform.platform() == 'gpu'):
+        reason = _kernel_refuses((u, dt, z), inputs, options)
+        if reason and implementation:
+            raise ValueError(f"selective_scan: implementation 'mosaic_gpu' cannot run here: {reason}")
+        if reason:
             _warn_once(reason)
         else:
             implementation = 'mosaic_gpu'
     if implementation == 'mosaic_gpu':
-        if reason := _kernel_refuses((u, dt, z), inputs, options):
-            raise ValueError(f"selective_scan: implementation 'mosaic_gpu' cannot run here: {reason}")
         y, final_state, prior_y = _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every)
     else:
         y, final_state, prior_y = _separately(_implementation(implementation, chunk), inputs, options, fused)

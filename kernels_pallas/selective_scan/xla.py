@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import platform
+from kernels_pallas.affine import compose
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs, token_noise
 
 STEPPED_CHUNK = 8  # longer ones leave the cache and compile longer
@@ -31,10 +32,6 @@ def _decay_input(inputs: Inputs, options: Options, time: jax.Array):
     return decay, drive
 
 
-def _combine(left, right):
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-
 def _combine_pair(left, right):
     """Composes 2x2 affine maps held as tuples of elementwise arrays: (m00, m01, m10, m11, v0, v1)."""
     a, b, c, d, p, q = left
@@ -47,7 +44,7 @@ def _states(inputs: Inputs, options: Options, time: jax.Array):
     decay, drive = _decay_input(inputs, options, time)
     if options.delay is None:
         entering = drive.at[:, 0].add(decay[:, 0] * inputs.initial_state)
-        _, x = lax.associative_scan(_combine, (decay, entering), axis=1)
+        _, x = lax.associative_scan(compose, (decay, entering), axis=1)
         return x, x - drive, x[:, -1]
     # (x_k, x_{k-1}) evolves by a companion matrix: exact, as one tap is linear in the state.
     m = options.delay[:, None]

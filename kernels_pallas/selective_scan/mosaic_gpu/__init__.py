@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import platform
+from kernels_pallas.affine import compose
 from kernels_pallas.selective_scan.mosaic_gpu import tuning
 from kernels_pallas.selective_scan.mosaic_gpu.backward import backward, shared_bytes
 from kernels_pallas.selective_scan.mosaic_gpu.forward import cocarry, forward
@@ -305,10 +306,6 @@ def _decay(plan: Plan, inputs: Arrays) -> jax.Array:
     return jnp.exp2(exponent).reshape(plan.rows, plan.slices, *exponent.shape[1:])
 
 
-def _combine(left, right):
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-
 def _entering(plan: Plan, inputs: Arrays, state: jax.Array) -> jax.Array:
     """The state that every slice is entered with, [rows * slices, D, N], from each slice's own and the initial one."""
     names = ['u', 'dt', 'B', 'A', 'bias']
@@ -326,7 +323,7 @@ def _entering(plan: Plan, inputs: Arrays, state: jax.Array) -> jax.Array:
     local = local.reshape(plan.rows, plan.slices, *local.shape[1:])
     decay = _decay(plan, inputs)
     first = decay[:, :1] * state[:, None] + local[:, :1]
-    _, after = lax.associative_scan(_combine, (decay, jnp.concatenate([first, local[:, 1:]], 1)), axis=1)
+    _, after = lax.associative_scan(compose, (decay, jnp.concatenate([first, local[:, 1:]], 1)), axis=1)
     entering = jnp.concatenate([state[:, None], after[:, :-1]], 1)
     return entering.reshape(plan.problem.batch, *state.shape[1:])
 
@@ -346,7 +343,7 @@ def _leaving(plan: Plan, inputs: Arrays, dy: jax.Array, dfinal: jax.Array, run: 
     local = local.reshape(plan.rows, plan.slices, *dfinal.shape[1:])
     decay = _decay(plan, inputs)
     last = decay[:, -1:] * dfinal[:, None] + local[:, -1:]
-    _, before = lax.associative_scan(_combine, (decay, jnp.concatenate([local[:, :-1], last], 1)), axis=1, reverse=True)
+    _, before = lax.associative_scan(compose, (decay, jnp.concatenate([local[:, :-1], last], 1)), axis=1, reverse=True)
     leaving = jnp.concatenate([before[:, 1:], dfinal[:, None]], 1)
     return leaving.reshape(problem.batch, *dfinal.shape[1:])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.hush import shorten_jax
 
 if TYPE_CHECKING:
     from mixcon_jax.evaluate import Scores
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def exit_with(run: Callable[[], int]) -> NoReturn:
     """Exits with the code that ``run`` returns; bad input ends with one line and exit code 2."""
+    shorten_jax()
     try:
         code = run()
     except UserError as error:

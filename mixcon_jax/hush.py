@@ -1,4 +1,4 @@
-"""Keeps Orbax's own words about failures off the terminal: whatever matters is raised too, and said in one line."""
+"""Keeps tracebacks that libraries log off the terminal: whatever matters is raised too, or said in one line."""
 
 import functools
 import logging
@@ -33,3 +33,19 @@ def hush_orbax() -> None:
             inner(unraisable)
 
     sys.unraisablehook = hook
+
+
+class _OneLine(logging.Filter):
+    """Puts the cause of a failure behind the message, in place of the traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            record.msg, record.args = f'{record.getMessage()}: {record.exc_info[1]}', ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+@functools.cache
+def shorten_jax() -> None:
+    """For the rest of the process, JAX says in one line why it cannot use a GPU for which its plugin is installed."""
+    logging.getLogger('jax._src.xla_bridge').addFilter(_OneLine())

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import shutil
 
@@ -206,3 +207,18 @@ def test_a_deleted_checkpoint_file_is_noticed(trained, capsys, tmp_path):
         for path in step.rglob('d/*'):  # the arrays
             path.unlink()
     assert 'checkpoint' in refused(capsys, 'eval', '--workdir', workdir)
+
+
+def test_jax_says_in_one_line_why_it_has_no_gpu(capsys):
+    log, errors = logging.getLogger('jax._src.xla_bridge'), logging.StreamHandler()  # after capsys: to its stderr
+    log.addHandler(errors)
+    try:
+        refused(capsys, 'eval', '--workdir', 'nowhere')
+        try:
+            raise RuntimeError('no cuDNN')
+        except RuntimeError:
+            log.exception('plugin %s failed', 'cuda')
+    finally:
+        log.removeHandler(errors)
+    assert 'plugin cuda failed: no cuDNN' in (lines := capsys.readouterr().err.splitlines())
+    assert not any('Traceback' in line for line in lines)

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import reference, xla
+from kernels_pallas.attention import one_query, reference, xla
 
-IMPLEMENTATIONS = ('reference', 'blockwise')
+IMPLEMENTATIONS = ('reference', 'blockwise', 'one_query')
 
 
 def attention(
@@ -32,8 +32,8 @@ def attention(
       kv_segment_ids: [B, S] document of each key; segment_ids if None, which needs S = T.
       q_offset: index of the first query among the keys (how much a cache already holds); may be traced.
       scale: of the scores; 1/sqrt(d) if None.
-      implementation: None picks for the shapes; 'reference' (dense) or 'blockwise' (memory linear in T and S, both
-        ways).
+      implementation: None picks for the shapes; 'reference' (dense), 'blockwise' (memory linear in T and S, both
+        ways) or 'one_query' (T = 1, as in decoding).
       block_size: queries and keys a tile of 'blockwise'.
 
     Returns:
@@ -50,11 +50,16 @@ def attention(
     if block_size < 1:
         raise ValueError(f'attention: block_size must be at least 1, got {block_size}')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # One query (decoding) has scores as small as its keys: nothing to block.
-    direct = implementation == 'reference' or (implementation is None and q.shape[1] == 1)
-    if direct:
-        return reference.attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale)
-    return xla.attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size)
+    if implementation is None:
+        implementation = 'one_query' if q.shape[1] == 1 else 'blockwise'
+    arguments = q, k, v, segment_ids, kv_segment_ids, q_offset, scale
+    if implementation == 'blockwise':
+        return xla.attention(*arguments, block_size)
+    if implementation == 'reference':
+        return reference.attention(*arguments)
+    if q.shape[1] != 1:
+        raise ValueError(f"attention: 'one_query' takes one query a row, q has shape {tuple(q.shape)}")
+    return one_query.attention(*arguments)
 
 
 def _check(q, k, v, segment_ids, kv_segment_ids):

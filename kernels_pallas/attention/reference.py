@@ -1,4 +1,4 @@
-"""Dense softmax attention, the oracle of the blockwise form, and the direct form for a single query."""
+"""Dense softmax attention, the oracle of the other forms."""
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,15 @@ def attention(
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k, preferred_element_type=accumulate) * scale
     mask = visible(q_offset + jnp.arange(length), jnp.arange(keys), segment_ids, kv_segment_ids)[:, None, None]
+    weights = softmax(scores, mask)
+    out = jnp.einsum('bkgts,bskd->btkgd', weights.astype(v.dtype), v, preferred_element_type=accumulate)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Weights over the last axis; zero where nothing is visible."""
     highest = jnp.max(jnp.where(mask, scores, -jnp.inf), -1, keepdims=True)
     highest = jnp.where(jnp.isfinite(highest), highest, 0)
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - highest, 0)), 0)
     total = jnp.sum(weights, -1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1, total)
-    out = jnp.einsum('bkgts,bskd->btkgd', weights.astype(v.dtype), v, preferred_element_type=accumulate)
-    return out.reshape(q.shape).astype(q.dtype)
+    return weights / jnp.where(total == 0, 1, total)

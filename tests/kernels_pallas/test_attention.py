@@ -84,6 +84,22 @@ def test_reference_is_softmax_over_the_visible_keys(seed):
     assert_close(attention(*map(jnp.asarray, (q, k, v)), implementation='reference', **options), expected)
 
 
+@pytest.mark.parametrize('kv_heads', [1, 2, 6])
+@pytest.mark.parametrize('packed', [False, True])
+def test_one_query_equals_dense(kv_heads, packed):
+    """What decoding calls, on every document and on padding; outputs and gradients."""
+    q, k, v = draw(kv_heads, 19, 19, heads=6, kv_heads=kv_heads)
+    segment_ids = documents(kv_heads, 19)
+    for offset in (0, 7, 18):
+        one = slice(offset, offset + 1)
+        options = {'q_offset': offset}
+        if packed:
+            options |= {'segment_ids': segment_ids[:, one], 'kv_segment_ids': segment_ids}
+        qkv = q[:, one], k, v
+        expected = graded(qkv, implementation='reference', **options)
+        assert_close(graded(qkv, implementation='one_query', **options), expected)
+
+
 @pytest.mark.parametrize('sizes', [[1] * 6, [3, 1, 2], [5, 1]], ids=str)
 def test_a_cache_read_at_a_traced_offset_equals_the_whole(sizes):
     """Queries in pieces against a preallocated cache, whose unwritten tail nothing may see."""
@@ -144,8 +160,10 @@ def test_memory_is_linear_in_the_length():
 def test_errors_name_the_argument():
     attend = inspect.unwrap(attention)  # below the tests' own check of annotations
     q, k, v = draw(0, 3, 5)
-    with pytest.raises(ValueError, match="no implementation 'flash'; available here: reference, blockwise"):
+    with pytest.raises(ValueError, match="no implementation 'flash'; available here: reference, blockwise, one_query"):
         attend(q, k, v, implementation='flash')
+    with pytest.raises(ValueError, match=r"'one_query' takes one query a row, q has shape \(2, 3,"):
+        attend(q, k, v, implementation='one_query')
     with pytest.raises(ValueError, match=r'k has shape \(2, 5, 2, 4\), expected \(2, keys, kv_heads, 8\)'):
         attend(q, k[..., :4], v)
     with pytest.raises(ValueError, match=r'v has shape \(2, 4, 2, 8\), expected that of k'):

@@ -33,10 +33,13 @@ class Attention(nnx.Module):
         )
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Returns an empty cache of ``max_len`` tokens a row, rounded up to blocks, which are read without a copy."""
+        """Returns an empty cache of ``max_len`` tokens a row, rounded up to blocks, which are read without a copy.
+
+        A token's heads lie side by side, as decoding reads them: XLA copies a cache that is reshaped after an update.
+        """
         if max_len > self.options.block_size:
             max_len = -(-max_len // self.options.block_size) * self.options.block_size
-        shape = (batch, max_len, self.options.num_kv_heads, self.head_dim)
+        shape = (batch, max_len, self.options.num_kv_heads * self.head_dim)
         return {
             'k': jnp.zeros(shape, self.dtype),
             'v': jnp.zeros(shape, self.dtype),
@@ -58,7 +61,7 @@ class Attention(nnx.Module):
         else:
             start = state['length']
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-                cache, new.astype(cache.dtype), start, axis=1
+                cache, new.reshape(*new.shape[:2], *cache.shape[2:]).astype(cache.dtype), start, axis=1
             )
             state = {
                 'k': write(state['k'], k),
@@ -68,8 +71,8 @@ class Attention(nnx.Module):
             }
             y = attention(
                 q,
-                state['k'],
-                state['v'],
+                self._heads(state['k'], self.options.num_kv_heads),
+                self._heads(state['v'], self.options.num_kv_heads),
                 segment_ids=context.segment_ids,
                 kv_segment_ids=state['segment_ids'],
                 q_offset=start,

@@ -1,13 +1,10 @@
 """Entry points of the adaptive gain: check shapes, form the error features, pick an implementation."""
 
-import functools
-import warnings
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas import platform
+from kernels_pallas import choice
 from kernels_pallas.adaptive_gain import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = ('reference', 'chunked')
@@ -50,15 +47,11 @@ def matrix_gain(
       ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist or cannot
         run.
     """
-    _known(implementation, MATRIX_IMPLEMENTATIONS)
+    choice.check_known('matrix_gain', implementation, MATRIX_IMPLEMENTATIONS)
     e, alpha, log_decay, reset, gain = _check('matrix_gain', e, alpha, log_decay, reset, initial_gain, 2)
-    if (implementation is None and platform.platform() == 'gpu') or implementation == 'mosaic_gpu':
-        reason = mosaic_gpu.unsupported(e.dtype, e.shape[3])
-        if reason is None:
-            return mosaic_gpu.matrix(e, alpha, log_decay, reset, gain)
-        if implementation:
-            raise ValueError(f"matrix_gain: implementation 'mosaic_gpu' cannot run here: {reason}")
-        _warn_once(reason)
+    refusal = lambda: mosaic_gpu.unsupported(e.dtype, e.shape[3])
+    if choice.takes_kernel('matrix_gain', implementation, refusal, instead='chunked'):
+        return mosaic_gpu.matrix(e, alpha, log_decay, reset, gain)
     norm = jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + reference.EPS)
     phi = e / norm
     if implementation == 'reference':
@@ -83,7 +76,7 @@ def diagonal_gain(
     `n = min(1, e^2 / (mean over the head of e^2 + 1e-6))`, so K stays in [0, 1] if it starts there. Arguments, result
     and errors as for `matrix_gain`, with gains [B, H, P].
     """
-    _known(implementation, IMPLEMENTATIONS)
+    choice.check_known('diagonal_gain', implementation, IMPLEMENTATIONS)
     e, alpha, log_decay, reset, gain = _check('diagonal_gain', e, alpha, log_decay, reset, initial_gain, 1)
     if implementation == 'reference':
         return reference.diagonal(e, alpha, log_decay, _array(reset, e), gain)
@@ -92,16 +85,6 @@ def diagonal_gain(
 
 def _array(reset: jax.Array | None, e: jax.Array) -> jax.Array:
     return jnp.zeros(e.shape[:2], bool) if reset is None else reset
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"matrix_gain runs 'chunked' in place of 'mosaic_gpu': {reason}", stacklevel=3)
-
-
-def _known(implementation: str | None, known: tuple[str, ...]) -> None:
-    if implementation is not None and implementation not in known:
-        raise ValueError(f'adaptive gain has no implementation {implementation!r}; available here: {", ".join(known)}')
 
 
 def _check(function, e, alpha, log_decay, reset, initial_gain, gain_rank):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import choice
 from kernels_pallas.attention import one_query, reference, xla
 
 IMPLEMENTATIONS = ('reference', 'blockwise', 'one_query')
@@ -42,10 +43,7 @@ def attention(
     Raises:
       ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f'attention has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
-        )
+    choice.check_known('attention', implementation, IMPLEMENTATIONS)
     segment_ids, kv_segment_ids = _check(q, k, v, segment_ids, kv_segment_ids)
     if block_size < 1:
         raise ValueError(f'attention: block_size must be at least 1, got {block_size}')

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import platform
+from kernels_pallas import choice
 from kernels_pallas.causal_conv1d import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = ('reference', 'xla', 'mosaic_gpu')
@@ -60,10 +60,7 @@ def causal_conv1d(
     """
     lags = tuple(range(weight.shape[0] - 1, -1, -1)) if lags is None else tuple(int(lag) for lag in lags)
     _check(x, weight, bias, lags, activation, positions, reset, mask, initial_state)
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f'causal_conv1d has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
-        )
+    choice.check_known('causal_conv1d', implementation, IMPLEMENTATIONS)
     reach = past_reach(reset) if positions is None and reset is not None else positions
     silu = activation == 'silu'
     if implementation == 'reference':
@@ -81,13 +78,12 @@ def past_reach(reset: Bool[Array, 'b t']) -> Int[Array, 'b t']:
 
 
 def _gradient(implementation, dtype, lags, silu):
-    if implementation == 'xla' or (implementation is None and platform.platform() != 'gpu'):
-        return None
-    reason = mosaic_gpu.unsupported(dtype, lags)
-    if reason is not None and implementation is not None:
-        raise ValueError(f"causal_conv1d: implementation 'mosaic_gpu' cannot run here: {reason}")
     # Without SiLU, XLA fuses the sums with what surrounds them, and a layer moves less without the kernel (README).
-    return mosaic_gpu.gradient if reason is None and (silu or implementation is not None) else None
+    if implementation is None and not silu:
+        return None
+    refusal = lambda: mosaic_gpu.unsupported(dtype, lags)
+    takes_kernel = choice.takes_kernel('causal_conv1d', implementation, refusal, instead=None)
+    return mosaic_gpu.gradient if takes_kernel else None
 
 
 def _reference(x, weight, bias, lags, silu, residual, reach, initial_state):

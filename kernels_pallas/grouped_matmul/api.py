@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import choice
 from kernels_pallas.grouped_matmul import reference, xla
 
 IMPLEMENTATIONS = ('reference', 'blocked')
@@ -30,6 +31,7 @@ def grouped_matmul(
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
+    choice.check_known('grouped_matmul', implementation, IMPLEMENTATIONS)
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
             f'grouped_matmul: x {x.shape}, w {w.shape} and group_sizes {group_sizes.shape} must be'
@@ -37,7 +39,4 @@ def grouped_matmul(
         )
     if implementation == 'reference':
         return reference.grouped_matmul(x, w, group_sizes)
-    if implementation in (None, 'blocked'):
-        return xla.grouped_matmul(x, w, group_sizes, min(block, max(x.shape[0], 1)))
-    known = ', '.join(IMPLEMENTATIONS)
-    raise ValueError(f'grouped_matmul: unknown implementation {implementation!r}; choose from {known}')
+    return xla.grouped_matmul(x, w, group_sizes, min(block, max(x.shape[0], 1)))

@@ -1,7 +1,6 @@
 """The selective scan's one entry point: checks shapes, picks an implementation, adds the skip."""
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas import platform
+from kernels_pallas import choice
 from kernels_pallas.selective_scan import mosaic_gpu, reference, xla
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs
 
@@ -94,19 +93,9 @@ def selective_scan(
         dt, dt_bias = dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + dt_bias, None
     inputs, options = _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
     fused = Fused(D, z, dt_bias, dt_softplus)
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f'selective_scan has no implementation {implementation!r}; available here: {", ".join(IMPLEMENTATIONS)}'
-        )
-    if implementation == 'mosaic_gpu' or (implementation is None and platform.platform() == 'gpu'):
-        reason = _kernel_refuses((u, dt, z), inputs, options)
-        if reason and implementation:
-            raise ValueError(f"selective_scan: implementation 'mosaic_gpu' cannot run here: {reason}")
-        if reason:
-            _warn_once(reason)
-        else:
-            implementation = 'mosaic_gpu'
-    if implementation == 'mosaic_gpu':
+    choice.check_known('selective_scan', implementation, IMPLEMENTATIONS)
+    refusal = functools.partial(_kernel_refuses, (u, dt, z), inputs, options)
+    if choice.takes_kernel('selective_scan', implementation, refusal, instead='chunked'):
         y, final_state, prior_y = _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every)
     else:
         y, final_state, prior_y = _separately(_implementation(implementation, chunk), inputs, options, fused)
@@ -146,11 +135,6 @@ def _kernel_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | No
         return 'it draws no process noise'
     element = mosaic_gpu.element_type(*tokens)
     return mosaic_gpu.unsupported(inputs.u.dtype, element, inputs.A.shape[1], options.Z is not None)
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"selective_scan runs 'chunked' in place of 'mosaic_gpu': {reason}", stacklevel=3)
 
 
 def _fused_kernel(u, dt, A, B, C, fused: Fused, inputs: Inputs, options: Options, keep_every: int | None) -> Outputs:

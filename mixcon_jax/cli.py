@@ -71,6 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
         'files', nargs='*', help='text files (.txt .jsonl .parquet, also .gz .zst); none: held-out text'
     )
     command.add_argument('--batch-size', type=int, default=0, help="rows of a batch (default: the run's)")
+    command.add_argument(
+        '--lengths',
+        nargs='+',
+        type=int,
+        default=(),
+        metavar='TOKENS',
+        help="of a synthetic task, lengths of sequences to score (default: the run's)",
+    )
 
     command = add('generate', _generate, 'Continue prompts with a checkpoint; a single one streams to the terminal.')
     _takes_checkpoint(command)
@@ -130,7 +138,7 @@ def _eval(known: argparse.Namespace, overrides: list[str]) -> int:
 
     if known.batch_size < 0:
         raise UserError(f'--batch-size {known.batch_size} must be at least 1')
-    scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size)
+    scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size, known.lengths)
     print(f'step {scores.step}: {_described(scores)}')
     return 0
 

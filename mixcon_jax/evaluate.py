@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mixcon_jax import config as configs
 from mixcon_jax import step as steps
 from mixcon_jax.data import files
 from mixcon_jax.data.dataset import open_dataset
 from mixcon_jax.data.loader import heldout_from_texts
 from mixcon_jax.data.prepare import require_tokenizer
+from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference import load_model
 
@@ -84,21 +86,31 @@ def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], b
 
 
 def evaluate(
-    workdir: str | Path, paths: Sequence[str] = (), step: int | str | None = None, batch_size: int = 0
+    workdir: str | Path,
+    paths: Sequence[str] = (),
+    step: int | str | None = None,
+    batch_size: int = 0,
+    lengths: Sequence[int] = (),
 ) -> Scores:
-    """Scores a checkpoint on its run's held-out text, or on given text files.
+    """Scores a checkpoint on its run's held-out text or task, on given text files, or on a task's other lengths.
 
     Args:
       workdir: a run directory.
       paths: files or globs; none means the held-out split.
       step: a checkpoint's step, ``'best'`` or None for the newest.
       batch_size: rows of a batch; 0 means the run's own.
+      lengths: tokens of a synthetic task's sequences, in place of the run's ``data.synthetic.eval_lengths``.
 
     Raises:
-      UserError: no such checkpoint or file, or a tokenizer that is not the store's.
+      UserError: no such checkpoint or file, a tokenizer that is not the store's, or lengths that do not fit.
     """
     trained = load_model(workdir, step)
     config = trained.config
+    if lengths:
+        if paths or not is_synthetic(config.data):
+            raise UserError(f'lengths are of synthetic tasks, and not of {paths or config.data.sources}')
+        config.data.synthetic.eval_lengths = tuple(lengths)
+        config = configs.validate(config)
     rows = batch_size or config.eval.batch_size
     if paths:
         found = [file for pattern in paths for file in files.match(pattern)]

@@ -4,6 +4,7 @@ import pytest
 
 from mixcon_jax import cli
 from mixcon_jax.data.synthetic import SyntheticTrain
+from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import evaluate
 from mixcon_jax.records import last, read
 from mixcon_jax.train import train
@@ -50,6 +51,23 @@ def test_a_checkpoint_is_scored_as_at_the_end_of_its_run(done, capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert f'accuracy {scores.accuracy:.4f} over 60 answers' in printed and '48 tokens: accuracy' in printed
+
+
+def test_a_checkpoint_is_scored_at_lengths_that_its_run_did_not_score(done, capsys):
+    folder, result = done
+
+    def scored(*lengths):
+        with pytest.raises(SystemExit) as end:
+            cli.main(['eval', '--workdir', str(folder), '--lengths', *map(str, lengths)])
+        return end.value.code, capsys.readouterr()
+
+    code, printed = scored(16, 64)
+    assert code == 0 and '64 tokens: accuracy' in printed.out and '48 tokens' not in printed.out
+    assert f'16 tokens: accuracy {result.metrics["by_length"]["16"]["accuracy"]:.4f} over 30 answers' in printed.out
+    code, printed = scored(4)
+    assert code == 2 and 'eval_lengths: 4 tokens are too few for selective_copying' in printed.err
+    with pytest.raises(UserError, match='lengths are of synthetic tasks, and not of'):
+        evaluate(folder, ['a.txt'], lengths=[64])
 
 
 def test_an_interrupted_run_ends_with_the_same_parameters(config, done, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ def takes_kernel(
       function: the name of the entry point.
       implementation: what the caller asked for; None lets the platform decide.
       refusal: why the kernel cannot run, or None; only asked if the kernel would be the choice.
-      instead: the implementation that runs where the kernel was the choice and refuses, for a warning, given once for
-        each reason; None for no warning.
+      instead: what runs if the kernel was the platform's choice and refuses, as a warning says, once for each reason;
+        None for no warning.
 
     Raises:
       ValueError: the kernel was asked for and refuses.
@@ -44,5 +44,5 @@ def takes_kernel(
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warns in the name of the function's caller."""
+    """Warns in the name of the caller of the function that calls ``takes_kernel``, which is the fourth frame up."""
     warnings.warn(message, stacklevel=4)

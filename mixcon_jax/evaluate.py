@@ -107,8 +107,11 @@ def evaluate(
     trained = load_model(workdir, step)
     config = trained.config
     if lengths:
-        if paths or not is_synthetic(config.data):
-            raise UserError(f'lengths are of synthetic tasks, and not of {paths or config.data.sources}')
+        if paths:
+            raise UserError('lengths are of a synthetic task; give lengths or files to score, not both')
+        if not is_synthetic(config.data):
+            sources = ', '.join(config.data.sources)
+            raise UserError(f'lengths are of a synthetic task, and {workdir} was trained on {sources}')
         config.data.synthetic.eval_lengths = tuple(lengths)
         config = configs.validate(config)
     rows = batch_size or config.eval.batch_size

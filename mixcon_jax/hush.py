@@ -40,7 +40,9 @@ class _OneLine(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info:
-            record.msg, record.args = f'{record.getMessage()}: {record.exc_info[1]}', ()
+            error = record.exc_info[1]
+            cause = f'{type(error).__name__}: {" ".join(str(error).split())}'
+            record.msg, record.args = f'{record.getMessage()}: {cause}', ()
             record.exc_info = record.exc_text = None
         return True
 

@@ -215,10 +215,10 @@ def test_jax_says_in_one_line_why_it_has_no_gpu(capsys):
     try:
         refused(capsys, 'eval', '--workdir', 'nowhere')
         try:
-            raise RuntimeError('no cuDNN')
+            raise RuntimeError('no cuDNN\nof version 9')
         except RuntimeError:
             log.exception('plugin %s failed', 'cuda')
     finally:
         log.removeHandler(errors)
-    assert 'plugin cuda failed: no cuDNN' in (lines := capsys.readouterr().err.splitlines())
+    assert 'plugin cuda failed: RuntimeError: no cuDNN of version 9' in (lines := capsys.readouterr().err.splitlines())
     assert not any('Traceback' in line for line in lines)

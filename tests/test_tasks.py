@@ -66,7 +66,7 @@ def test_a_checkpoint_is_scored_at_lengths_that_its_run_did_not_score(done, caps
     assert f'16 tokens: accuracy {result.metrics["by_length"]["16"]["accuracy"]:.4f} over 30 answers' in printed.out
     code, printed = scored(4)
     assert code == 2 and 'eval_lengths: 4 tokens are too few for selective_copying' in printed.err
-    with pytest.raises(UserError, match='lengths are of synthetic tasks, and not of'):
+    with pytest.raises(UserError, match='give lengths or files to score, not both'):
         evaluate(folder, ['a.txt'], lengths=[64])
 
 

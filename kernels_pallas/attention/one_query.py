@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention.reference import softmax, visible
+from kernels_pallas.attention.reference import masked_softmax, visible
 
 
 def attention(
@@ -15,10 +15,10 @@ def attention(
     q_offset: jax.Array | int,
     scale: float,
 ) -> jax.Array:
-    """Shapes as in `api.attention` with T = 1; keys and values are read as [S, K * d].
+    """Shapes as in `api.attention` with T = 1, also of the result; keys and values are read as [B, S, K * d].
 
-    A query head has its numbers in its key head's place and zeros in the others'. That is K times the multiplications,
-    but these wait for the cache, which a product for each key head reads in strides.
+    Block-diagonal queries: a query head has its numbers in its key head's place and zeros in the others'. That is K
+    times the multiplications, but these wait for the cache, which a product for each key head reads in strides.
     """
     batch, _, heads, width = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
@@ -28,7 +28,8 @@ def attention(
     own = jnp.eye(kv_heads, dtype=q.dtype)[:, None, :, None]  # [K, 1, K, 1]
     wide = (q.reshape(batch, kv_heads, groups, 1, width) * own).reshape(batch, heads, kv_heads * width)
     scores = jnp.einsum('bhc,bsc->bhs', wide, k, preferred_element_type=accumulate) * scale
-    weights = softmax(scores, visible(q_offset + jnp.arange(1), jnp.arange(keys), segment_ids, kv_segment_ids))
+    weights = masked_softmax(scores, visible(q_offset + jnp.arange(1), jnp.arange(keys), segment_ids, kv_segment_ids))
     out = jnp.einsum('bhs,bsc->bhc', weights.astype(v.dtype), v, preferred_element_type=accumulate)
+    # [B, H, K * d], of which a query head keeps the numbers in its key head's place.
     out = jnp.einsum('bkgkd->bkgd', out.reshape(batch, kv_heads, groups, kv_heads, width))
     return out.reshape(q.shape).astype(q.dtype)

@@ -30,13 +30,13 @@ def attention(
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k, preferred_element_type=accumulate) * scale
     mask = visible(q_offset + jnp.arange(length), jnp.arange(keys), segment_ids, kv_segment_ids)[:, None, None]
-    weights = softmax(scores, mask)
+    weights = masked_softmax(scores, mask)
     out = jnp.einsum('bkgts,bskd->btkgd', weights.astype(v.dtype), v, preferred_element_type=accumulate)
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Weights over the last axis; zero where nothing is visible."""
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Weights over the last axis of scores [..., S], where ``mask``, of a shape that broadcasts, is True; else zero."""
     highest = jnp.max(jnp.where(mask, scores, -jnp.inf), -1, keepdims=True)
     highest = jnp.where(jnp.isfinite(highest), highest, 0)
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - highest, 0)), 0)

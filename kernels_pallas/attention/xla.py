@@ -38,7 +38,7 @@ def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size)
         return jnp.moveaxis(x.reshape(batch, steps, block, *x.shape[2:]), 1, 0)
 
     # [steps, B, K, G, block, d]. Keys and values stay as they came, [B, steps * block, K, d]: they may be a cache, of
-    # which one query reads the part that is filled, and a copy would cost more than that.
+    # which few queries read the part that is filled, and a copy would cost more than that.
     q = split(q, q_steps, q_block).reshape(q_steps, batch, q_block, kv_heads, groups, width).transpose(0, 1, 3, 4, 2, 5)
     k, v = (jnp.pad(x, ((0, 0), (0, k_steps * k_block - keys), (0, 0), (0, 0))) for x in (k, v))
     k, v = (x.reshape(batch, k_steps, k_block, kv_heads, width) for x in (k, v))

@@ -78,12 +78,13 @@ def past_reach(reset: Bool[Array, 'b t']) -> Int[Array, 'b t']:
 
 
 def _gradient(implementation, dtype, lags, silu):
+    """The kernel of the gradient, or None for XLA's."""
     # Without SiLU, XLA fuses the sums with what surrounds them, and a layer moves less without the kernel (README).
     if implementation is None and not silu:
         return None
     refusal = lambda: mosaic_gpu.unsupported(dtype, lags)
-    takes_kernel = choice.takes_kernel('causal_conv1d', implementation, refusal, instead=None)
-    return mosaic_gpu.gradient if takes_kernel else None
+    kernel = choice.takes_kernel('causal_conv1d', implementation, refusal, instead=None)
+    return mosaic_gpu.gradient if kernel else None
 
 
 def _reference(x, weight, bias, lags, silu, residual, reach, initial_state):

@@ -94,7 +94,7 @@ def selective_scan(
     inputs, options = _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
     fused = Fused(D, z, dt_bias, dt_softplus)
     choice.check_known('selective_scan', implementation, IMPLEMENTATIONS)
-    refusal = functools.partial(_kernel_refuses, (u, dt, z), inputs, options)
+    refusal = lambda: _kernel_refuses((u, dt, z), inputs, options)
     if choice.takes_kernel('selective_scan', implementation, refusal, instead='chunked'):
         y, final_state, prior_y = _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every)
     else:

@@ -1,4 +1,4 @@
-"""Attention: the blockwise form equals dense softmax attention, in float64, for any lengths, documents and caches."""
+"""Attention: the other forms equal dense softmax attention, in float64, for any lengths, documents and caches."""
 
 import inspect
 

@@ -115,5 +115,5 @@ def test_blocked_product_equals_every_matrix_on_every_row(sizes, block):
 def test_bad_shapes_and_names_are_refused():
     with pytest.raises(ValueError, match=r'must be \[M, D\]'):
         grouped_matmul(jnp.zeros((3, 4)), jnp.zeros((2, 5, 6)), jnp.zeros(2, jnp.int32))
-    with pytest.raises(ValueError, match='choose from reference, blocked'):
+    with pytest.raises(ValueError, match='available here: reference, blocked'):
         grouped_matmul(jnp.zeros((3, 4)), jnp.zeros((2, 4, 6)), jnp.zeros(2, jnp.int32), implementation='fast')

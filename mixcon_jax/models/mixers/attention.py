@@ -33,9 +33,10 @@ class Attention(nnx.Module):
         )
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Returns an empty cache of ``max_len`` tokens a row, rounded up to blocks, which are read without a copy.
+        """Returns an empty cache of ``max_len`` tokens a row, rounded up to whole blocks, which need no padding.
 
-        A token's heads lie side by side, as decoding reads them: XLA copies a cache that is reshaped after an update.
+        A token's heads lie side by side, [B, max_len, K * d], as decoding reads them: a cache that is reshaped between
+        its update and its use is copied by XLA at every token.
         """
         if max_len > self.options.block_size:
             max_len = -(-max_len // self.options.block_size) * self.options.block_size
@@ -61,11 +62,11 @@ class Attention(nnx.Module):
         else:
             start = state['length']
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-                cache, new.reshape(*new.shape[:2], *cache.shape[2:]).astype(cache.dtype), start, axis=1
+                cache, new.astype(cache.dtype), start, axis=1
             )
             state = {
-                'k': write(state['k'], k),
-                'v': write(state['v'], v),
+                'k': write(state['k'], k.reshape(*k.shape[:2], -1)),
+                'v': write(state['v'], v.reshape(*v.shape[:2], -1)),
                 'segment_ids': write(state['segment_ids'], context.segment_ids),
                 'length': start + x.shape[1],
             }

@@ -5,7 +5,7 @@ them on; and with those of the ``conba`` preset together. Feedback acts through 
 ``+control``. The width of the MLPs makes all arms equal in parameters within 2 %; an override of a model option holds
 for the arms but not for that computation.
 
-21 runs of 717k tokens: about 35 minutes on 2 CPU cores.
+21 runs of 717k tokens: about 50 minutes on 2 CPU cores.
 
     python -m launch.sweep --config experiments/ablations/conba_parts.py --workdir runs/parts --jobs 2
 """

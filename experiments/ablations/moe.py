@@ -4,7 +4,7 @@ The nano model (2 attention, 6 Conba layers) with the MLP on every layer, or wit
 one. One token's experts are together as wide as the MLP, so that all arms have the same active parameters but for the
 router (0.1 to 0.4 %), and about the same operations per token; the total grows with the number of experts.
 
-12 runs of 717k tokens: about 25 minutes on 2 CPU cores.
+12 runs of 717k tokens: about 30 minutes on 2 CPU cores.
 
     python -m launch.sweep --config experiments/ablations/moe.py --workdir runs/moe --jobs 2
 """

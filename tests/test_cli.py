@@ -188,6 +188,7 @@ def test_a_tokenizer_that_is_not_the_stores_is_refused(trained, capsys, tmp_path
         (['eval', '--workdir', 'RUN', '--step', 'newest'], "'newest'"),
         (['eval', '--workdir', 'RUN', 'missing.txt'], 'missing.txt'),
         (['eval', '--workdir', 'RUN', '--batch-size', '-1'], 'batch-size'),
+        (['eval', '--workdir', 'RUN', '--lengths', '64'], 'lengths are of a synthetic task, and '),
         (['generate', '--workdir', 'RUN', '--temperature', '-1'], 'temperature'),
         (['generate', '--workdir', 'RUN', '--max-new-tokens', '0'], 'max-new-tokens'),
         (['train', '--config', 'missing.py', '--workdir', 'x'], 'missing.py'),

@@ -29,7 +29,10 @@ API = {
     ),
     'devices': ('Devices', ['mixcon_jax.sharding', 'mixcon_jax.mesh']),
     'inference': ('Inference', ['mixcon_jax.inference', 'mixcon_jax.generate', 'mixcon_jax.evaluate']),
-    'records': ('Records and reports', ['mixcon_jax.records', 'mixcon_jax.metrics', 'mixcon_jax.report']),
+    'records': (
+        'Records and reports',
+        ['mixcon_jax.records', 'mixcon_jax.metrics', 'mixcon_jax.report', 'mixcon_jax.reports.*', 'mixcon_jax.watch'],
+    ),
     'models': (
         'Models',
         [
@@ -40,6 +43,7 @@ API = {
     'mixers': ('Mixers and FFNs', ['mixcon_jax.models.mixers.*', 'mixcon_jax.models.ffns.*']),
     'data': ('Data', ['mixcon_jax.data.*']),
     'kernels': ('Kernels', ['kernels_pallas.*.api']),
+    'launch': ('Launchers', ['launch.sweep', 'launch.local', 'launch.processes']),
 }
 
 

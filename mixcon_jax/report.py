@@ -82,7 +82,8 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None, baselin
     command += ['--out', str(out)] if out is not None else []
     command += ['--baseline', baseline] if baseline is not None else []
     page = target / 'report.md'
-    _write(page, markdown(found, drawn.keys(), Path(folders[0]), shlex.join(command)))
+    subject = target if out is not None else target.parent
+    _write(page, markdown(found, drawn.keys(), subject.absolute().name, shlex.join(command)))
     print(terminal(found))
     print(f'\n{page}')
     return page
@@ -149,13 +150,13 @@ def _list(values: Iterable[int]) -> str:
 # ----- the page -----------------------------------------------------------------------------------------------------
 
 
-def markdown(found: Report, drawn: Iterable[str], first: Path, command: str) -> str:
+def markdown(found: Report, drawn: Iterable[str], title: str, command: str) -> str:
     """The whole page.
 
     Args:
       found: the report.
       drawn: names of the figures beside the page.
-      first: the first folder, for the title.
+      title: what stands above it.
       command: what made it.
     """
     arms, names = found.arms, set(drawn)
@@ -166,7 +167,7 @@ def markdown(found: Report, drawn: Iterable[str], first: Path, command: str) -> 
         return f'\n![{name}]({name}.png)\n\n*{FIGURES[name]}* ([SVG]({name}.svg))\n' if name in names else ''
 
     parts = [
-        f'# Report: {first.expanduser().absolute().name}\n\n`{command}`\n\n'
+        f'# Report: {title}\n\n`{command}`\n\n'
         f'{time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())} · mixcon_jax {_version("mixcon-jax")}'
         f' · jax {_version("jax")}\n\n'
         f'{_count(len(runs), "run")} in {_count(len(arms), "arm")}, {done} done. An arm is one configuration; its runs'

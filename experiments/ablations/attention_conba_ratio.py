@@ -6,7 +6,7 @@ override of a model option holds for the arms but not for that computation. For 
 are initial values wherever two arms have a parameter of one name and shape: not those of the MLPs. All arms share one
 learning rate, which was found on a hybrid.
 
-30 runs of 717k tokens: about 50 minutes on 2 CPU cores. With the argument ``long``: 2:6, 0:8 and RoPE attention at 4.1M
+30 runs of 717k tokens: about an hour on 2 CPU cores. With the argument ``long``: 2:6, 0:8 and RoPE attention at 4.1M
 tokens, 2 seeds: another hour.
 
     python -m launch.sweep --config experiments/ablations/attention_conba_ratio.py --workdir runs/ratio --jobs 2

@@ -1,7 +1,7 @@
 """Where should the attention layers stand? Two of eight: together at the start, in the middle, at the end, or apart.
 
-All arms have the same layers, so parameters and operations per token are equal. 12 runs of 717k tokens: about 25
-minutes on 2 CPU cores.
+All arms have the same layers, so parameters and operations per token are equal. 12 runs of 717k tokens: about half
+an hour on 2 CPU cores.
 
     python -m launch.sweep --config experiments/ablations/placement.py --workdir runs/placement --jobs 2
 """

@@ -1,7 +1,7 @@
 """Pure attention at the nano size, without positions or with RoPE: what every hybrid is compared with.
 
 Eight attention layers; the MLP's width makes up for the smaller mixers, so that it has nano's parameters within 2 %.
-717k tokens take about 80 seconds on one CPU core. The argument ``rope`` turns on rotary positions.
+717k tokens take about 2 minutes on one CPU core. The argument ``rope`` turns on rotary positions.
 """
 
 import os

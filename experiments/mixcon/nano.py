@@ -1,7 +1,7 @@
-"""The smallest MixCon: 0.6M parameters, the size at which ablations are affordable on a laptop.
+"""The smallest MixCon: 0.54M parameters, the size at which ablations are affordable on a laptop.
 
 One block of 8 layers (2 attention, 6 Conba) of width 64, without experts, on the standard library's text with 512 byte
-pairs. 717k tokens take about 2 minutes on one CPU core. The argument names a Conba preset.
+pairs. 717k tokens take 4 to 5 minutes on one CPU core. The argument names a Conba preset.
 """
 
 from mixcon_jax.config import default

@@ -3,7 +3,8 @@
 52.88B parameters, 13.42B active, before Conba's own additions. The widths are those of the released configuration;
 the paper prints none, and 2 KV heads are what its 2 GB cache at 256K tokens implies. Optimizer, data and schedule are
 not reported: the ones below are placeholders of the usual size. It needs a cluster: parameters and AdamW's moments
-alone take 0.6 TB. `mixcon config --config experiments/mixcon/paper.py` prints all of it.
+alone take 0.6 TB, and the 1.05T tokens set here are 7.9e+22 FLOPs: 55,000 hours of one H100 at 40 % MFU, which is an
+assumption and no measurement. `mixcon config --config experiments/mixcon/paper.py` prints all of it.
 """
 
 from mixcon_jax.config import default

@@ -78,3 +78,13 @@ def arms(get_config):
         for seed in range(3)
         for name, model in models.items()
     ]
+
+
+def changed(arms, names, changes):
+    """The cases of a follow-up: those of ``arms`` with one of these names, with every change ``{name: overrides}``."""
+    return [
+        arm | {'name': f'{arm["name"]}, {name}'} | change
+        for arm in arms
+        if arm['name'] in names
+        for name, change in changes.items()
+    ]

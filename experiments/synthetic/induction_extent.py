@@ -1,14 +1,14 @@
-"""Why does Mamba extend less here than attention? Induction with what only the published training has.
+"""Why does Mamba extend induction less than published? What only the published training has, one thing at a time.
 
-A follow-up to induction.py, decided on after its first seed: there Mamba answers about 2.5 times the trained length and
-attention more, where published Mamba answers any length and attention twice the trained one. Three suspects, one at a
+A follow-up to induction.py, decided on after its first seed: there Mamba answers about 2.5 times the trained length,
+where published Mamba answers any length and attention twice the trained one. Three suspects, one at a
 time, for Mamba and for attention with RoPE: ``one length`` (no curriculum, whose first half hardly needs to
 remember), ``256 tokens`` (the published length, with as many tokens a step, hence a quarter of the rows) and ``4 x
 steps`` (the curriculum stretched alike; published are 200,000). Nothing else differs, so induction.py's runs of
-the same seeds are the baseline: `mixcon report runs/induction runs/induction_extent`.
-18 runs, about 25 minutes on 2 CPU cores.
+the same seeds are the baseline. 18 runs, about 25 minutes on 2 CPU cores.
 
     python -m launch.sweep --config experiments/synthetic/induction_extent.py --workdir runs/induction_extent --jobs 2
+    mixcon report runs/induction/mamba runs/induction/attention-RoPE runs/induction_extent --baseline mamba
 """
 
 import os
@@ -34,9 +34,4 @@ def get_config(arg=None):
 
 def sweep():
     """Returns every change of both architectures, of one seed after the other."""
-    return [
-        arm | {'name': f'{arm["name"]}, {name}'} | change
-        for arm in INDUCTION['sweep']()
-        if arm['name'] in ARMS
-        for name, change in CHANGES.items()
-    ]
+    return INDUCTION['BASE']['changed'](INDUCTION['sweep'](), ARMS, CHANGES)

@@ -35,9 +35,9 @@ def launch(module: str, *arguments: object, environment: Mapping[str, str] | Non
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(launcher: subprocess.Popen, code: int = 0) -> str:
-    """Waits for it; returns what it and the first of its children printed."""
-    output, _ = launcher.communicate(timeout=300)
+def finish(launcher: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:
+    """Waits for it, no longer than this; returns what it and the first of its children printed."""
+    output, _ = launcher.communicate(timeout=seconds)
     assert launcher.returncode == code, output
     return output
 

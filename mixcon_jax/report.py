@@ -53,7 +53,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None, baselin
 
     Args:
       folders: run directories, or folders above some.
-      out: folder to write to; None is ``report`` in the first of ``folders``.
+      out: folder to write to, which gives the title; None is ``report`` in the first of ``folders``, which then does.
       baseline: label of the arm to compare the others with; None is the first.
 
     Returns:

@@ -426,6 +426,7 @@ def test_a_single_run(tmp_path, losses, end, capsys):
     page = report([folder])
     assert page == folder / 'report' / 'report.md'
     text = page.read_text()
+    assert text.startswith('# Report: run\n')
     assert 'There is one arm' in text and '## Against' not in text
     drawn = {'loss-tokens', 'loss-flops'} if losses else set()
     check_figures(page.parent, drawn | ({'final'} if end else set()))
@@ -438,6 +439,7 @@ def test_different_experiments_side_by_side(tmp_path):
     write_run(tmp_path / 'two' / 'run', name='c', data__sources=('files:*.txt',), model__pattern=('mamba+mlp',),
               train__batch_size=2, started=START + 9e5)  # fmt: skip
     page = report([tmp_path / 'one', tmp_path / 'two'], tmp_path / 'out').read_text()
+    assert page.startswith('# Report: out\n')
     assert '5 runs in 3 arms' in page and 'different held-out text' in page
     assert '| c | 0 | – |' in page.split('## Against a')[1]
 

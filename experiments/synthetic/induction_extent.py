@@ -8,7 +8,8 @@ steps`` (the curriculum stretched alike; published are 200,000). Nothing else di
 the same seeds are the baseline. 18 runs, about 25 minutes on 2 CPU cores.
 
     python -m launch.sweep --config experiments/synthetic/induction_extent.py --workdir runs/induction_extent --jobs 2
-    mixcon report runs/induction/mamba runs/induction/attention-RoPE runs/induction_extent --baseline mamba
+    mixcon report runs/induction/mamba runs/induction/attention-RoPE runs/induction_extent --baseline mamba \\
+        --out docs/results/induction_extent
 """
 
 import os

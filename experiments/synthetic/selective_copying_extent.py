@@ -1,4 +1,4 @@
-"""Does Mamba lack steps or state at selective copying? Four times the budget for the two arms that were still learning.
+"""Does Mamba lack steps at selective copying? Four times the budget for the two arms that were still learning.
 
 A follow-up to selective_copying.py, decided on after its three seeds: at the trained length Mamba gives 0.88 of the
 symbols back, where published Mamba gives 0.998, and attention without positions 0.85, where all other arms are near
@@ -9,7 +9,7 @@ minutes on 2 CPU cores.
     python -m launch.sweep --config experiments/synthetic/selective_copying_extent.py \\
         --workdir runs/selective_copying_extent --jobs 2
     mixcon report runs/selective_copying/mamba runs/selective_copying/attention runs/selective_copying_extent \\
-        --baseline mamba
+        --baseline mamba --out docs/results/selective_copying_extent
 """
 
 import os

@@ -37,7 +37,12 @@ def launch(module: str, *arguments: object, environment: Mapping[str, str] | Non
 
 def finish(launcher: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:
     """Waits for it, no longer than this; returns what it and the first of its children printed."""
-    output, _ = launcher.communicate(timeout=seconds)
+    try:
+        output, _ = launcher.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        for process in [*children_of(launcher.pid), launcher.pid]:
+            os.kill(process, signal.SIGKILL)
+        raise
     assert launcher.returncode == code, output
     return output
 

@@ -45,7 +45,7 @@ def test_a_killed_process_ends_the_job_and_going_on_ends_as_one_process_does(tmp
     children = children_of(launcher.pid)
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
-    output = finish(launcher, code=1, seconds=60)  # the other one, left alone, would wait longer for the dead one
+    output = finish(launcher, code=1, seconds=60)
     assert all_end(children, 0), 'no process is left'
     assert 'error: process 1 of 2 failed (killed by SIGKILL' in output
     assert 'process 1 printed last:\n  ' in output

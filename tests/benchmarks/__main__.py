@@ -8,6 +8,8 @@ import sys
 import time
 import traceback
 
+from mixcon_jax.hush import shorten_jax
+
 BENCHMARKS = (
     'selective_scan', 'conba_layer', 'train_step', 'decode', 'compile_time', 'context_parallel', 'data_pipeline',
     'checkpoint_stall',
@@ -20,6 +22,7 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f'error: no benchmark {unknown[0]!r}; choose from {", ".join(BENCHMARKS)}', file=sys.stderr)
         return 2
+    shorten_jax()
     failed = []
     for name in names or BENCHMARKS:
         print(f'\n=== {name} ===', flush=True)

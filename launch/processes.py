@@ -18,6 +18,7 @@ from mixcon_jax.stop import Handler
 STOPPED = 75  # the exit code of `mixcon train` that means: start it again
 LAUNCHER = 'MIXCON_LAUNCHER'  # the environment variable in which a child finds its launcher's process id
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL for children that nothing is left to wait for
+JAX_FRAMES = 'For simplicity, JAX has removed its internal frames'
 POLL = 0.1  # seconds between looks at the children
 
 Child = subprocess.Popen[bytes]
@@ -181,12 +182,23 @@ def how_it_ended(code: int) -> str:
 
 
 def last_lines(path: Path, number: int, begin: int = 0) -> list[str]:
-    """The last lines of a file that are not blank, of what lies after byte ``begin``."""
+    """The last lines of a file that say something, of what lies after byte ``begin``.
+
+    Blank lines do not, nor do a traceback's frames in libraries and JAX's words on frames that it has left out.
+    """
     with open(path, 'rb') as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(begin, size - 64 * 1024))
         lines = file.read().decode(errors='replace').splitlines()
-    return [line.rstrip() for line in lines if line.strip()][-number:]
+    kept, in_library = [], False
+    for line in lines:
+        if line.startswith('  File "'):
+            in_library = '/site-packages/' in line
+        elif not line.startswith('    '):
+            in_library = False
+        if line.strip(' -') and not in_library and not line.startswith(JAX_FRAMES):
+            kept.append(line.rstrip())
+    return kept[-number:]
 
 
 class Signals(Handler):

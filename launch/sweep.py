@@ -104,7 +104,7 @@ def listing(wanted: Sequence[Case], workdir: Path, shares: Sequence[Share], envi
     lines = [table(header, rows)]
     if estimate.basis and any(left):
         jobs = f'{len(shares)} cases at a time' if len(shares) > 1 else 'one case at a time'
-        lines.append(f'Time left is rough: from {estimate.basis}; {jobs}.')
+        lines.append(f'Time left is rough, without start-up and compilation: from {estimate.basis}; {jobs}.')
     lines += [f'{case.folder}: {stand.error}' for case, stand in zip(wanted, stands) if stand.error]
     return '\n'.join(lines)
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,32 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     except UserError:
         raise
     except flags.Error as error:
-        raise ConfigError(_first_line(error)) from error
+        line = _first_line(error)  # of an override, or of what the file raised when absl takes that for a bad flag
+        raise ConfigError(line if '--config.' in line else f'{_place(file, error)}: {line}{_hint(line)}') from error
+    except AttributeError as error:
+        if error.name == 'get_config' and error.obj is sys.modules.get('config_config'):
+            raise ConfigError(f'experiment file {file} has no get_config(arg=None)') from error
+        raise ConfigError(f'{_place(file, error)}: AttributeError: {_first_line(error)}') from error
     except Exception as error:  # whatever the experiment file itself raises
-        raise ConfigError(f'experiment file {path}: {type(error).__name__}: {_first_line(error)}') from error
+        raise ConfigError(f'{_place(file, error)}: {type(error).__name__}: {_first_line(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f'experiment file {path}: get_config() must return a ConfigDict, not {type(config).__name__}')
     return canonical(config)
+
+
+def _place(file: str, error: BaseException) -> str:
+    """The experiment file and, where the error came from it, the line."""
+    at: int | None = None
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            at = line if os.path.realpath(frame.f_code.co_filename) == os.path.realpath(file) else at
+        cause = cause.__cause__ or cause.__context__
+    return f'experiment file {file}' + (f', line {at}' if at else '')
+
+
+def _hint(line: str) -> str:
+    return '; define get_config(arg=None)' if 'get_config() takes 0 positional' in line else ''
 
 
 def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

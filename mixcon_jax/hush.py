@@ -35,11 +35,17 @@ def hush_orbax() -> None:
     sys.unraisablehook = hook
 
 
+# What a driver for NVIDIA's GPUs makes, the second under Windows.
+DRIVERS = ('/dev/nvidiactl', '/dev/dxg')
+
+
 class _OneLine(logging.Filter):
-    """Puts the cause of a failure behind the message, in place of the traceback."""
+    """Puts the cause of a failure behind the message, in place of the traceback; no word where no GPU could be."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info:
+            if not any(map(os.path.exists, DRIVERS)):
+                return False
             error = record.exc_info[1]
             cause = f'{type(error).__name__}: {" ".join(str(error).split())}'
             record.msg, record.args = f'{record.getMessage()}: {cause}', ()
@@ -49,5 +55,5 @@ class _OneLine(logging.Filter):
 
 @functools.cache
 def shorten_jax() -> None:
-    """For the rest of the process, JAX says in one line why it cannot use a GPU for which its plugin is installed."""
+    """For the rest of the process, JAX says in one line why it cannot use a GPU; nothing without a driver for one."""
     logging.getLogger('jax._src.xla_bridge').addFilter(_OneLine())

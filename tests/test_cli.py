@@ -210,7 +210,9 @@ def test_a_deleted_checkpoint_file_is_noticed(trained, capsys, tmp_path):
     assert 'checkpoint' in refused(capsys, 'eval', '--workdir', workdir)
 
 
-def test_jax_says_in_one_line_why_it_has_no_gpu(capsys):
+@pytest.mark.parametrize('driver', [True, False])
+def test_jax_says_in_one_line_why_it_has_no_gpu_where_a_driver_is(capsys, monkeypatch, tmp_path, driver):
+    monkeypatch.setattr('mixcon_jax.hush.DRIVERS', (str(tmp_path if driver else tmp_path / 'none'),))
     log, errors = logging.getLogger('jax._src.xla_bridge'), logging.StreamHandler()  # after capsys: to its stderr
     log.addHandler(errors)
     try:
@@ -221,5 +223,6 @@ def test_jax_says_in_one_line_why_it_has_no_gpu(capsys):
             log.exception('plugin %s failed', 'cuda')
     finally:
         log.removeHandler(errors)
-    assert 'plugin cuda failed: RuntimeError: no cuDNN of version 9' in (lines := capsys.readouterr().err.splitlines())
+    lines = capsys.readouterr().err.splitlines()
+    assert ('plugin cuda failed: RuntimeError: no cuDNN of version 9' in lines) is driver
     assert not any('Traceback' in line for line in lines)

@@ -113,7 +113,9 @@ def test_unknown_key_in_the_experiment_file_is_refused():
     'content, message',
     [
         ('def get_config(): 1/0', 'ZeroDivisionError'),
-        ('x = 1', "has no attribute 'get_config'"),
+        ('x = 1', '.py has no get_config(arg=None)'),
+        ('def get_config():\n    import nothing.such', '.py, line 2: ModuleNotFoundError'),
+        ('from mixcon_jax import config\ndef get_config():\n    config.default().seed = "x"', '.py, line 3: TypeError'),
         ('def get_config(): return {}', 'must return a ConfigDict'),
         ('def get_config(:', 'SyntaxError'),
     ],

@@ -18,7 +18,8 @@ FILES = sorted(path for path in (ROOT / 'experiments').rglob('*.py') if path.nam
 def test_experiment_is_valid_and_documented(path):
     config = configs.validate(configs.load(str(path)))
     assert config.name
-    assert len(ast.get_docstring(ast.parse(path.read_text())) or '') > 80
+    said = ast.get_docstring(ast.parse(path.read_text())) or ''
+    assert len(said) > 80, f'{path}: the docstring is to say what it is, what it costs and how to run it'
 
 
 def test_the_quickstart_is_a_whole_mixcon():
@@ -48,7 +49,8 @@ def test_every_case_of_a_sweep_is_valid_and_every_seed_has_the_same_arms(path):
     arms: dict[int, list[str]] = {}
     for case in found:
         arms.setdefault(case.config.seed, []).append(case.name)
-    assert len(arms) >= 3 and len({tuple(names) for names in arms.values()}) == 1, arms
+    assert len({tuple(names) for names in arms.values()}) == 1, arms
+    assert len(arms) >= 3 or 'tutorial' in path.parts, f'{path}: fewer than 3 seeds give no interval'
 
 
 @pytest.mark.parametrize('argument', ['', ':long'])

@@ -60,6 +60,18 @@ def done(run) -> dict:
     return record
 
 
+def test_a_traceback_ends_with_the_projects_own_frames_and_the_error(tmp_path):
+    (tmp_path / 'log').write_text(
+        'Traceback (most recent call last):\n'
+        '  File "/home/me/mixers/mine.py", line 3, in __call__\n    y = x + z\n        ~~^~~\n'
+        '  File "/home/me/lib/site-packages/jax/numpy.py", line 9, in add\n    raise error\n    ^^^^^\n'
+        'TypeError: incompatible shapes\n\n--------------------\n'
+        'For simplicity, JAX has removed its internal frames from the traceback of the following exception.\n'
+    )
+    lines = processes.last_lines(tmp_path / 'log', 3)
+    assert lines == ['    y = x + z', '        ~~^~~', 'TypeError: incompatible shapes']
+
+
 # ----- whole sweeps -------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +324,7 @@ def test_list_shows_states_sizes_and_time(folder, three, tmp_path, capsys):
     # Both have run the same model: the median of 768 tokens/s, start-up included, and 1,000 without.
     assert lines[3] == ['long/seed-0', 'at', 'step', '50', 'of', '150', parameters, '38.4k', '29s']
     assert lines[4][:4] == ['3', 'cases', '1', 'done']
-    assert 'rough: from the speed of cases that have run here, for other models by' in ' '.join(lines[5])
+    assert 'compilation: from the speed of cases that have run here, for other models by' in ' '.join(lines[5])
 
 
 def test_list_of_a_sweep_that_has_not_begun_makes_nothing(folder, tmp_path, capsys):

@@ -106,6 +106,18 @@ def test_padding_on_either_side_leaves_outputs_and_states_alone(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
+    """A sum that is carried in bfloat16 shows here: it comes back narrower than ``init_state`` made it."""
+    graphdef, variables = nnx.split(layer(name, 'bfloat16'))
+    state = layer(name, 'bfloat16').init_state(1, T)
+    x = jax.ShapeDtypeStruct((1, T, DIM), jnp.bfloat16)
+    run = lambda variables, x, state: nnx.merge(graphdef, variables)(x, Context.whole(1, T), state)[1]
+    after = jax.eval_shape(run, variables, x, state)
+    types = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (after, state)]
+    assert types[0] == types[1]
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_bfloat16_gradients_are_finite_at_4096_tokens(name):
     length = 4096
     graphdef, params, rest = nnx.split(layer(name, 'bfloat16'), nnx.Param, ...)

@@ -126,7 +126,7 @@ class Conba(SelectiveSSM):
         if old is not None:
             state = {'conv': inputs.conv_state, 'scan': jnp.stack(scans, axis=1)}
             if options.delay == 'taps':
-                state['taps'] = taps
+                state['taps'] = taps.astype(old['taps'].dtype)
             if 'gain' in old:
                 state['gain'] = jnp.stack(gains, axis=1)
         return project(y, self.out_proj), state, {'stats': stats} if stats else {}

@@ -87,7 +87,13 @@ def test_every_parameter_names_its_axes():
 LENGTHS = [5, 1, 6]
 
 
-@pytest.mark.parametrize('preset', presets.CONBA_PRESETS)
+# The one with most parts is always run; of every layer by itself, test_invariants.py asks the same.
+PACKED = [
+    name if name == 'conba_paper' else pytest.param(name, marks=pytest.mark.slow) for name in presets.CONBA_PRESETS
+]
+
+
+@pytest.mark.parametrize('preset', PACKED)
 def test_packed_cross_entropy_and_gradients_equal_separate_documents(preset):
     """Through the whole MixCon, experts included, balance coefficients 0, float32."""
     options = {f'conba.{key}': value for key, value in presets.conba(preset).items()}

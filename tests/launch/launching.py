@@ -40,8 +40,7 @@ def finish(launcher: subprocess.Popen, code: int = 0, seconds: float = 300) -> s
     try:
         output, _ = launcher.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        for process in [*children_of(launcher.pid), launcher.pid]:
-            os.kill(process, signal.SIGKILL)
+        all_end([*children_of(launcher.pid), launcher.pid], 0)
         raise
     assert launcher.returncode == code, output
     return output

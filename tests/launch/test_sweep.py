@@ -324,7 +324,10 @@ def test_list_shows_states_sizes_and_time(folder, three, tmp_path, capsys):
     # Both have run the same model: the median of 768 tokens/s, start-up included, and 1,000 without.
     assert lines[3] == ['long/seed-0', 'at', 'step', '50', 'of', '150', parameters, '38.4k', '29s']
     assert lines[4][:4] == ['3', 'cases', '1', 'done']
-    assert 'compilation: from the speed of cases that have run here, for other models by' in ' '.join(lines[5])
+    assert (
+        'rough, without start-up and compilation: from the speed of cases that have run here, for other models by'
+        in (' '.join(lines[5]))
+    )
 
 
 def test_list_of_a_sweep_that_has_not_begun_makes_nothing(folder, tmp_path, capsys):

@@ -85,15 +85,14 @@ def found(name, shards):
     return jax.device_get((outputs, gradients))
 
 
-DEAR = [('conba_paper', 2), ('conba_paper', 8)]
 CASES = [(name, shards) for name in PRESETS for shards in (2, 4, 8)] + [(name, 4) for name in OTHERS]
+# Each number of shards compiles anew: of the dearest preset one is always run, of the others all three.
+DEAR = {('conba_paper', 2), ('conba_paper', 8)}
 
 
-# Each number of shards compiles anew: the dearest preset takes one of them, the others all three.
-ALWAYS = [pytest.param(*case, marks=pytest.mark.slow) if case in DEAR else case for case in CASES]
-
-
-@pytest.mark.parametrize('name, shards', ALWAYS)
+@pytest.mark.parametrize(
+    'name, shards', [pytest.param(*case, marks=pytest.mark.slow) if case in DEAR else case for case in CASES]
+)
 def test_shards_equal_one_device(name, shards):
     """Outputs, statistics and losses, and the gradients of inputs and parameters."""
     pairs = zip(jax.tree.leaves_with_path(found(name, shards)), jax.tree.leaves(found(name, 1)), strict=True)

@@ -33,8 +33,8 @@ def matrix_gain(
       reset: bool [B, T]; the gain is zero before a token where it is True, so that this token already reads zero.
       initial_gain: [B, H, P, P]; zeros if None. Differentiable.
       implementation: None picks for the platform: 'mosaic_gpu' (a warp a head, gradients without atomics) on NVIDIA
-        GPUs of compute capability 9.0 and newer for heads of 16 or 32 channels (a warning says when not), 'chunked'
-        (WY form, parallel in a chunk) elsewhere. 'reference' is sequential.
+        GPUs of compute capability 9.0 and newer that have verified it, for heads of 16 or 32 channels (a warning says
+        when not), 'chunked' (WY form, parallel in a chunk) elsewhere. 'reference' is sequential.
       chunk: tokens a chunk of 'chunked'.
 
     No row's or head's result depends on another: under `jax.shard_map` over both, nothing is communicated. 'mosaic_gpu'
@@ -50,7 +50,8 @@ def matrix_gain(
     choice.check_known('matrix_gain', implementation, MATRIX_IMPLEMENTATIONS)
     e, alpha, log_decay, reset, gain = _check('matrix_gain', e, alpha, log_decay, reset, initial_gain, 2)
     refusal = lambda: mosaic_gpu.unsupported(e.dtype, e.shape[3])
-    if choice.takes_kernel('matrix_gain', implementation, refusal, instead='chunked'):
+    variants = lambda: mosaic_gpu.variants(e.shape[3])
+    if choice.takes_kernel('matrix_gain', implementation, refusal, 'chunked', variants, kernel='adaptive_gain'):
         return mosaic_gpu.matrix(e, alpha, log_decay, reset, gain)
     norm = jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + reference.EPS)
     phi = e / norm

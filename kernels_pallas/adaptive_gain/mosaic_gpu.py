@@ -13,6 +13,7 @@ The state is laid out as 4 heads (warps) x P rows x P columns: 8 lanes over rows
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import platform
+from kernels_pallas import mosaic, platform
 from kernels_pallas.adaptive_gain.reference import EPS
+from kernels_pallas.mosaic import Index, Span, load, store
 
 HEADS = 4  # of a block, one a warp
 WIDTHS = (16, 32)
@@ -46,6 +46,11 @@ def unsupported(dtype: Any, width: int) -> str | None:
     return None
 
 
+def variants(width: int) -> tuple[str, ...]:
+    """The kernels that a call runs, by the name of their card."""
+    return (f'width{width}',)
+
+
 def matrix(e, alpha, log_decay, reset, initial_gain, interpret=None):
     """`K_k e_k` and the final gain; shapes as in `reference.matrix`, float32, reset may be None, any H and T."""
     if reset is not None:
@@ -53,10 +58,13 @@ def matrix(e, alpha, log_decay, reset, initial_gain, interpret=None):
         ends = jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))[..., None]
         alpha, log_decay = jnp.where(ends, 0, alpha), jnp.where(ends, -jnp.inf, log_decay)
         initial_gain = jnp.where(reset[:, 0, None, None, None], 0, initial_gain)
-    heads = e.shape[2]
-    pad = lambda x, axis: jnp.pad(x, [(0, -heads % HEADS if i == axis else 0) for i in range(x.ndim)])
-    out, gain = _gain(pad(e, 2), pad(alpha, 2), pad(log_decay, 2), pad(initial_gain, 1), interpret)
-    return out[:, :, :heads], gain[:, :heads]
+    batch, length, heads, _ = e.shape
+    # A tile of all heads is one run of bytes, which must not lead over the end of its row (mosaic.Copy.runs_on).
+    time = -length % FORWARD_TILE if heads <= HEADS and batch > 1 else 0
+    pad = lambda x, *widths: jnp.pad(x, [*((0, width) for width in widths), *((0, 0),) * (x.ndim - len(widths))])
+    tokens = lambda x: pad(x, 0, time, -heads % HEADS)  # with zeros, which leave the gain as it is
+    out, gain = _gain(tokens(e), tokens(alpha), tokens(log_decay), pad(initial_gain, 0, -heads % HEADS), interpret)
+    return out[:, :length, :heads], gain[:, :heads]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -97,23 +105,22 @@ class _Tiles:
 
     @property
     def state(self):  # [heads, rows, columns]
-        tiling = fa.Tiling(((HEADS, self.width, self.width), (1, 8, self.width // 4)))
-        return _layout(tiling, warp_dims=(-6,), lane_dims=(-4, -2))
+        return mosaic.tiled(((HEADS, self.width, self.width), (1, 8, self.width // 4)), (-6,), (-4, -2))
 
     @property
     def flat(self):  # [tile, heads, channels]: a lane takes one channel, of one token or of every second
         tokens = 32 // self.width
-        tiling = fa.Tiling(((self.tile, HEADS, self.width), (tokens, 1, 1)))
-        return _layout(tiling, warp_dims=(-5,), lane_dims=(-4, -3) if tokens > 1 else (-4,))
+        lanes = (-4, -3) if tokens > 1 else (-4,)
+        return mosaic.tiled(((self.tile, HEADS, self.width), (tokens, 1, 1)), (-5,), lanes)
 
     def by_row(self, ref):
-        return _load(ref, self.state.reduce(2))
+        return load(ref, self.state.reduce(2))
 
     def by_column(self, ref):
-        return _load(ref, self.state.reduce(1))
+        return load(ref, self.state.reduce(1))
 
     def by_head(self, ref):
-        return _load(ref, self.state.reduce((1, 2)))
+        return load(ref, self.state.reduce((1, 2)))
 
     def rows(self, x):
         return self._spread(x, (0, 1), self.state, 3)
@@ -135,19 +142,6 @@ class _Tiles:
         return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), layout)
 
 
-def _layout(tiling, **dims):
-    layout = fa.TiledLayout(tiling, vector_dim=-1, _check_canonical=False, **dims).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
-def _load(ref, layout):
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def _store(ref, value):
-    plgpu.store(ref, value, optimized=False)
-
-
 def _launch(body, name, e, tile, loaded, out_type, scratch, interpret):
     """`plgpu.kernel` over rows and groups of heads; `loaded` says of each input by tiles whether it has channels.
 
@@ -157,42 +151,46 @@ def _launch(body, name, e, tile, loaded, out_type, scratch, interpret):
     shared = lambda channels, *slots: plgpu.SMEM(
         (*slots, tile, HEADS, width) if channels else (*slots, tile, HEADS), jnp.float32
     )
-    options = {} if interpret is None else {'interpret': interpret}
-    return plgpu.kernel(
+    return mosaic.kernel(
+        f'adaptive_gain_{name}',
         body,
-        out_type=out_type,
-        scratch_types=[
+        out_type,
+        [
             *(shared(channels, 2) for channels in loaded),
             *(shared(channels, *slots) for channels, *slots in scratch),
             plgpu.Barrier(num_arrivals=len(loaded), num_barriers=2),
         ],
-        grid=(batch, heads // HEADS),
-        grid_names=('batch', 'heads'),
-        # Barriers are where they are written; layouts are all given, which Lane lowering wants.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=LoweringSemantics.Lane
-        ),
-        kernel_name=f'adaptive_gain_{name}',
-        **options,
+        {'batch': batch, 'heads': heads // HEADS},
+        interpret,
     )
 
 
 def _block():
-    return lax.axis_index('batch'), pl.ds(lax.axis_index('heads') * HEADS, HEADS)
+    return lax.axis_index('batch'), _heads().ds
+
+
+def _heads():
+    return Span(Index(lax.axis_index('heads')) * HEADS, HEADS)
+
+
+def _box(array, tile, index):
+    """The block's part of an array [B, T, H, ...] in a tile of time."""
+    times = Span(Index(index) * tile, tile)
+    return lax.axis_index('batch'), times, _heads(), *(slice(None) for _ in array.shape[3:])
 
 
 def _over_tiles(inputs, slots, barrier, length, tile, process, carry, reverse=False):
-    """Folds `process(first token, slot, carry)` over the tiles of time, the next one on its way meanwhile."""
-    batch, heads = _block()
+    """Folds `process(tile, slot, carry)` over the tiles of time, the next one on its way meanwhile."""
     tiles = -(-length // tile)
+    place = lambda k: (tiles - 1 - k) if reverse else k
 
     def fetch(k):
-        slot, start = lax.rem(k, 2), ((tiles - 1 - k) if reverse else k) * tile
-        for source, target in zip(inputs, slots, strict=True):
-            rows = source.at[batch, pl.ds(start, tile), heads]
-            plgpu.copy_gmem_to_smem(rows, target.at[slot], barrier.at[slot])
+        copies = [(source, _box(source, tile, place(k)), target) for source, target in zip(inputs, slots, strict=True)]
+        mosaic.fetch(copies, lax.rem(k, 2), barrier)
 
-    fetch(batch * 0)  # traced: a slice of known bounds may not leave the array, and the last tile does
+    fetch(
+        lax.axis_index('batch') * 0
+    )  # traced: a slice of known bounds may not leave the array, and the last tile does
 
     def body(k, carry):
         slot = lax.rem(k, 2)
@@ -205,18 +203,18 @@ def _over_tiles(inputs, slots, barrier, length, tile, process, carry, reverse=Fa
         def _():
             fetch(k + 1)
 
-        return process(((tiles - 1 - k) if reverse else k) * tile, slot, carry)
+        return process(place(k), slot, carry)
 
     carry = lax.fori_loop(0, tiles, body, carry)
     plgpu.wait_smem_to_gmem(0)
     return carry
 
 
-def _write(buffers, outputs, start, tile):
-    batch, heads = _block()
+def _write(buffers, outputs, index, tile, slots=()):
+    """Begins to write a tile of results; `slots` of the first buffers, which have some."""
     plgpu.commit_smem()
-    for buffer, output in zip(buffers, outputs, strict=True):
-        plgpu.copy_smem_to_gmem(buffer, output.at[batch, pl.ds(start, tile), heads])
+    for buffer, output, slot in itertools.zip_longest(buffers, outputs, slots):
+        mosaic.send(buffer, output, _box(output, tile, index), slot)
 
 
 def _forward(e, weight, forget, initial_gain, interpret):
@@ -230,19 +228,19 @@ def _forward(e, weight, forget, initial_gain, interpret):
             column = tiles.columns(tiles.by_column(es.at[slot, t]))
             keep = 1.0 - tiles.by_head(fs.at[slot, t])
             r = jnp.sum(K * column, axis=2)
-            _store(rs.at[t], r)
+            store(rs.at[t], r)
             error = tiles.by_row(es.at[slot, t]) - tiles.head_rows(keep) * r
             learn = tiles.head_rows(tiles.by_head(ws.at[slot, t])) * error
             return tiles.heads(keep) * K + tiles.rows(learn) * column
 
-        def process(start, slot, K):
+        def process(index, slot, K):
             K = lax.fori_loop(0, tiles.tile, functools.partial(step, slot), K)
-            _write([rs], [read], start, tiles.tile)
+            _write([rs], [read], index, tiles.tile)
             return K
 
-        K = _load(initial.at[batch, heads], tiles.state)
+        K = load(initial.at[batch, heads], tiles.state)
         K = _over_tiles([e, weight, forget], [es, ws, fs], barrier, e.shape[1], tiles.tile, process, K)
-        _store(final.at[batch, heads], K)
+        store(final.at[batch, heads], K)
 
     out_type = (_like(e), _like(initial_gain))
     loaded, scratch = [True, False, False], [(True,)]
@@ -277,24 +275,24 @@ def _backward(e, weight, forget, read, dread, dgain, share, interpret):
             d = tiles.by_row(gs.at[slot, t]) - tiles.head_rows(keep * weight) * p
             dw = jnp.sum(error * p, axis=1)
             left = jnp.where(keep > 0.0, share - weight * dw, 0.0)
-            _store(by_column.at[t], jnp.sum(D * tiles.rows(weights * error), axis=1))
-            _store(by_row.at[t], weights * p)
-            _store(gs.at[slot, t], d)
-            _store(dws.at[t], dw)
-            _store(dls.at[t], left - keep * weight * jnp.sum(r * p, axis=1))
+            store(by_column.at[t], jnp.sum(D * tiles.rows(weights * error), axis=1))
+            store(by_row.at[t], weights * p)
+            store(gs.at[slot, t], d)
+            store(dws.at[t], dw)
+            store(dls.at[t], left - keep * weight * jnp.sum(r * p, axis=1))
             return tiles.heads(keep) * D + tiles.rows(d) * column, left + jnp.sum(d * r, axis=1)
 
-        def process(start, slot, carry):
+        def process(index, slot, carry):
             carry = lax.fori_loop(0, tiles.tile, functools.partial(step, slot), carry)
             plgpu.commit_smem()
-            _store(by_column, _load(by_column, tiles.flat) + _load(by_row, tiles.flat))
-            _write([gs.at[slot], by_column, dws, dls], [owed, de, dweight, dlog], start, tiles.tile)
+            store(by_column, load(by_column, tiles.flat) + load(by_row, tiles.flat))
+            _write([gs, by_column, dws, dls], [owed, de, dweight, dlog], index, tiles.tile, [slot])
             return carry
 
-        carry = _load(dgain.at[batch, heads], tiles.state), tiles.by_head(share.at[batch, heads])
+        carry = load(dgain.at[batch, heads], tiles.state), tiles.by_head(share.at[batch, heads])
         inputs, slots = [e, weight, forget, read, dread], [es, ws, fs, rs, gs]
         D, _ = _over_tiles(inputs, slots, barrier, e.shape[1], tiles.tile, process, carry, reverse=True)
-        _store(dinitial.at[batch, heads], D)
+        store(dinitial.at[batch, heads], D)
 
     out_type = (_like(e), _like(e), _like(weight), _like(weight), _like(dgain))
     loaded, scratch = [True, False, False, True, True], [(True,), (True,), (False,), (False,)]
@@ -315,17 +313,17 @@ def _replay(e, weight, forget, read, owed, de, through_weight, initial_transpose
             keep = 1.0 - tiles.by_head(fs.at[slot, t])
             back = jnp.sum(K * tiles.columns(tiles.by_column(ds.at[slot, t])), axis=2)
             through = tiles.head_rows(tiles.by_head(ts.at[slot, t])) * row
-            _store(outs.at[t], tiles.by_row(des.at[slot, t]) + back + through)
+            store(outs.at[t], tiles.by_row(des.at[slot, t]) + back + through)
             error = column - tiles.head_columns(keep) * tiles.by_column(rs.at[slot, t])
             learn = tiles.head_columns(tiles.by_head(ws.at[slot, t])) * error
             return tiles.heads(keep) * K + tiles.rows(row) * tiles.columns(learn)
 
-        def process(start, slot, K):
+        def process(index, slot, K):
             K = lax.fori_loop(0, tiles.tile, functools.partial(step, slot), K)
-            _write([outs], [out], start, tiles.tile)
+            _write([outs], [out], index, tiles.tile)
             return K
 
-        K = _load(initial.at[batch, heads], tiles.state)
+        K = load(initial.at[batch, heads], tiles.state)
         inputs, slots = [e, weight, forget, through, read, owed, de], [es, ws, fs, ts, rs, ds, des]
         _over_tiles(inputs, slots, barrier, e.shape[1], tiles.tile, process, K)
 

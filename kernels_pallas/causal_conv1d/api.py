@@ -47,8 +47,8 @@ def causal_conv1d(
         padding; y is arbitrary there. A row without any real token keeps its state.
       initial_state: [B, L, C], the last L tokens before this call; zeros if None. Differentiable.
       implementation: None picks for the platform: 'mosaic_gpu' (shifted sums, and their gradient by one kernel) on
-        NVIDIA GPUs of compute capability 9.0 and newer with 'silu' and lags of at most 8, 'xla' (shifted sums)
-        elsewhere. 'reference' is sequential.
+        NVIDIA GPUs of compute capability 9.0 and newer that have verified it, with 'silu' and lags of at most 8, 'xla'
+        (shifted sums) elsewhere. 'reference' is sequential.
 
     Returns:
       `(y [B, T, C], final state [B, L, C])`, the last L real tokens, zero where they belong to an earlier document than
@@ -83,7 +83,8 @@ def _gradient(implementation, dtype, lags, silu):
     if implementation is None and not silu:
         return None
     refusal = lambda: mosaic_gpu.unsupported(dtype, lags)
-    kernel = choice.takes_kernel('causal_conv1d', implementation, refusal, instead=None)
+    variants = lambda: mosaic_gpu.variants(silu)
+    kernel = choice.takes_kernel('causal_conv1d', implementation, refusal, 'xla', variants, silent=True)
     return mosaic_gpu.gradient if kernel else None
 
 

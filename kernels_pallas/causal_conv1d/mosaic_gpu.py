@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import platform
+from kernels_pallas import mosaic, platform
+from kernels_pallas.mosaic import Index, Span, store
 
 THREADS = 128
 TILE = 32  # tokens that are fetched together
 BLOCKS = 528  # enough for 132 multiprocessors with shared memory for three or four blocks each
 SHORTEST = 256  # tokens of a slice: it reads L of them in vain
 MAX_LAG, MAX_TAPS = 8, 8  # what registers hold
+REACH = 4  # numbers that the copy engine wants in a row of `reach`, and before a box in it: 16 bytes
 LOG2E = 1.4426950408889634
 
 
@@ -38,6 +39,11 @@ def unsupported(dtype: Any, lags: tuple[int, ...]) -> str | None:
     if not 0 < max(lags) <= MAX_LAG or len(lags) > MAX_TAPS:
         return f'it takes at most {MAX_TAPS} taps with lags to {MAX_LAG}'
     return None
+
+
+def variants(silu: bool) -> tuple[str, ...]:
+    """The kernel that a call runs, by the name of its card."""
+    return ('silu' if silu else 'linear',)
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,14 @@ def gradient(x, dy, weight, bias, reach, past, lags, silu, residual, interpret=N
     vector = 2 if x.dtype.itemsize == 2 else 1
     groups = -(-channels // (THREADS * vector))
     slices = max(1, min(-(-BLOCKS // (batch * groups)), total // SHORTEST))
-    per_slice, padded = -(-total // slices), groups * THREADS * vector
-    problem = _Problem(batch, total, padded, per_slice, vector, lags, silu, residual, bias is not None)
+    padded = groups * THREADS * vector
+    problem = _Problem(
+        batch, total, padded, slice_length(total, slices), vector, lags, silu, residual, bias is not None
+    )
 
     wide = lambda value: jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, problem.channels - channels)])
     reach = jnp.minimum(reach, jnp.arange(total, dtype=jnp.int32))
-    reach = jnp.pad(reach, ((0, 0), (0, -total % 4)))  # the copy engine wants rows of 16 bytes
+    reach = jnp.pad(reach, ((0, 0), (0, -total % REACH)))
     arrays = [wide(x), wide(dy.astype(x.dtype)), reach, wide(weight.astype(jnp.float32))]
     if bias is not None:
         arrays.append(wide(bias.astype(jnp.float32)))
@@ -94,6 +102,11 @@ def gradient(x, dy, weight, bias, reach, past, lags, silu, residual, interpret=N
     return dx[:, total - length :], sums[: len(lags)].astype(weight.dtype), dbias, dpast
 
 
+def slice_length(tokens: int, slices: int) -> int:
+    """Tokens of a slice when so many are cut into about so many slices, each of which starts where a copy may."""
+    return -(-tokens // (slices * REACH)) * REACH
+
+
 def _kernel(problem: _Problem, dtype, interpret):
     width, lags, longest = problem.block, problem.lags, max(problem.lags)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=problem.vector)
@@ -101,10 +114,7 @@ def _kernel(problem: _Problem, dtype, interpret):
     unroll = longest if longest in (1, 2, 4, 8) else 4  # after which registers' roles return
 
     def load(ref):
-        return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-    def store(ref, value):
-        plgpu.store(ref, value, optimized=False)
+        return mosaic.load(ref, layout).astype(jnp.float32)
 
     def flag(condition):  # scalars select, vectors are multiplied
         return jnp.where(condition, 1.0, 0.0).astype(jnp.float32)
@@ -113,18 +123,15 @@ def _kernel(problem: _Problem, dtype, interpret):
         (bias, *rest) = rest if problem.bias else (None, *rest)
         dx, sums, xs, gs, rs, barrier = rest
         batch, part = lax.axis_index('batch'), lax.axis_index('slice')
-        channels = pl.ds(lax.axis_index('channels') * width, width)
-        first = part * problem.slice
+        block = Span(Index(lax.axis_index('channels')) * width, width)
+        channels, start_of_slice = block.ds, Index(part) * problem.slice
+        first = start_of_slice.value
         end = jnp.minimum(first + problem.slice, problem.length)
 
         def fetch(k):
-            slot, tokens = lax.rem(k, 2), pl.ds(first + k * TILE, TILE)
-            for source, target in (
-                (x.at[batch, tokens, channels], xs),
-                (dy.at[batch, tokens, channels], gs),
-                (reach.at[batch, tokens], rs),
-            ):
-                plgpu.copy_gmem_to_smem(source, target.at[slot], barrier.at[slot])
+            tokens = Span(start_of_slice + Index(k) * TILE, TILE)
+            copies = [(x, (batch, tokens, block), xs), (dy, (batch, tokens, block), gs), (reach, (batch, tokens), rs)]
+            mosaic.fetch(copies, lax.rem(k, 2), barrier)
 
         def token(slot, i, t, carry):
             window, partial, totals = carry
@@ -181,23 +188,19 @@ def _kernel(problem: _Problem, dtype, interpret):
             store(sums.at[batch, part, i, channels], total)
 
     shape = jax.ShapeDtypeStruct
-    return plgpu.kernel(
+    return mosaic.kernel(
+        'causal_conv1d_backward',
         body,
-        out_type=(
+        (
             shape((problem.batch, problem.length, problem.channels), dtype),
             shape((problem.batch, problem.slices, sums_of, problem.channels), jnp.float32),
         ),
-        scratch_types=[
+        [
             plgpu.SMEM((2, TILE, width), dtype),
             plgpu.SMEM((2, TILE, width), dtype),
             plgpu.SMEM((2, TILE), jnp.int32),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
         ],
-        grid=(problem.batch, problem.slices, problem.channels // width),
-        grid_names=('batch', 'slice', 'channels'),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=LoweringSemantics.Lane
-        ),
-        kernel_name='causal_conv1d_backward',
-        **({} if interpret is None else {'interpret': interpret}),
+        {'batch': problem.batch, 'slice': problem.slices, 'channels': problem.channels // width},
+        interpret,
     )

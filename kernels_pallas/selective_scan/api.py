@@ -65,8 +65,9 @@ def selective_scan(
         key folded with the token's index: the same for every implementation and chunk. `(key, std, start)` counts from
         start, which a call on a later part of a sequence needs to draw what one call on the whole draws.
       prior: also return the a-priori outputs `(exp(dt_k A) x_{k-1}) C_k`, without skip and without `readout`.
-      implementation: None picks for the platform: 'mosaic_gpu' on NVIDIA GPUs of compute capability 8.0 and newer where
-        it has the options asked for (a warning says when not), 'chunked' elsewhere. 'reference' (sequential),
+      implementation: None picks for the platform: 'mosaic_gpu' on NVIDIA GPUs where it has the options asked for and a
+        GPU of the same major compute capability has verified it (a warning says when not; it is written for 8.0 and
+        newer), 'chunked' elsewhere. 'reference' (sequential),
         'associative' (whole-sequence associative scan, memory O(T D N)), 'chunked' (rematerialised chunks) or
         'mosaic_gpu' (fused kernels). A chunk is stepped on CPU and scanned associatively elsewhere;
         'chunked_stepped' and 'chunked_associative' say which.
@@ -95,7 +96,16 @@ def selective_scan(
     fused = Fused(D, z, dt_bias, dt_softplus)
     choice.check_known('selective_scan', implementation, IMPLEMENTATIONS)
     refusal = lambda: _kernel_refuses((u, dt, z), inputs, options)
-    if choice.takes_kernel('selective_scan', implementation, refusal, instead='chunked'):
+    batch, length, channels = u.shape
+    variants = lambda: mosaic_gpu.variants(
+        (batch, length, channels),
+        A.shape[1],
+        mosaic_gpu.element_type(u, dt, z),
+        options.Z is not None,
+        prior,
+        keep_every,
+    )
+    if choice.takes_kernel('selective_scan', implementation, refusal, 'chunked', variants):
         y, final_state, prior_y = _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every)
     else:
         y, final_state, prior_y = _separately(_implementation(implementation, chunk), inputs, options, fused)

@@ -101,7 +101,9 @@ def test_shards_equal_one_device(name, shards):
         assert error < 1e-5, f'{jax.tree_util.keystr(path)} differs by {error:.1e} of its largest value'
 
 
-@pytest.mark.parametrize('name', PRESETS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow) if name == 'conba_paper' else name for name in PRESETS]
+)
 def test_what_shards_exchange_does_not_grow_with_the_sequence(name):
     """Counted in the compiled gradient: as many collectives of as many bytes for twice the tokens."""
     short, long = (collectives(compiled(name, 4, length).as_text()) for length in (T, 2 * T))

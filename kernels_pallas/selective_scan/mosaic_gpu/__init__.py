@@ -78,6 +78,38 @@ def padded_states(states: int, readout: bool) -> int:
     return 16 if readout else -(-states // 8) * 8
 
 
+def variants(
+    shape: tuple[int, int, int], states: int, element: Any, readout: bool, prior: bool, keep_every: int | None
+) -> tuple[str, ...]:
+    """Which of the kernels a call runs, by the names of their cards.
+
+    Args:
+      shape: of u, [B, T, D].
+      states: N.
+      element: of `element_type`.
+      readout: whether y reads scaled states.
+      prior: whether the a-priori outputs are asked for, too.
+      keep_every: as for `scan`.
+    """
+    held = padded_states(states, readout)
+    chosen = tuning.settings(tuning.generation(platform.compute_capability()), held, element.itemsize, readout)
+    named = {
+        'readout': readout,
+        'prior': prior,
+        'wide': held > 16,
+        'sliced': _slices(shape, chosen, None) > 1,
+        'kept': keep_every is not None and keep_every > chosen.backward_tile,
+    }
+    return 'scan', *(name for name, runs in named.items() if runs)
+
+
+def _slices(shape: tuple[int, int, int], settings: tuning.Settings, cores: int | None) -> int:
+    """Into how many slices the time of u [B, T, D] is split to fill so many multiprocessors, or this device's."""
+    batch, length, channels = shape
+    cores = cores or getattr(platform.device(), 'core_count', 132)
+    return tuning.time_splits(batch * -(-channels // CHANNELS), length, cores, settings.forward_tile)
+
+
 def scan(
     u: jax.Array,
     dt: jax.Array,
@@ -137,13 +169,13 @@ def scan(
         )
     if splits is not None and splits < 1:
         raise ValueError(f'splits must be at least 1, got {splits}')
-    blocks = batch * -(-channels // CHANNELS)
-    cores = cores or getattr(platform.device(), 'core_count', 132)
     if splits is None:
-        splits = tuning.time_splits(blocks, length, cores, ahead)
+        splits = _slices(u.shape, settings, cores)  # type: ignore[arg-type]  # of three axes
 
-    # Slices of time have one length; Ampere wants whole tiles, and states kept less often whole groups.
-    whole = math.lcm(1 if generation == 'hopper' else math.lcm(ahead, back), keep_every if keep_every > back else 1)
+    # Slices of time have one length; Ampere wants whole tiles, as do tiles that are one run of bytes (mosaic.runs_on),
+    # and states kept less often want whole groups.
+    whole_tiles = generation != 'hopper' or (channels <= CHANNELS and batch * splits > 1)
+    whole = math.lcm(math.lcm(ahead, back) if whole_tiles else 1, keep_every if keep_every > back else 1)
     padded = -(-length // (splits * whole)) * splits * whole
     extra_time, extra_channels = padded - length, -channels % CHANNELS
     extra_states = held - states

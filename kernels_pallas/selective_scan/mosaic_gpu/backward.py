@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic import Index, Span, load, store
 from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
     CHANNELS,
     FLOAT,
@@ -26,12 +27,10 @@ from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
     Spread,
     lanes_over_states,
     launch,
-    load,
     plain,
     sigmoid,
     softplus,
     states_by_states,
-    store,
     thread_a_channel_over_time,
 )
 
@@ -66,8 +65,8 @@ def backward(
 
     def body(ref: Any) -> None:
         row, block = lax.axis_index('row'), lax.axis_index('block')
-        mine = pl.ds(block * WARPS, WARPS)
-        copies = Copies(problem, tile, row, mine, ref, _rows(ref, problem))
+        channels = Span(Index(block) * WARPS, WARPS)
+        copies, mine = Copies(problem, tile, row, channels, ref, _rows(ref, problem)), channels.ds
         bias, skip = (over_time(load(x.at[mine], flat.reduce(0))) for x in (ref.bias, ref.D))
         no_sum = plgpu.layout_cast(jnp.zeros((WARPS, LANES), FLOAT), flat.reduce(0))
         # Sums over states land where their inputs lay, which nobody needs any more; several parts need them all.
@@ -222,8 +221,7 @@ def backward(
             if problem.tma:
                 plgpu.commit_smem()
                 for name in results:
-                    final = getattr(ref, f'd{name}').at[row, times, mine]
-                    plgpu.copy_smem_to_gmem(getattr(ref, f'{name}_').at[slot], final)
+                    copies.send(getattr(ref, f'{name}_'), slot, getattr(ref, f'd{name}'), index)
             return dD, dbias, *rest
 
         extra: tuple = ()

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic import Index, Span, load, store
 from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
     CHANNELS,
     FLOAT,
@@ -22,11 +23,9 @@ from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
     Problem,
     Spread,
     launch,
-    load,
     plain,
     sigmoid,
     softplus,
-    store,
     thread_a_channel,
     where,
 )
@@ -149,12 +148,12 @@ def forward(
             h = lax.fori_loop(0, tile // stretch, over_stretch, h)
             if read:
                 copies.fence()
-                staged, final = ref.y_.at[slot], ref.y.at[row, pl.ds(index * tile, tile), mine]
                 if problem.tma:
-                    plgpu.copy_smem_to_gmem(staged, final)
+                    copies.send(ref.y_, slot, ref.y, index)
                     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
                 else:
-                    store(final, load(staged, plain((tile, CHANNELS))))
+                    final = ref.y.at[row, pl.ds(index * tile, tile), mine]
+                    store(final, load(ref.y_.at[slot], plain((tile, CHANNELS))))
             return h
 
         if readout:
@@ -247,8 +246,8 @@ def _spread(problem: Problem) -> tuple[Spread, list[Any]]:
 
 def _begin(problem: Problem, tile: int, spread: Spread, parts: list[Any], inputs: dict, ref: Any) -> tuple:
     """What a block starts with: its row and channels, its copies of tiles, A by parts, and how step sizes are had."""
-    row, mine = lax.axis_index('row'), pl.ds(lax.axis_index('block') * CHANNELS, CHANNELS)
-    copies = Copies(problem, tile, row, mine, ref, _rows(ref, inputs))
+    row, channels = lax.axis_index('row'), Span(Index(lax.axis_index('block')) * CHANNELS, CHANNELS)
+    copies, mine = Copies(problem, tile, row, channels, ref, _rows(ref, inputs)), channels.ds
     A = [spread.load(ref.A.at[mine, part]) for part in parts]
     bias = spread.load_channels(ref.bias.at[mine])
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import core as mosaic
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import mosaic
+from kernels_pallas.mosaic import Index, Span, load
 
 WARPS, LANES = 4, 32
 CHANNELS = WARPS * LANES  # of a block
@@ -69,16 +69,9 @@ def with_offset(projection: jax.Array, offset: jax.Array, columns: int) -> jax.A
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
-def _tiled(tiling, warp_dims, lane_dims) -> Any:
-    layout = fragmented_array.TiledLayout(
-        fragmented_array.Tiling(tiling), warp_dims, lane_dims, vector_dim=-1, _check_canonical=False
-    ).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
 def thread_a_channel() -> Any:
     """(128, N): a thread holds all states of one channel, so that a sum over states stays in its registers."""
-    return _tiled(((CHANNELS, 4), (LANES, 4)), (-4,), (-2,))
+    return mosaic.tiled(((CHANNELS, 4), (LANES, 4)), (-4,), (-2,))
 
 
 def lanes_over_states(states: int) -> Any:
@@ -86,17 +79,17 @@ def lanes_over_states(states: int) -> Any:
 
     Sums over states and over a warp's channels both take few shuffles (for N = 16: 2, and 3 for a group of 4).
     """
-    return _tiled(((WARPS, LANES, states), (1, 128 // states, 4)), (-6,), (-4, -2))
+    return mosaic.tiled(((WARPS, LANES, states), (1, 128 // states, 4)), (-6,), (-4, -2))
 
 
 def thread_a_channel_over_time(steps: int) -> Any:
     """(T, 4, 32): a thread holds one channel at every step."""
-    return _tiled(((steps, WARPS, LANES), (1, 1, 1)), (-5,), (-4,))
+    return mosaic.tiled(((steps, WARPS, LANES), (1, 1, 1)), (-5,), (-4,))
 
 
 def states_by_states(states: int) -> Any:
     """(4, N, N), N = 16: each warp a matrix of its own."""
-    return _tiled(((WARPS, states, states), (1, 128 // states, 4)), (-6,), (-4, -2))
+    return mosaic.tiled(((WARPS, states, states), (1, 128 // states, 4)), (-6,), (-4, -2))
 
 
 def plain(shape: tuple[int, ...]) -> Any:
@@ -138,14 +131,6 @@ class Spread:
         return plgpu.layout_cast(jnp.zeros(self.shape, FLOAT), self.layout)
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def store(ref: Any, value: jax.Array) -> None:
-    plgpu.store(ref, value, optimized=False)
-
-
 # ----------------------------------------------------------------------------------------------------- functions
 def softplus(x: jax.Array) -> jax.Array:
     """log(1 + exp(x)) without overflow, and to 3e-6 of it for small step sizes too, where 1 + exp(x) loses exp(x)."""
@@ -180,45 +165,46 @@ def launch(name: str, problem: Problem, body: Any, inputs: dict, outputs: dict, 
     grid = {'row': problem.batch, 'block': problem.channels // CHANNELS}
     if problem.batch > MAX_ROWS:  # of CUDA's axes, the one that Pallas gives to the last may grow further
         grid = dict(reversed(grid.items()))
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
+        name,
         lambda *refs: body(SimpleNamespace(**dict(zip(names, refs, strict=True)))),
-        out_type=tuple(outputs.values()),
-        scratch_types=tuple(scratch.values()),
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,  # exp2 is one instruction
-            unsafe_no_auto_barriers=True,  # barriers are written out
-            # Layouts are all given, so nothing needs to be inferred; this saves 20 instructions a step.
-            lowering_semantics=mosaic.LoweringSemantics.Lane,
-        ),
-        kernel_name=name,
-        **({} if interpret is None else {'interpret': interpret}),
+        tuple(outputs.values()),
+        tuple(scratch.values()),
+        grid,
+        interpret,
     )
     return dict(zip(outputs, kernel(*inputs.values()), strict=True))
 
 
 class Copies:
-    """Tiles of time from global to shared memory, by the copy engine or by plain asynchronous copies.
+    """Tiles of time between global and shared memory, by the copy engine or by plain asynchronous copies.
 
     `rows` are (source, destination, whether it has channels); a destination has a slot for every tile in flight.
     """
 
-    def __init__(self, problem: Problem, tile: int, row: Any, mine: Any, ref: Any, rows: list) -> None:
+    def __init__(self, problem: Problem, tile: int, row: Any, channels: Span, ref: Any, rows: list) -> None:
         self.problem, self.tile, self.rows = problem, tile, rows
         self.barrier = ref.arrived if problem.tma else None
-        self._row, self._channels = row, mine
+        self._row, self._channels = row, channels
+
+    def box(self, index: Any, array: Any, has_channels: bool = True) -> tuple:
+        """The tile's part of an array of tokens [B, T, ...], of the block's channels where it has them."""
+        times = Span(Index(index) * self.tile, self.tile)
+        inner = (self._channels if has_channels else slice(None), *(slice(None) for _ in array.shape[3:]))
+        return self._row, times, *inner
 
     def start(self, index: Any, slot: Any) -> None:
         """Begins to fetch a tile of time; what lies behind the end is zero, from the copy engine."""
         index = index + 0 * self._row  # traced: a known start would be refused where the tile leads over the end
-        times = pl.ds(index * self.tile, self.tile)
-        for source, destination, has_channels in self.rows:
-            part = source.at[self._row, times, self._channels] if has_channels else source.at[self._row, times]
-            if self.problem.tma:
-                plgpu.copy_gmem_to_smem(part, destination.at[slot], self.barrier.at[slot])
-            else:
-                plgpu.copy_gmem_to_smem(part, destination.at[slot], oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+        boxes = [(source, self.box(index, source, channels), place) for source, place, channels in self.rows]
+        if self.problem.tma:
+            mosaic.fetch(boxes, slot, self.barrier)
+        else:
+            mosaic.fetch_ampere(boxes, slot)
+
+    def send(self, place: Any, slot: Any, array: Any, index: Any) -> None:
+        """Begins to write a tile of results, by the copy engine."""
+        mosaic.send(place, array, self.box(index, array), slot)
 
     def wait(self, slot: Any) -> None:
         """Waits for a tile, and for every thread to be here: what was shared before may be overwritten after it."""

@@ -157,11 +157,27 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
         logical_axes=axes,
         groups=optim.describe_groups(config.optim.name, axes),
         init_state=jax.jit(init_state, out_shardings=layout, compiler_options=init_options),
-        train_step=jax.jit(train, in_shardings=(layout, by_row), out_shardings=(layout, everywhere), donate_argnums=0),
+        train_step=jax.jit(
+            train,
+            in_shardings=(layout, by_row),
+            out_shardings=(layout, everywhere),
+            donate_argnums=0,
+            compiler_options=ordered_sums(mesh.devices.flat[0]) if config.train.deterministic else None,
+        ),
         eval_step=jax.jit(evaluate, in_shardings=(layout, by_row), out_shardings=everywhere),
         put=put,
         model=lambda state: build(state.params, state.buffers),
     )
+
+
+def ordered_sums(device: Any) -> dict[str, bool] | None:
+    """What has XLA add up an embedding's gradient in one order, not in that in which a GPU's threads come.
+
+    None on a CPU, which does so anyway, and for a GPU that is compiled for while absent: the option wants to ask the
+    device about its products.
+    """
+    present = device.platform == 'gpu' and device in jax.devices()
+    return {'xla_gpu_exclude_nondeterministic_ops': True} if present else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

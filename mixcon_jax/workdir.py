@@ -27,7 +27,7 @@ from mixcon_jax.records import Record, last, read
 # a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
-    'data.synthetic.eval_', 'train.max_bad_steps',
+    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic',
 )  # fmt: skip
 
 SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')

@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 
 from mixcon_jax import config as configs
-from mixcon_jax.records import Record, last, read
-from tests.tiny import ROOT, start_training, tiny_config
-
-TIMELESS = ('time', 'goodput', 'time_shares', 'tokens_per_second', 'flops_per_second', 'mfu')
+from mixcon_jax.records import last, read
+from tests.tiny import ROOT, outcome, start_training, tiny_config
 
 
 def finish(config, workdir: Path, environment: dict[str, str] | None = None) -> str:
@@ -41,16 +39,6 @@ def kill_when(config, workdir: Path, moment) -> bool:
     output, _ = process.communicate()
     assert process.returncode in (0, -9), output
     return process.returncode == -9
-
-
-def outcome(workdir: Path) -> list[Record]:
-    """Everything a run's metrics say that is no time: each record once, in order, and the parameters' hash."""
-    records = read(workdir / 'metrics.jsonl')
-    kept = [r for r in records if r['kind'] in ('train', 'eval', 'final')]
-    done = last(records, kind='run')
-    assert done is not None and done['event'] == 'done'
-    kept = [{key: value for key, value in r.items() if key not in TIMELESS} for r in kept]
-    return [*kept, {'fingerprint': done['fingerprint']}]
 
 
 def lines_of(workdir: Path) -> int:

@@ -10,8 +10,10 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax import config as configs
+from mixcon_jax.records import Record, last, read
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMELESS = ('time', 'goodput', 'time_shares', 'tokens_per_second', 'flops_per_second', 'mfu')  # of a record
 WORDS = ('the', 'state', 'of', 'a', 'loop', 'gains', 'delay', 'and', 'noise', 'while', 'experts', 'route', 'tokens')
 
 
@@ -73,10 +75,23 @@ def start_training(
     """Starts ``mixcon train`` as a process of its own on one CPU device; both streams come as one text pipe."""
     experiment = write_experiment(workdir.parent / f'{workdir.name}.experiment.py', config)
     command = [sys.executable, '-m', 'mixcon_jax.cli', 'train', f'--config={experiment}', f'--workdir={workdir}']
-    settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
-    # Most of a short run is importing: keep the compiled modules even where the environment says not to.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    # One device, compiled as the tests are: most of a short run is compiling, and the rest importing.
+    flags = ' '.join(flag for flag in os.environ.get('XLA_FLAGS', '').split() if 'device_count' not in flag)
+    settings = os.environ | {'PYTHONPATH': path, 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'}
+    # Keep the compiled modules even where the environment says not to.
     settings |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
     settings |= environment or {}
     return subprocess.Popen(
         command, cwd=workdir.parent, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def outcome(workdir: Path) -> list[Record]:
+    """Everything a run's metrics say that is no time: each record once, in order, and the parameters' hash."""
+    records = read(workdir / 'metrics.jsonl')
+    kept = [r for r in records if r['kind'] in ('train', 'eval', 'final')]
+    done = last(records, kind='run')
+    assert done is not None and done['event'] == 'done'
+    kept = [{key: value for key, value in r.items() if key not in TIMELESS} for r in kept]
+    return [*kept, {'fingerprint': done['fingerprint']}]

@@ -1,0 +1,159 @@
+"""The stages: what each does in its own process, by name, and in which order they run."""
+
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from kernels_pallas import cards, verify
+from tests.gpu.accept.runner import Stage
+
+Say = Callable[[dict[str, Any]], None]
+
+CASES_A_PROCESS = 3  # of a kernel's variant
+LAYERS = (  # of tests/models/cases.py, a process a group
+    ('attention', 'attention_rope', 'mlp', 'moe_grouped', 'moe_bias', 'moe_dense'),
+    ('mamba', 'mamba_norms', 'conba_code'),
+    ('conba', 'conba_diag'),
+    ('conba_companion', 'conba_feedback_companion'),
+    ('conba_paper',),
+)
+TINY_LAYERS = (('attention', 'mamba', 'moe_grouped'),)
+TRAINED = (('conba', 'float32'), ('conba', 'bfloat16'), ('conba_paper', 'float32'), ('conba_code', 'float32'))
+
+
+# ----------------------------------------------------------------------------------------------------------- in order
+def kernels(cpu: bool) -> list[Stage]:
+    """(a) Every kernel and variant against float64; a process for a few cases."""
+    found = []
+    for part in verify.parts(cards.kernels()):
+        count = len(verify.chosen(part, small=cpu))
+        processes = -(-count // CASES_A_PROCESS)
+        found += [Stage(f'kernel:{part.kernel}:{part.variant}:{i}/{processes}', 240) for i in range(processes)]
+    return found
+
+
+def layers(cpu: bool) -> list[Stage]:
+    """(b) Every mixer and FFN as a layer against the CPU."""
+    return [Stage(f'layers:{",".join(group)}', 300) for group in (TINY_LAYERS if cpu else LAYERS)]
+
+
+def training(cpu: bool) -> list[Stage]:
+    """(c) Whole steps against the CPU's losses, and stopping and going on; (e) the quickstart."""
+    steps = [Stage(f'train:{preset}:{dtype}', 300) for preset, dtype in (TRAINED[:1] if cpu else TRAINED)]
+    return [*steps, Stage('run:resume', 240), Stage('run:quickstart', 300)]
+
+
+def ladder(cpu: bool) -> list[Stage]:
+    """(d) The speed of whole steps; they say `ready` once compiled, and wait for a line before they time."""
+    from tests.benchmarks.ladder import RUNGS
+
+    return [Stage(f'speed:{name}', 600) for name in (list(RUNGS)[3:4] if cpu else RUNGS)]
+
+
+def times(cpu: bool) -> list[Stage]:
+    """The times of the kernels against their floors."""
+    return [] if cpu else [Stage(f'times:{kernel}', 120) for kernel in cards.kernels()]
+
+
+def tiles(cpu: bool) -> list[Stage]:
+    """Tile sizes of the scan beside those in use: the first to go without when time is short."""
+    return [] if cpu else [Stage('tiles:selective_scan', 180)]
+
+
+def in_order(cpu: bool) -> dict[str, list[Stage]]:
+    """All of them, by kind."""
+    kinds = (kernels, training, layers, ladder, times, tiles)
+    return {kind.__name__: kind(cpu) for kind in kinds}
+
+
+# ------------------------------------------------------------------------------------------------- in a stage's process
+def perform(name: str, cpu: bool, say: Say) -> bool:
+    """Runs one stage; whether all was right. `say` takes findings, those that went wrong with `failed`."""
+    good = True
+
+    def heard(found: dict[str, Any]) -> None:
+        nonlocal good
+        good = good and 'failed' not in found
+        say(found)
+
+    kind, _, rest = name.partition(':')
+    _STAGES[kind](rest, cpu, heard)
+    return good
+
+
+def _device(rest: str, cpu: bool, say: Say) -> None:
+    import jax
+    import jaxlib
+
+    facts: dict[str, Any] = {'device': jax.devices()[0].device_kind, 'compute_capability': '0.0', 'driver': ''}
+    say((facts if cpu else verify.device_facts()) | {'jax': jax.__version__, 'jaxlib': jaxlib.__version__})
+
+
+def _kernel(rest: str, cpu: bool, say: Say) -> None:
+    kernel, variant, share = rest.split(':')
+    index, count = map(int, share.split('/'))
+    interpret = None
+    if cpu:
+        from tests.kernels_pallas import interpreted
+
+        interpret = interpreted.parameters()
+    verify.run_part(verify.Part(kernel, variant), say, interpret, (index, count))
+
+
+def _times(rest: str, cpu: bool, say: Say) -> None:
+    verify.run_part(verify.Part(rest, ''), say)
+
+
+def _tiles(rest: str, cpu: bool, say: Say) -> None:
+    from tests.gpu.accept import tiles
+
+    tiles.measure(say)
+
+
+def _layers(rest: str, cpu: bool, say: Say) -> None:
+    from tests.gpu.accept import layers
+
+    for name in rest.split(','):
+        layers.check(name, say)
+
+
+def _train(rest: str, cpu: bool, say: Say) -> None:
+    from tests.gpu.accept import steps
+
+    preset, dtype = rest.split(':')
+    steps.check(preset, dtype, cpu, say)
+
+
+def _run(rest: str, cpu: bool, say: Say) -> None:
+    from tests.gpu.accept import runs
+    from tests.tiny import write_corpus
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        if rest == 'resume':
+            runs.resume(folder, say, *((150, 5) if cpu else (200, 30)))
+        else:
+            small = ['train.steps=3', 'optim.warmup_steps=1', 'model.dim=32', 'data.seq_len=32', 'train.loss_chunk=32']
+            small += [f'data.sources={write_corpus(folder / "corpus")}', 'data.tokenizer_vocab_size=300']
+            small += ['model.pattern=conba+mlp,attention+mlp']
+            runs.quickstart(folder, say, [f'--config.{option}' for option in small] if cpu else [])
+
+
+def _speed(rest: str, cpu: bool, say: Say) -> None:
+    from tests.benchmarks import ladder
+
+    def compiled(seconds: float) -> None:
+        say({'ready': round(seconds, 1)})
+        if not sys.stdin.readline():
+            sys.exit('nobody is there to say when to go on')
+
+    found = ladder.measure(rest, tiny=cpu, compiled=compiled)
+    say({'rung': rest} | found | ({} if found['finite'] else {'failed': f'{rest}: the loss is not finite'}))
+
+
+_STAGES = {
+    'device': _device, 'kernel': _kernel, 'times': _times, 'tiles': _tiles, 'layers': _layers, 'train': _train,
+    'run': _run, 'speed': _speed,
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ``mixcon`` command: train, eval, generate, report, watch, config, data, each a thin shell around a function."""
+"""The ``mixcon`` command: train, eval, generate, report, watch, config, data, doctor; each calls one function."""
 
 import argparse
 import os
@@ -106,6 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--once', action='store_true', help='print one snapshot; so does output that is no terminal')
     command.add_argument('--interval', type=float, default=2.0, help='seconds between two looks (default: 2)')
 
+    command = add('doctor', _doctor, 'Say what works on this machine: devices, versions, kernels, a few steps.')
+    command.add_argument('--verify', action='store_true', help='verify the GPU kernels that need it, without asking')
+
     data = commands.add_parser('data', help='Prepare text for training.', allow_abbrev=False)
     actions = data.add_subparsers(metavar='action', required=True)
     command = add('prepare', _prepare, 'Train or load the tokenizer and write the token stores.', actions)
@@ -193,6 +196,12 @@ def _watch(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.watch import watch
 
     return watch(known.folders, known.once, known.interval)
+
+
+def _doctor(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.doctor import doctor
+
+    return doctor(known.verify)
 
 
 def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mixcon_jax.cli import build_parser  # noqa: E402  after the path
+from kernels_pallas import cards, verify  # noqa: E402  after the path
+from mixcon_jax.cli import build_parser  # noqa: E402
 from mixcon_jax.options import OPTIONS, Option  # noqa: E402
 
 # Page of the API reference: its title, and its modules; a * stands for all modules there.
@@ -56,6 +57,7 @@ def pages() -> dict[str, str]:
         'reference/options.md': options_page(),
         'reference/commands.md': commands_page(),
         'reference/experiments.md': experiments_page(),
+        'kernels/verified.md': verified_page(),
     }
     for name, (title, modules) in API.items():
         found[f'reference/api/{name}.md'] = api_page(title, modules)
@@ -147,6 +149,45 @@ def experiments_page() -> str:
             lines += ['', f'## {path.relative_to(ROOT)}', '', ast.get_docstring(tree) or '']
             lines += ['', 'It defines a [sweep](../howto-sweep.md).'] if swept else []
     return '\n'.join(lines) + '\n'
+
+
+def verified_page() -> str:
+    """What GPUs have shown of every variant of every kernel, from the cards beside the kernels."""
+    lines = [
+        '# What GPUs have shown',
+        'From the [verification cards](README.md#which-kernels-run) beside the kernels. A kernel runs on GPUs '
+        'of the major compute capability of one that has verified it, while its sources are those that were verified; '
+        'what is `stale` has changed since. `implementation` names a kernel all the same.',
+        '',
+        '| kernel | variant | state | GPU | driver, JAX | date | cases | largest relative error |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    times = ['## Times', '', f'Milliseconds of a call, and how often that is [the floor](README.md). {TIMES}', '']
+    times += ['| kernel | sizes | GPU | forward | of the floor | XLA | and backward | of the floor | XLA |']
+    times += ['|---|---|---|---|---|---|---|---|---|']
+    for part, found in verify.standing():
+        if not found:
+            lines.append(f'| `{part.kernel}` | {part.variant} | never run | | | | | |')
+        for card in found:
+            gpu = f'{card.device} ({card.compute_capability})'
+            error = f'{max(card.cases.values()):.1e}' if card.cases else ''
+            cells = [f'`{part.kernel}`', part.variant, card.state, gpu, f'{card.driver}, {card.jax}', card.date]
+            lines.append(f'| {" | ".join([*cells, str(len(card.cases)), error])} |')
+            times += [_times(card, sizes, figures) for sizes, figures in card.times.items()]
+    return '\n'.join([*lines, '', *times]) + '\n'
+
+
+TIMES = 'Calls are queued, so that the host does not count; the median of five turns.'
+
+
+def _times(card: cards.Card, sizes: str, figures: dict[str, float]) -> str:
+    """A row of the table of times."""
+    cells = [f'`{card.kernel}`', sizes, card.device]
+    for name in ('forward', 'both'):
+        ratio = figures[name] / figures[f'{name}_floor']
+        other = figures.get(f'xla_{name}')
+        cells += [f'{figures[name]:.3g}', f'{ratio:.2f}', f'{other:.3g}' if other else '–']
+    return f'| {" | ".join(cells)} |'
 
 
 def api_page(title: str, names: list[str]) -> str:

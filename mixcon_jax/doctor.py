@@ -50,7 +50,10 @@ def doctor(verify_now: bool = False, say: Callable[[str], None] = print) -> int:
             for line in part():
                 say(line)
         except Exception as error:  # of any kind: what works is the question
-            say(f'{part.__name__:11}FAIL: {type(error).__name__}: {" ".join(str(error).split())[:300]}')
+            words = ' '.join(str(error).split())[:300] or 'JAX does not start'
+            wish = os.environ.get('JAX_PLATFORMS')
+            asked = f', with JAX_PLATFORMS={wish}' if wish and part is devices else ''
+            say(f'{part.__name__:11}FAIL: {type(error).__name__}: {words}{asked}')
             return 1
     if verify_now and platform.platform() != 'gpu':
         raise UserError(f'nothing can be verified: JAX sees no NVIDIA GPU here, only {platform.platform()}')

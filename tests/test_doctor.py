@@ -60,9 +60,13 @@ def test_a_jax_that_does_not_start_is_said_in_a_line(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(jax, 'devices', broken)
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
     lines: list[str] = []
     assert doctor.doctor(say=lines.append) == 1
-    assert lines[0].startswith('machine') and lines[-1] == 'devices    FAIL: AssertionError: '
+    assert (
+        lines[0].startswith('machine')
+        and lines[-1] == 'devices    FAIL: AssertionError: JAX does not start, with JAX_PLATFORMS=cuda'
+    )
 
 
 def test_kernels_that_do_not_run_are_listed_with_the_reason(hopper, monkeypatch):

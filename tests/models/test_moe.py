@@ -117,3 +117,22 @@ def test_bad_shapes_and_names_are_refused():
         grouped_matmul(jnp.zeros((3, 4)), jnp.zeros((2, 5, 6)), jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match='available here: reference, blocked'):
         grouped_matmul(jnp.zeros((3, 4)), jnp.zeros((2, 4, 6)), jnp.zeros(2, jnp.int32), implementation='fast')
+
+
+@pytest.mark.parametrize('implementation', ['dense', 'grouped'])
+def test_renormalised_weights_sum_to_one_where_every_chosen_probability_is_zero(implementation):
+    """Logits 200 apart: of the experts that the bias chooses, softmax over all leaves none above 0 in float32."""
+    layer = build(
+        implementation=implementation, num_experts=4, top_k=2, balance='bias', renormalize=True, group_block=4
+    )
+    router = np.zeros((DIM, 4), np.float32)
+    router[0] = 200, 1, 0, 0.5
+    layer.router[...], layer.router_bias[...] = jnp.asarray(router), jnp.asarray([-2.0, 1, 0, 1])
+    x = jax.random.normal(jax.random.key(6), (1, 5, DIM)).at[..., 0].set(1)
+    y, _, _ = layer(x, Context.whole(1, 5), None)
+    expected, chosen, _ = loop(layer, x, Context.whole(1, 5))
+    np.testing.assert_array_equal(np.sort(chosen), np.broadcast_to([1, 3], chosen.shape))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    if implementation == 'dense':  # the weights are the same
+        gradient = jax.jit(jax.grad(lambda x: layer(x, Context.whole(1, 5), None)[0].sum()))(x)
+        assert np.isfinite(gradient).all()

@@ -55,9 +55,11 @@ class MoE(nnx.Module):
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
         # XLA would gather the scores of all devices for this, too.
         chosen = by_rows(lambda scores: jax.lax.top_k(scores, options.top_k)[1], (jax.lax.stop_gradient(scores),), ())
-        weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
         if options.renormalize:
-            weights = weights / weights.sum(-1, keepdims=True)
+            # p / sum(p) of the chosen, from their logits: the p may all be 0 in float32 where the bias has chosen.
+            weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1), axis=-1)
+        else:
+            weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
         weights = jnp.where(context.mask[..., None], weights, 0)
 
         tokens = x.shape[0] * x.shape[1]

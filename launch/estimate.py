@@ -134,7 +134,7 @@ def product_flops(share: processes.Share, environment: Mapping[str, str]) -> flo
     """
     child = processes.start('launch.estimate', (), share, environment, subprocess.PIPE)
     try:
-        output = child.communicate()[0].decode()
+        output = child.communicate()[0].decode(errors='replace')
     finally:
         processes.kill([child])
     try:

@@ -14,15 +14,16 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch import processes
 from launch.processes import STOPPED, Child, Signals
-from mixcon_jax.cli import FAILED, INTERRUPTED, OVERRIDES, USER_ERROR, exit_with, parse_overrides
+from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.config import load
+from mixcon_jax.ending import FAILED, FAULT, INTERRUPTED, USER_ERROR, exit_with, failed, prepare
 from mixcon_jax.errors import UserError
+from mixcon_jax.output import go_on, guarded, use_utf8
 from mixcon_jax.stop import STOPPING
 from mixcon_jax.workdir import report_if_finished
 
@@ -40,6 +41,8 @@ ORDERLY = (USER_ERROR, 3)  # exit codes of a run that has said itself why it end
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Launches the processes, or is one of them."""
+    if argv is None:
+        use_utf8()
     known, rest = build_parser().parse_known_args(argv)
     if known.rank is None:
         exit_with(lambda: _launch(known, rest))
@@ -71,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _launch(known: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = parse_overrides(rest, PROGRAM)
+    require_numbers(known)
+    go_on()
     for option, value in (('--devices-per-process', known.devices_per_process), ('--timeout', known.timeout)):
         if value is not None and value < 1:
             raise UserError(f'{option} {value} must be at least 1')
@@ -142,6 +147,8 @@ def _give_up(children: Sequence[Child], failed: Sequence[int], folder: Path, sto
     for rank, code in codes.items():
         _say(f'error: process {rank} of {len(children)} failed ({processes.how_it_ended(code)}); all were stopped')
         _show_output(rank, folder)
+    if set(codes.values()) == {FAULT}:
+        return FAULT
     return next((code for code in codes.values() if code in ORDERLY), FAILED)
 
 
@@ -192,14 +199,13 @@ def _mark(folder: Path, event: str, rank: int) -> Path:
 
 def _be(known: argparse.Namespace, rest: Sequence[str]) -> None:
     """Trains as one of the processes and exits."""
-    try:
-        code = _train(known, parse_overrides(rest, PROGRAM))
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        _leave(USER_ERROR)
-    except Exception:
-        traceback.print_exc()
-        _leave(FAILED)
+    with guarded():
+        prepare()
+        go_on()
+        try:
+            code = _train(known, parse_overrides(rest, PROGRAM))
+        except Exception as error:
+            _leave(failed(error))
     sys.exit(code)
 
 

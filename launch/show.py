@@ -38,4 +38,4 @@ class Screen:
             self._stream.write(text)
             self._stream.flush()
         except OSError:  # the reader or the terminal has gone: what is running goes on
-            self._stream, self._terminal = open(os.devnull, 'w'), False  # noqa: SIM115 (open as long as the sweep)
+            self._stream, self._terminal = open(os.devnull, 'w', encoding='utf-8'), False  # noqa: SIM115 (open as long as the sweep)

@@ -21,8 +21,11 @@ from launch.estimate import Estimate, Sizes, makespan, product_flops
 from launch.processes import STOPPED, Child, Share, Signals
 from launch.show import Screen, table
 from launch.standing import DONE, NEW, REFUSED
-from mixcon_jax.cli import FAILED, INTERRUPTED, OVERRIDES, exit_with, parse_overrides
+from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
+from mixcon_jax.ending import FAILED, INTERRUPTED, exit_with
 from mixcon_jax.errors import UserError
+from mixcon_jax.output import go_on, use_utf8
+from mixcon_jax.paths import expand_folder
 from mixcon_jax.records import read
 from mixcon_jax.stop import STOPPING
 from mixcon_jax.sweeps import Case, cases
@@ -44,8 +47,9 @@ LOOK = 0.5  # seconds between looks at the running cases' steps
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs, or lists, the cases of a sweep."""
-    known, rest = build_parser().parse_known_args(argv)
-    exit_with(lambda: _main(known, rest))
+    if argv is None:
+        use_utf8()
+    exit_with(lambda: _main(*build_parser().parse_known_args(argv)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,9 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(known: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = parse_overrides(rest, PROGRAM)
+    require_numbers(known)
+    go_on()
     environment = dict(os.environ)  # of the cases
     shares = processes.shares(known.jobs, '--jobs', environment)
-    workdir = Path(known.workdir).expanduser()
+    workdir = expand_folder(known.workdir)
     if Workdir(workdir).config.exists():
         raise UserError(f'{workdir} is the folder of a single run; give the sweep one of its own')
     os.environ['JAX_PLATFORMS'] = 'cpu'  # this process only counts parameters: devices are for the cases
@@ -219,7 +225,7 @@ class Sweep:
                 # The child inherits the lock with the file: it holds as long as the child writes.
                 if not take_lock(file):
                     raise UserError(f'another sweep is running it in {self._workdir}; wait for it, or stop it')
-                file.write(f'$ mixcon train {shlex.join(options)}\n'.encode())
+                file.write(os.fsencode(f'$ mixcon train {shlex.join(options)}\n'))
                 file.flush()
                 offset = file.tell()
                 child = processes.start('launch.child', ['train', *options], self._free[-1], self._environment, file)

@@ -29,6 +29,7 @@ from mixcon_jax import records
 from mixcon_jax.checksums import checksums
 from mixcon_jax.errors import UserError
 from mixcon_jax.hush import hush_orbax
+from mixcon_jax.paths import expand_folder
 from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
@@ -386,7 +387,7 @@ def load_params(
     Raises:
       UserError: the folder is no run, or holds no such intact checkpoint.
     """
-    folder = Path(workdir).expanduser() / 'checkpoints'
+    folder = expand_folder(workdir) / 'checkpoints'
     if not folder.is_dir():
         raise UserError(f'{workdir} holds no checkpoints; give the workdir of a run')
     checkpoints = Checkpoints(folder, say=say, read_only=True)

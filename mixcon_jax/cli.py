@@ -3,16 +3,16 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from mixcon_jax.ending import exit_with
 from mixcon_jax.errors import UserError
-from mixcon_jax.hush import shorten_jax
+from mixcon_jax.options import beyond
+from mixcon_jax.output import go_on, use_utf8
 
 if TYPE_CHECKING:
     from mixcon_jax.evaluate import Scores
-
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 DESCRIPTION = 'Pretrain hybrid sequence models of attention, Conba and experts.'
 OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon config`).'
@@ -20,31 +20,17 @@ OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; bad input ends it with one line and exit code 2."""
-    known, rest = build_parser().parse_known_args(argv)
+    if argv is None:
+        use_utf8()
 
     def run() -> int:
+        known, rest = build_parser().parse_known_args(argv)
         command = f'mixcon {" ".join(sys.argv[1:2])}'
-        return known.run(known, parse_overrides(rest, command, takes=hasattr(known, 'config')))
+        overrides = parse_overrides(rest, command, takes=hasattr(known, 'config'))
+        require_numbers(known)
+        return known.run(known, overrides)
 
     exit_with(run)
-
-
-def exit_with(run: Callable[[], int]) -> NoReturn:
-    """Exits with the code that ``run`` returns; bad input ends with one line and exit code 2."""
-    shorten_jax()
-    try:
-        code = run()
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        code = USER_ERROR
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        code = INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has gone; a second complaint at exit would help nobody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = FAILED
-    sys.exit(code)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,6 +114,7 @@ def _train(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.config import load
     from mixcon_jax.workdir import report_if_finished
 
+    go_on()
     config = load(known.config, overrides)
     if report_if_finished(config, known.workdir):
         return 0
@@ -209,6 +196,7 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.data.prepare import baselines, prepare
     from mixcon_jax.data.synthetic import is_synthetic
 
+    go_on()
     config = configs.validate(configs.load(known.config, overrides))
     if is_synthetic(config.data):
         print(f'{config.data.sources[0]} is made as it is needed: there is nothing to prepare')
@@ -236,11 +224,24 @@ def _report(known: argparse.Namespace, overrides: list[str]) -> int:
 # ----- arguments ----------------------------------------------------------------------------------------------------
 
 
+def require_numbers(known: argparse.Namespace) -> None:
+    """Refuses numbers that would be others in 32 bits.
+
+    Raises:
+      UserError: names the argument.
+    """
+    for name, value in vars(known).items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            # A seed may be as large as 32 bits without a sign allow; generate_text() sees to it.
+            if isinstance(number, int | float) and name != 'seed' and (words := beyond(number)):
+                raise UserError(f'--{name.replace("_", "-")} {number!r} {words}')
+
+
 def _step(text: str) -> int | str | None:
     """Reads --step: None is the newest."""
     if text in ('', 'last'):
         return None
-    if text == 'best' or text.isdecimal():
+    if text == 'best' or (text.isascii() and text.isdecimal() and len(text) < 19):
         return 'best' if text == 'best' else int(text)
     raise UserError(f'--step {text!r} must be a number, "best" or "last"')
 

@@ -1,9 +1,9 @@
 """Where compiled programs are kept from one start to the next."""
 
-from pathlib import Path
-
 import jax
 import ml_collections
+
+from mixcon_jax.paths import expand_path
 
 
 def keep_compiled(config: ml_collections.ConfigDict) -> None:
@@ -13,4 +13,6 @@ def keep_compiled(config: ml_collections.ConfigDict) -> None:
     otherwise.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update('jax_compilation_cache_dir', str(Path(config.data.cache_dir).expanduser() / 'xla'))
+        jax.config.update(
+            'jax_compilation_cache_dir', str(expand_path(config.data.cache_dir, 'data.cache_dir') / 'xla')
+        )

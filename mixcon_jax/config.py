@@ -18,7 +18,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.options import OPTIONS, Option, leaves
+from mixcon_jax.options import OPTIONS, UINT32, Option, beyond, float32, leaves
+from mixcon_jax.paths import foreign
 
 
 class ConfigError(UserError):
@@ -100,16 +101,24 @@ def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         group = _group(values, path)
         value = group.get(name)
         if isinstance(option.default, float) and type(value) is int:
-            group[name] = float(value)
+            group[name] = _float(value)
         elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
             items = [value] if isinstance(value, str) else list(value)
             items = [] if items == [''] else items
             if option.element is str and len(items) == 1:  # as the command line gives it
                 items = [part.strip() for part in str(items[0]).split(',') if part.strip()]
             if option.element is float:
-                items = [float(item) if type(item) is int else item for item in items]
+                items = [_float(item) if type(item) is int else item for item in items]
             group[name] = tuple(items)
     return ml_collections.ConfigDict(values)
+
+
+def _float(value: int) -> float:
+    """Of an integer of any size: infinity, which no option may be, where there is no float for it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _group(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -180,10 +189,17 @@ def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def read(path: str | Path) -> ml_collections.ConfigDict:
-    """Reads a run directory's ``config.json``."""
+    """Reads a run directory's ``config.json``.
+
+    Raises:
+      ConfigError: it is missing, or not what ``to_json`` writes.
+    """
     try:
-        return from_json(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        values = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(values, dict):
+            raise ValueError('it holds no options')
+        return from_dict(values)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON or of UTF-8
         raise ConfigError(f'{path} is not a readable configuration: {_first_line(error)}') from error
 
 
@@ -221,6 +237,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
             f'optim.warmup_steps={config.optim.warmup_steps} exceeds train.steps={config.train.steps};'
             ' warm up for fewer'
         )
+    if (noise := config.seed + config.train.seed_noise) > UINT32:
+        raise ConfigError(f'seed + train.seed_noise={noise} {beyond(noise, UINT32)}')
     _check_mesh(config, num_devices)
     return resolve(config)
 
@@ -229,16 +247,29 @@ def _check_leaf(key: str, value: Any, option: Option) -> None:
     expected = type(option.default)
     if type(value) is not expected:
         raise ConfigError(f'{key}={value!r} is a {type(value).__name__}; it must be a {expected.__name__}')
-    if expected is float and not math.isfinite(value):
-        raise ConfigError(f'{key}={value!r} must be finite')
-    if expected is int and abs(value) >= 2**53:
-        raise ConfigError(f'{key}={value!r} is too large')
-    if option.element is not None:
-        for item in value:
-            if type(item) is not option.element:
-                raise ConfigError(f'{key}={value!r}: its elements must be {option.element.__name__}s')
-    if option.check is not None and not option.check.holds(value):
+    items = value if option.element is not None else (value,)
+    for item in items:
+        if option.element is not None and type(item) is not option.element:
+            raise ConfigError(f'{key}={value!r}: its elements must be {option.element.__name__}s')
+        if isinstance(item, int | float) and (words := beyond(item, option.most)):
+            raise ConfigError(f'{key}={item!r} {words}')
+        if isinstance(item, str):
+            _check_text(key, item)
+    if option.check is None:
+        return
+    if not option.check.holds(value):
         raise ConfigError(f'{key}={value!r} must be {option.check.words}')
+    rounded = [float32(item) if isinstance(item, float) else item for item in items]
+    if not option.check.holds(tuple(rounded) if option.element is not None else rounded[0]):
+        shown = rounded if option.element is not None else rounded[0]
+        raise ConfigError(f'{key}={value!r} is {shown} in float32 and must be {option.check.words}')
+
+
+def _check_text(key: str, text: str) -> None:
+    if (found := foreign(text)) is not None:
+        raise ConfigError(f'{key}={found!r} is not UTF-8; give it in UTF-8')
+    if '\0' in text:
+        raise ConfigError(f'{key}={text!r} holds a NUL character')
 
 
 def _check_model(model: ml_collections.ConfigDict) -> None:

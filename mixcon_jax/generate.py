@@ -17,6 +17,8 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.inference import load_model
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import Decoder
+from mixcon_jax.options import beyond
+from mixcon_jax.paths import foreign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Sampling:
             raise UserError(f'top_k={self.top_k} must be at least 0 (0 keeps every token)')
         if not 0 < self.top_p <= 1:
             raise UserError(f'top_p={self.top_p} must be greater than 0 and at most 1')
+        for name, value in dataclasses.asdict(self).items():
+            if words := beyond(value):
+                raise UserError(f'{name}={value} {words}')
 
 
 def generate(
@@ -112,9 +117,15 @@ def generate_text(
 
     Returns:
       The texts, prompt included, sample after sample of each prompt.
+
+    Raises:
+      UserError: the seed is out of range, a prompt is not UTF-8, or there is no such checkpoint.
     """
     if not 0 <= seed <= 2**32 - num_samples:
         raise UserError(f'seed={seed} must be between 0 and {2**32 - num_samples}')
+    for prompt in prompts:
+        if (found := foreign(prompt)) is not None:
+            raise UserError(f'the prompt {found!r} is not UTF-8; give it in UTF-8')
     out = out or sys.stdout
     trained = load_model(workdir, step)
     tokenizer = trained.tokenizer

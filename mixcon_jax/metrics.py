@@ -263,9 +263,10 @@ class WeightsAndBiases:
 
         path = folder / 'wandb_id.txt'
         if not path.exists():
-            path.write_text(os.urandom(6).hex())
+            path.write_text(os.urandom(6).hex(), encoding='utf-8')
+        identity = path.read_text(encoding='utf-8').strip()
         self._run = wandb.init(
-            id=path.read_text().strip(), resume='allow', dir=str(folder), name=config.name or folder.name,
+            id=identity, resume='allow', dir=str(folder), name=config.name or folder.name,
             project=os.environ.get('WANDB_PROJECT', 'mixcon'), config=config.to_dict(),
         )  # fmt: skip
 

@@ -1,8 +1,13 @@
 """The table of options: every leaf of the configuration with its default, its meaning and the values it may take."""
 
+import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+INT32, UINT32 = 2**31 - 1, 2**32 - 1  # the largest integers that 32 bits hold
+SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,28 @@ class Option:
     meaning: str
     check: Check | None = None
     element: type | None = None  # the type of a tuple's elements
+    most: int = INT32  # of an integer
+
+
+def float32(value: float) -> float:
+    """The float32 that comes nearest, infinity and 0 included."""
+    if not math.isfinite(value):
+        return value
+    try:
+        rounded = struct.unpack('f', struct.pack('f', value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return rounded if abs(rounded) >= SMALLEST else math.copysign(0.0, value)
+
+
+def beyond(value: float, most: int = INT32) -> str:
+    """What is wrong with a number that 32 bits cannot hold, in words; empty for any other."""
+    if isinstance(value, int):
+        return '' if -INT32 - 1 <= value <= most else f'is more than 32 bits hold; it must be at most {most}'
+    rounded = float32(value)
+    if not math.isfinite(rounded):
+        return 'must be finite' if not math.isfinite(value) else 'is infinite in float32; the largest is 3.4e38'
+    return 'is 0 in float32; the smallest is 1.2e-38' if rounded == 0 != value else ''
 
 
 def at_least(low: float) -> Check:
@@ -49,7 +76,7 @@ DTYPE = one_of('float32', 'bfloat16')
 
 OPTIONS: dict[str, Any] = {
     'name': Option('', 'Name of the run, shown in its logs.'),
-    'seed': Option(0, 'Seed of initial values, data order and noise.', COUNT),
+    'seed': Option(0, 'Seed of initial values, data order and noise.', COUNT, most=UINT32),
     'model': {
         'vocab_size': Option(2048, 'Rows of the embedding; at least the tokenizer\'s vocabulary.', POSITIVE),
         'dim': Option(128, 'Width D of the residual stream.', POSITIVE),

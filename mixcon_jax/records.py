@@ -54,7 +54,7 @@ def keep_until(path: str | Path, step: int) -> list[Record]:
     path, kept = Path(path), [record for record in read(path) if record['step'] <= step]
     if path.exists():
         scratch = path.with_suffix('.rewritten')
-        with open(scratch, 'w') as file:
+        with open(scratch, 'w', encoding='utf-8') as file:
             file.writelines(_line(record) for record in kept)
             file.flush()
             os.fsync(file.fileno())

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand_path
 from mixcon_jax.reports import comparison, figures, tables
 from mixcon_jax.reports.arms import Arm, group, numeric_axis
 from mixcon_jax.reports.comparison import Difference, Score, summary
@@ -62,7 +63,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None, baselin
     Raises:
       UserError: there is no run, no such baseline, or ``out`` cannot be written.
     """
-    target = Path(out).expanduser() if out is not None else Path(folders[0]).expanduser() / 'report'
+    target = expand_path(out, '--out') if out is not None else expand_path(folders[0]) / 'report'
     found = collect(folders, baseline)
     with explained(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -270,7 +271,7 @@ def _write(path: Path, content: str | bytes) -> None:
     scratch = path.with_name(f'.{path.name}.tmp')
     with explained(path):
         try:
-            scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
+            scratch.write_bytes(content if isinstance(content, bytes) else content.encode(errors='backslashreplace'))
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Signals: stopping between two steps when the system or the user asks for it."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -59,7 +60,8 @@ class StopRequest(Handler):
     def handle(self, number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         text = f'\n{signal.Signals(number).name}: finishing the step and saving; Ctrl-C quits at once\n'
-        os.write(2, text.encode())  # print() must not be entered again while it runs
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            os.write(2, text.encode())  # print() must not be entered again while it runs
         if self._alone:
             self.requested = True
         else:

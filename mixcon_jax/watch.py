@@ -5,7 +5,6 @@ import io
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,12 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand_path
 from mixcon_jax.units import short
 from mixcon_jax.watching.cells import COLORS, newest, percent, progress, state_cell, time_left, titles
 from mixcon_jax.watching.details import details
 from mixcon_jax.watching.follow import Run, Runs
 
 ACTIVE = ('starting', 'running', 'silent')
+LONGEST = 24 * 3600  # seconds between two looks
 FEW = 8  # runs up to which one of them is always shown in detail
 CHART = (4, 10)  # least and greatest height of the loss chart
 
@@ -41,8 +42,10 @@ def watch(roots: Sequence[str], once: bool = False, interval: float = 2.0, conso
     """
     if not interval >= 0.1:
         raise UserError(f'--interval {interval:g} must be at least 0.1 seconds')
+    if interval > LONGEST:
+        raise UserError(f'--interval {interval:g} must be at most {LONGEST} seconds, a day')
     for root in roots:
-        if Path(root).expanduser().is_file():
+        if expand_path(root).is_file():
             raise UserError(f'{root} is a file; name the folder of a run, or one that holds runs')
     console, runs, where = console or Console(), Runs(roots), ', '.join(roots)
     if once or not console.is_terminal or console.is_dumb_terminal:

@@ -21,6 +21,7 @@ import ml_collections
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand_folder
 from mixcon_jax.records import Record, last, read
 
 # What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
@@ -38,7 +39,7 @@ class Workdir:
     """The folder of one run."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = expand_folder(path).absolute()
         self.config = self.path / 'config.json'
         self.tokenizer = self.path / 'tokenizer.json'
         self.metrics = self.path / 'metrics.jsonl'
@@ -88,7 +89,7 @@ class Workdir:
         for path, text in ((self.config, configs.to_json(config)), (self.tokenizer, tokenizer_json)):
             scratch = path.with_name(f'.{path.name}.tmp')
             with explained(path):
-                with scratch.open('w') as file:
+                with scratch.open('w', encoding='utf-8') as file:
                     file.write(text)
                     file.flush()
                     os.fsync(file.fileno())
@@ -106,7 +107,7 @@ class Workdir:
         made = not self.path.exists()
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / '.lock', 'w')  # noqa: SIM115 (open as long as the run)
+            file = open(self.path / '.lock', 'w', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
         with file:
             if not take_lock(file):
                 raise UserError(f'another process is training in {self.path}; wait for it, or stop it')

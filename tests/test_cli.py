@@ -191,9 +191,18 @@ def test_a_tokenizer_that_is_not_the_stores_is_refused(trained, capsys, tmp_path
         (['eval', '--workdir', 'RUN', '--lengths', '64'], 'lengths are of a synthetic task, and '),
         (['generate', '--workdir', 'RUN', '--temperature', '-1'], 'temperature'),
         (['generate', '--workdir', 'RUN', '--max-new-tokens', '0'], 'max-new-tokens'),
+        (['generate', '--workdir', 'RUN', '--temperature', '1e-50'], '--temperature 1e-50 is 0 in float32'),
+        (['generate', '--workdir', 'RUN', '--top-p', '1e-46'], '--top-p 1e-46 is 0 in float32'),
+        (['generate', '--workdir', 'RUN', '--temperature', 'inf'], '--temperature inf must be finite'),
+        (['generate', '--workdir', 'RUN', '--top-k', '4294967297'], '--top-k 4294967297 is more than 32 bits hold'),
+        (['generate', '--workdir', 'RUN', '--prompt', 'caf\udce9'], r"the prompt b'caf\xe9' is not UTF-8"),
+        (['eval', '--workdir', 'RUN', '--batch-size', '4294967297'], '--batch-size 4294967297 is more than'),
+        (['eval', '--workdir', 'RUN', '--lengths', '4294967297'], '--lengths 4294967297 is more than'),
+        (['eval', '--workdir', 'RUN', '--step', '9' * 5000], 'must be a number'),
+        (['watch', 'RUN', '--interval', '1e30'], 'must be at most 86400 seconds'),
         (['train', '--config', 'missing.py', '--workdir', 'x'], 'missing.py'),
     ],
-    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
+    ids=lambda value: ' '.join(value)[:80] if isinstance(value, list) else '',
 )
 def test_other_commands_refuse_bad_input(trained, capsys, argv, message):
     argv = [str(trained / 'run') if argument == 'RUN' else argument for argument in argv]

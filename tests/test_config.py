@@ -1,13 +1,15 @@
 """Configuration: every option can be overridden, nothing unknown or ill-typed passes, messages say what is right."""
 
+import dataclasses
 import json
 import textwrap
 
+import numpy as np
 import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax.config import ConfigError
-from mixcon_jax.options import Option, leaves
+from mixcon_jax.options import INT32, SMALLEST, UINT32, Option, beyond, float32, leaves
 
 
 @pytest.fixture
@@ -149,3 +151,88 @@ def test_resolve_spells_out_derived_sizes():
     assert config.model.ssm.dt_rank == 8
     assert config.model.mlp.hidden_dim == 352
     assert config.model.moe.hidden_dim == 176
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 32 bits
+# ---------------------------------------------------------------------------------------------------------------------
+def of_kind(kind: type):
+    """Options whose value, or whose elements, are of this type, as test parameters."""
+    kinds = {key: option.element or type(option.default) for key, option in leaves()}
+    return pytest.mark.parametrize('key', [key for key in kinds if kinds[key] is kind])
+
+
+@of_kind(int)
+def test_integers_that_32_bits_cut_are_refused_and_the_key_named(key):
+    most, option = UINT32 if key == 'seed' else INT32, dict(leaves())[key]
+    for value in (most + 1, most + 6, 2**63, 10**400, -(2**31) - 1):
+        with pytest.raises(ConfigError, match=rf'^{key}=.*at most {most}$'):
+            configs._check_leaf(key, (1, value) if option.element else value, option)
+    unchecked = dataclasses.replace(option, check=None)  # most of them would be far too many
+    configs._check_leaf(key, (1, most) if option.element else most, unchecked)
+
+
+@of_kind(float)
+def test_floats_that_float32_makes_infinite_or_zero_are_refused_and_the_key_named(key):
+    option = dict(leaves())[key]
+    for value in (1e39, -1e39, 1e-39, -1e-39, 5e-324, float('inf'), float('nan')):
+        with pytest.raises(ConfigError, match=rf'^{key}=.*(float32|finite)'):
+            configs._check_leaf(key, (0.5, value) if option.element else value, option)
+
+
+def test_integers_that_no_float_holds_are_infinite():
+    values = {'optim': {'eps': 10**400, 'betas': [0.5, -(10**400)]}}
+    config = configs.from_dict(values)
+    assert config.optim.eps == np.inf and config.optim.betas == (0.5, -np.inf)
+    with pytest.raises(ConfigError, match=r'^optim\.betas=-inf must be finite'):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    'key, value',
+    [('optim.betas', (0.9, 1 - 1e-9)), ('data.heldout_fraction', 1 - 1e-9), ('data.heldout_fraction', 1e-39)],
+)
+def test_what_is_right_in_64_bits_must_be_right_in_float32(key, value):
+    config = configs.default()
+    configs.put(config, key, value)
+    with pytest.raises(ConfigError, match=rf'^{key}=.*float32'):
+        configs.validate(config)
+
+
+def test_seeds_that_only_their_sum_cuts_are_refused():
+    """The noise of Conba is drawn with the sum."""
+    config = configs.default()
+    config.seed, config.train.seed_noise = UINT32 - 5, 5
+    configs.validate(config)
+    config.train.seed_noise = 6
+    with pytest.raises(ConfigError, match=r'^seed \+ train\.seed_noise=4294967296 .* at most 4294967295'):
+        configs.validate(config)
+
+
+def test_float32_is_numpys_but_for_what_xla_takes_for_zero():
+    rng = np.random.default_rng()
+    numbers = rng.standard_normal(2000) * 10.0 ** rng.integers(-60, 60, 2000)
+    edges = [0.0, -0.0, SMALLEST, SMALLEST / 2, -SMALLEST / 2, 3.4028235e38, 3.4028236e38, -1e39, np.inf]
+    for number in (*numbers, *edges):
+        with np.errstate(over='ignore', under='ignore'):
+            expected = float(np.float32(number))
+        expected = expected if abs(expected) >= SMALLEST else 0.0
+        assert float32(float(number)) == expected, number
+        assert bool(beyond(float(number))) == (not np.isfinite(expected) or (expected == 0) != (number == 0)), number
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'[1]', b'{"name": "caf\xe9"}', b'[' * 100_000, b'{"nmae": 1}'])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / 'config.json'
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        configs.read(path)
+    assert 'nmae' in str(error.value) or str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('text, message', [('caf\udce9', r"name=b'caf\\xe9' is not UTF-8"), ('a\0', 'NUL')])
+def test_text_that_libraries_cannot_take_is_refused(text, message):
+    config = configs.default()
+    config.name = text
+    with pytest.raises(ConfigError, match=message):
+        configs.validate(config)

@@ -18,7 +18,7 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """
     folder = path.parent / '.locks'
     folder.mkdir(exist_ok=True)
-    with open(folder / path.name, 'w') as file:
+    with open(folder / path.name, 'w', encoding='utf-8') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mixcon_jax.data.documents import Document
 from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand
 
 FORMATS = ('.txt', '.jsonl', '.parquet')
 COMPRESSED = ('.gz', '.zst')
@@ -24,7 +25,7 @@ def match(pattern: str) -> list[str]:
     Raises:
       UserError: Nothing matches, or a match has a suffix that is not known.
     """
-    expanded = os.path.expanduser(pattern)
+    expanded = expand(pattern)
     found = sorted(path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path))
     if not found:
         if os.path.isdir(expanded):

@@ -27,6 +27,7 @@ from mixcon_jax.data.sources import Source, open_source
 from mixcon_jax.data.store import VERSION, StoreWriter, TokenStore, read_file, read_metadata
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand, expand_folder
 
 BATCH_BYTES = 4 << 20  # text encoded at once
 BATCH_DOCUMENTS = 8192
@@ -112,11 +113,11 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
       UserError: The text, the tokenizer or the disk does not allow it; nothing half-written is left.
     """
     say = progress if callable(progress) else (_print if progress else lambda line: None)
-    cache = Path(data.cache_dir).expanduser()
+    cache = expand_folder(data.cache_dir, 'data.cache_dir')
     sources: list[Source | PreparedStore] = []
     for spec in data.sources:
         if spec.startswith('store:') and spec != 'store:':
-            sources.append(PreparedStore(os.path.expanduser(spec.removeprefix('store:')), spec))
+            sources.append(PreparedStore(expand(spec.removeprefix('store:')), spec))
         else:
             sources.append(open_source(spec, data.text_field))
     texts = [source for source in sources if not isinstance(source, PreparedStore)]

@@ -128,7 +128,7 @@ class StoreWriter:
             for side, split in enumerate(SPLITS)
         }
         record = {'version': VERSION, **metadata, 'counts': counts, 'sha256': digests}
-        (self.path / 'metadata.json').write_text(json.dumps(record, indent=1) + '\n')
+        (self.path / 'metadata.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
 def _kvstore(path: str) -> Any:

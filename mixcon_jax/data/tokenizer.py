@@ -12,6 +12,7 @@ from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand
 
 END_OF_TEXT = '<|endoftext|>'
 # What widely used tokenizers call the token that ends a document, in the order of preference.
@@ -193,7 +194,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
       UserError: The file is missing or is not a tokenizer.json, or it has no end-of-text token.
     """
-    path = os.path.expanduser(path)
+    path = expand(path, 'data.tokenizer')
     if os.path.isdir(path):
         path = os.path.join(path, 'tokenizer.json')
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -161,8 +162,9 @@ def _name(runs: Sequence[Run]) -> str:
     """The configuration's name, or the folder's: its parent's where that only tells the seed."""
     if name := next((run.config.name for run in runs if run.config.name), ''):
         return name
-    path = runs[0].path.expanduser().absolute()
-    return path.parent.name if re.fullmatch(r'seed[-_]?\d+', path.name) else path.name
+    path = runs[0].path.absolute()
+    name = path.parent.name if re.fullmatch(r'seed[-_]?\d+', path.name) else path.name
+    return os.fsencode(name).decode(errors='replace')  # figures take no bytes that are no text
 
 
 def natural(text: str) -> list[tuple[int, int | str]]:

@@ -14,6 +14,7 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax import records
 from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand
 from mixcon_jax.records import Record
 
 NO_RUNS_INSIDE = ('checkpoints', 'tensorboard', 'profile')  # of a run directory
@@ -157,9 +158,9 @@ def _run_folders(folders: Sequence[str | Path]) -> Iterator[Path]:
     """Every folder that is or was to be a run's, in the order of their names; hidden ones are passed over."""
     seen = set()
     for top in folders:
-        if not os.path.isdir(Path(top).expanduser()):
+        if not os.path.isdir(expand(top)):
             raise UserError(f'{top} is not a folder; give a workdir of `mixcon train`, or a folder above some')
-        for path, inner, files in os.walk(Path(top).expanduser(), followlinks=True):
+        for path, inner, files in os.walk(expand(top), followlinks=True):
             real = os.path.realpath(path)
             if real in seen:
                 inner.clear()

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixcon_jax.paths import expand_path
+
 Record = dict[str, Any]
 
 RUN_FILES = {'config.json', 'metrics.jsonl'}
@@ -193,7 +195,7 @@ class Runs:
     """All runs below some folders, as they come and go."""
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
-        self._roots = [Path(root).expanduser() for root in roots]
+        self._roots = [expand_path(root) for root in roots]
         self._runs: dict[str, Run] = {}
         self._next_search = 0.0
 

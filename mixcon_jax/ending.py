@@ -1,0 +1,96 @@
+"""How a command ends: with an exit code and, when something went wrong, one line that says what."""
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from mixcon_jax import ambient
+from mixcon_jax.errors import UserError
+from mixcon_jax.hush import shorten_jax
+from mixcon_jax.output import OutputLost, guarded
+
+FAILED, USER_ERROR, FAULT, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE
+
+LESS_MEMORY = 'take a smaller batch, sequence or model (train.accum_steps and model.remat save memory in training)'
+# Of the machine, wherever they come from. Others are the user's to mend where they name a file.
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
+def exit_with(run: Callable[[], int]) -> NoReturn:
+    """Exits with the code that ``run`` returns or, if it raises, with that of ``failed``."""
+    with guarded():
+        prepare()
+        try:
+            code = run()
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            code = failed(error)
+    sys.exit(code)
+
+
+def prepare() -> None:
+    """What must be done before JAX is imported."""
+    shorten_jax()
+    for line in ambient.leave_out():
+        print(f'note: {line}', file=sys.stderr)
+
+
+def failed(error: BaseException) -> int:
+    """Says in one line what went wrong; returns the exit code. A fault of ours leaves its traceback in a file."""
+    if isinstance(error, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, OutputLost):
+        # A reader that has gone (head, less) knows, and no word would reach a terminal that has.
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (errno.EPIPE, errno.EIO):
+            print(f'error: the output cannot be written ({error})', file=sys.stderr)
+        return FAILED
+    line, code = users(error), USER_ERROR
+    if line is None:
+        line, code = f'this is a fault of MixCon: {named(error)}; please report it, with {_kept(error)}', FAULT
+    print(f'error: {one_line(line)}', file=sys.stderr)
+    return code
+
+
+def users(error: BaseException) -> str | None:
+    """What to say of an error that the user can mend; None of any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = str(error)
+    if os.strerror(errno.ENOSPC) in text and not isinstance(error, OSError):  # TensorStore's, by any type of exception
+        return ' '.join(text.split())[:300]
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text or getattr(error, 'errno', 0) == errno.ENOMEM:
+        words = ' '.join(text.removeprefix('RESOURCE_EXHAUSTED: ').split())[:200]
+        return f'there is not enough memory{f" ({words})" if words else ""}; {LESS_MEMORY}'
+    if isinstance(error, OSError) and error.errno and (error.filename is not None or error.errno in MACHINE):
+        where = '' if error.filename is None else f'{os.fsdecode(error.filename)}: '
+        return f'{where}{os.strerror(error.errno)}'
+    return ambient.complaint(error)
+
+
+def named(error: BaseException) -> str:
+    """The error's type and the beginning of what it says."""
+    words = ' '.join(str(error).split())
+    return f'{type(error).__name__}{f": {words[:300]}" if words else ""}'
+
+
+def one_line(text: str) -> str:
+    """The text with whatever would end or change the line spelled out, such as a line's end in the name of a file."""
+    return ''.join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _kept(error: BaseException) -> str:
+    """Writes the traceback to a file of its own; returns how to find it."""
+    frames = ''.join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix='mixcon-fault-', suffix='.txt')
+        with open(handle, 'w', encoding='utf-8', errors='backslashreplace') as file:
+            file.write(f'{sys.argv}\n{frames}')
+        return f'its traceback in {path}'
+    except OSError:
+        sys.stderr.write(frames)
+        return 'the traceback above'

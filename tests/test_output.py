@@ -1,0 +1,159 @@
+"""Output never ends what is at work: closed, full, gone, or of another encoding than UTF-8."""
+
+import ast
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mixcon_jax.output import Output, OutputLost, go_on, guarded
+from mixcon_jax.records import last, read
+from tests.launch.launching import small_config
+from tests.tiny import ROOT, write_experiment
+
+
+class Broken(io.StringIO):
+    """Takes some text, then none."""
+
+    def __init__(self, room: int, number: int = errno.EPIPE) -> None:
+        super().__init__()
+        self.room, self.number = room, number
+
+    def write(self, text: str) -> int:
+        if len(self.getvalue()) + len(text) > self.room:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(text)
+
+
+@pytest.mark.parametrize('number', [errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF])
+def test_what_cannot_be_written_is_lost_and_said_once(number, monkeypatch):
+    out, errors = Broken(4, number), io.StringIO()
+    monkeypatch.setattr(sys, 'stdout', out)
+    monkeypatch.setattr(sys, 'stderr', errors)
+    with guarded():
+        go_on()
+        for _ in range(3):
+            print('abc', flush=True)
+    assert sys.stdout is out and out.getvalue() == 'abc\n'
+    assert errors.getvalue() == f'note: the output is lost ({os.strerror(number)}); the command goes on\n'
+
+
+def test_a_command_that_only_shows_something_ends_with_its_reader(monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', Broken(4))
+    with guarded():
+        print('abc')
+        with pytest.raises(OutputLost, match='Broken pipe'):
+            print('abc')
+
+
+def test_errors_that_cannot_be_shown_are_lost(monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', Broken(0))
+    with guarded():
+        print('error: x', file=sys.stderr, flush=True)
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])
+def test_every_letter_takes_one_place_in_every_encoding(encoding):
+    """Half of a pair of surrogates stands for a byte of a name that is not UTF-8."""
+    written = io.BytesIO()
+    stream = Output(io.TextIOWrapper(written, encoding=encoding), goes_on=False)
+    print('a·⣀\udce9', file=stream, end='', flush=True)
+    expected = 'a·⣀\udce9'.encode(encoding, 'replace')
+    assert written.getvalue() == expected and len(expected.decode(encoding)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a process
+# ---------------------------------------------------------------------------------------------------------------------
+def shell(line: str, **settings: str) -> subprocess.CompletedProcess:
+    """Runs a line in which ``$MIXCON`` is the command."""
+    command = f'{sys.executable} -m mixcon_jax.cli'
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'MIXCON': command} | settings
+    # Most of it is importing: keep the compiled modules even where the environment says not to.
+    environment |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
+    return subprocess.run(['bash', '-c', line], env=environment, capture_output=True, text=True)
+
+
+def test_streams_that_are_closed_or_full():
+    config = f'$MIXCON config --config {ROOT}/experiments/quickstart.py'
+    done = shell(f'{config} <&- >&- 2>&-; echo $?; {config} >/dev/full; echo $?')
+    assert done.stdout.split() == ['0', '1']
+    assert done.stderr == 'error: the output cannot be written (No space left on device)\n'
+
+
+def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
+    program = f"""
+import os
+os.close(1)
+from mixcon_jax.output import guarded
+with guarded():
+    with open({str(tmp_path / 'file')!r}, 'w') as file:
+        file.write('ours'); file.flush()
+        os.write(1, b'output of a library')
+"""
+    subprocess.run([sys.executable, '-c', program], env=os.environ | {'PYTHONPATH': str(ROOT)}, check=True)
+    assert (tmp_path / 'file').read_text() == 'ours'
+
+
+def test_names_are_utf8_whatever_the_locale(tmp_path):
+    """Where Python would read arguments as ASCII, and write a name in other bytes than the libraries do."""
+    experiment = tmp_path / 'é.py'
+    experiment.write_text('from mixcon_jax.config import default as get_config\n')
+    plain = {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    done = shell(f'$MIXCON config --config {experiment} --config.name=é', **plain)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['name'] == 'é'
+
+
+def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
+    """As a prompt, an option and the name of a folder; the names of text files may be any bytes."""
+    options = f'--config {ROOT}/experiments/quickstart.py'
+    done = shell(
+        rf"$MIXCON config {options} $'--config.name=caf\xe9'; $MIXCON eval --workdir $'{tmp_path}/caf\xe9';"
+        rf" $MIXCON train {options} --workdir $'{tmp_path}/caf\xe9'"
+    )
+    assert [line.count('is not UTF-8') for line in done.stderr.splitlines()] == [1, 1, 1], done.stderr
+    assert rb'caf\xe9' in done.stderr.encode() and not list(tmp_path.iterdir())
+
+
+def test_a_run_ends_well_though_nobody_can_read_what_it_says(tmp_path):
+    """Its output full and ASCII, its errors closed, its folder named in UTF-8, the locale another."""
+    workdir = tmp_path / 'läuft'
+    experiment = write_experiment(tmp_path / 'experiment.py', small_config(tmp_path, train__steps=2))
+    flags = ' '.join(flag for flag in os.environ.get('XLA_FLAGS', '').split() if 'device_count' not in flag)
+    plain = {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'ascii'}
+    line = f'$MIXCON train --config {experiment} --workdir {workdir} >/dev/full 2>&-'
+    done = shell(line, XLA_FLAGS=flags, **plain)
+    assert done.returncode == 0
+    assert last(read(workdir / 'metrics.jsonl'), kind='run')['event'] == 'done'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['cache', 'corpus', 'experiment.py', 'läuft']
+    assert (workdir / 'checkpoints' / '2').is_dir()
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether the call opens, reads or writes a file as text in the locale's encoding."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, 'id', '')
+    constants = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+    if any(keyword.arg == 'encoding' for keyword in call.keywords) or 'utf-8' in constants:
+        return False
+    if name in ('read_text', 'write_text'):
+        return True
+    if name == 'open':
+        builtin, modes = (
+            isinstance(call.func, ast.Name),
+            [c for c in constants if c in ('r', 'w', 'a', 'x', 'r+', 'w+')],
+        )
+        return bool(modes) or (builtin and len(call.args) == 1)
+    return False
+
+
+def test_every_file_that_the_program_opens_as_text_is_utf8():
+    for package in ('mixcon_jax', 'launch', 'kernels_pallas', 'experiments'):
+        for path in sorted((ROOT / package).rglob('*.py')):
+            tree = ast.parse(path.read_text(encoding='utf-8'))
+            lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and opens_text(node)]
+            assert not lines, f'{path}, lines {lines}: encoding="utf-8" is missing'

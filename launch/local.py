@@ -147,9 +147,9 @@ def _give_up(children: Sequence[Child], failed: Sequence[int], folder: Path, sto
     for rank, code in codes.items():
         _say(f'error: process {rank} of {len(children)} failed ({processes.how_it_ended(code)}); all were stopped')
         _show_output(rank, folder)
-    if set(codes.values()) == {FAULT}:
-        return FAULT
-    return next((code for code in codes.values() if code in ORDERLY), FAILED)
+    first = next(iter(codes.values()))  # what killed that one may be what the others raised an exception for
+    faulty = FAULT in codes.values() and (first >= 0 or -first == signal.SIGABRT)
+    return next((code for code in codes.values() if code in ORDERLY), FAULT if faulty else FAILED)
 
 
 def _nobody_came(children: Sequence[Child], folder: Path, timeout: float) -> int:

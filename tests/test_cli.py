@@ -196,6 +196,7 @@ def test_a_tokenizer_that_is_not_the_stores_is_refused(trained, capsys, tmp_path
         (['generate', '--workdir', 'RUN', '--temperature', 'inf'], '--temperature inf must be finite'),
         (['generate', '--workdir', 'RUN', '--top-k', '4294967297'], '--top-k 4294967297 is more than 32 bits hold'),
         (['generate', '--workdir', 'RUN', '--prompt', 'caf\udce9'], r"the prompt b'caf\xe9' is not UTF-8"),
+        (['eval', '--workdir', 'caf\udce9'], r"the name of the folder b'caf\xe9' is not UTF-8"),
         (['eval', '--workdir', 'RUN', '--batch-size', '4294967297'], '--batch-size 4294967297 is more than'),
         (['eval', '--workdir', 'RUN', '--lengths', '4294967297'], '--lengths 4294967297 is more than'),
         (['eval', '--workdir', 'RUN', '--step', '9' * 5000], 'must be a number'),

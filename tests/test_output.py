@@ -3,7 +3,6 @@
 import ast
 import errno
 import io
-import json
 import os
 import subprocess
 import sys
@@ -72,15 +71,25 @@ def test_every_letter_takes_one_place_in_every_encoding(encoding):
 def shell(line: str, **settings: str) -> subprocess.CompletedProcess:
     """Runs a line in which ``$MIXCON`` is the command."""
     command = f'{sys.executable} -m mixcon_jax.cli'
-    environment = os.environ | {'PYTHONPATH': str(ROOT), 'MIXCON': command} | settings
+    environment = os.environ | {'PYTHONPATH': str(ROOT), 'MIXCON': command, 'COLUMNS': '300'} | settings
     # Most of it is importing: keep the compiled modules even where the environment says not to.
     environment |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
     return subprocess.run(['bash', '-c', line], env=environment, capture_output=True, text=True)
 
 
-def test_streams_that_are_closed_or_full():
-    config = f'$MIXCON config --config {ROOT}/experiments/quickstart.py'
-    done = shell(f'{config} <&- >&- 2>&-; echo $?; {config} >/dev/full; echo $?')
+@pytest.fixture
+def shown(tmp_path):
+    """A folder with what `mixcon watch`, the quickest command to start, takes for a run."""
+    run = tmp_path / 'é'
+    run.mkdir()
+    (run / 'config.json').write_text('{}')
+    (run / 'metrics.jsonl').write_text('{"kind": "train", "step": 1, "loss": 2.5, "time": 1}\n')
+    return run
+
+
+def test_streams_that_are_closed_or_full(shown):
+    watch = f'$MIXCON watch {shown}'
+    done = shell(f'{watch} <&- >&- 2>&-; echo $?; {watch} >/dev/full; echo $?')
     assert done.stdout.split() == ['0', '1']
     assert done.stderr == 'error: the output cannot be written (No space left on device)\n'
 
@@ -99,25 +108,23 @@ with guarded():
     assert (tmp_path / 'file').read_text() == 'ours'
 
 
-def test_names_are_utf8_whatever_the_locale(tmp_path):
+def test_names_are_utf8_whatever_the_locale(shown):
     """Where Python would read arguments as ASCII, and write a name in other bytes than the libraries do."""
-    experiment = tmp_path / 'é.py'
-    experiment.write_text('from mixcon_jax.config import default as get_config\n')
     plain = {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
-    done = shell(f'$MIXCON config --config {experiment} --config.name=é', **plain)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)['name'] == 'é'
+    done = shell(f'$MIXCON watch {shown}', **plain)
+    assert done.returncode == 0 and f'{shown} · seed ?' in done.stdout, done.stderr
+    done = shell(f'$MIXCON watch {shown}', **plain, PYTHONIOENCODING='ascii')
+    assert done.returncode == 0 and f'{shown} · seed ?'.replace('é', '?').replace('·', '?') in done.stdout
 
 
 def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
-    """As a prompt, an option and the name of a folder; the names of text files may be any bytes."""
-    options = f'--config {ROOT}/experiments/quickstart.py'
-    done = shell(
-        rf"$MIXCON config {options} $'--config.name=caf\xe9'; $MIXCON eval --workdir $'{tmp_path}/caf\xe9';"
-        rf" $MIXCON train {options} --workdir $'{tmp_path}/caf\xe9'"
-    )
-    assert [line.count('is not UTF-8') for line in done.stderr.splitlines()] == [1, 1, 1], done.stderr
-    assert rb'caf\xe9' in done.stderr.encode() and not list(tmp_path.iterdir())
+    """As an option and as the name of a run's folder; tests/test_cli.py has a prompt."""
+    train = f'$MIXCON train --config {ROOT}/experiments/quickstart.py --workdir'
+    done = shell(rf"{train} $'{tmp_path}/caf\xe9'; {train} {tmp_path}/run $'--config.name=caf\xe9'")
+    first, second = done.stderr.splitlines()
+    for line in (first, second):
+        assert line.startswith('error: ') and r'caf\xe9' in line and 'is not UTF-8' in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_ends_well_though_nobody_can_read_what_it_says(tmp_path):

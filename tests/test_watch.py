@@ -471,7 +471,7 @@ def test_what_is_no_terminal_gets_one_snapshot(tmp_path, capsys):
         (['{}', '--once'], 'a run is a folder with config.json and metrics.jsonl'),
         (['{}/file'], '{}/file is a file'),
         (['{}', '--interval', '0'], '--interval 0 must be at least 0.1'),
-        (['{}', '--interval', 'nan'], '--interval nan must be at least 0.1'),
+        (['{}', '--interval', 'nan'], '--interval nan must be finite'),
         (['{}', '--config.train.steps=3'], 'unknown argument'),
     ],
 )

@@ -24,6 +24,18 @@ def get_config():
     return default()
 """
 
+FAULTY = """
+import sys
+from mixcon_jax.config import default
+
+def get_config():
+    if '--rank' in sys.argv:
+        from mixcon_jax import train
+
+        train.train = lambda config, workdir: {}['a key']
+    return default()
+"""
+
 
 def start(folder, config, *options, workdir: str = 'run', processes: int = 2) -> subprocess.Popen:
     """Starts the launcher with an experiment file of this configuration."""
@@ -133,6 +145,18 @@ def test_devices_of_each_process(tmp_path):
     config = small_config(tmp_path, train__steps=2)
     output = finish(start(tmp_path, config, '--devices-per-process', 2))
     assert 'devices   4 x cpu, data 4' in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_fault_of_ours_has_its_exit_code_and_its_traceback_is_kept(tmp_path, processes):
+    experiment = tmp_path / 'experiment.py'
+    experiment.write_text(FAULTY)
+    options = ('--processes', processes, '--config', experiment, '--workdir', tmp_path / 'run')
+    output = finish(launch('launch.local', *options, environment={'TMPDIR': str(tmp_path)}), code=70)
+    assert "error: this is a fault of MixCon: KeyError: 'a key'; please report it" in output
+    kept = next(tmp_path.glob('mixcon-fault-*'))
+    assert str(kept) in output and "KeyError: 'a key'" in kept.read_text()
 
 
 @pytest.mark.parametrize(

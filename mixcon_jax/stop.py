@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)  # ask a process to stop
+# What asks a process to stop: also a terminal that closes, and schedulers that warn by SIGUSR1.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Handler:
     """While active, some signals call ``handle``; afterwards they do what they did.
+
+    SIGHUP stays ignored where it is, as ``nohup`` wants it.
 
     Outside the main thread, where Python allows no handlers, they always do.
 
@@ -26,12 +29,15 @@ class Handler:
 
     def __enter__[H: 'Handler'](self: H) -> H:
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in self._signals}
+            for number in self._signals:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        self._old = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -43,24 +49,24 @@ class Handler:
 
 
 class StopRequest(Handler):
-    """While active, SIGTERM or SIGINT sets ``requested``; after the first one, a SIGINT ends the process at once.
+    """While active, a signal of STOPPING sets ``requested``; after the first one, a SIGINT ends the process at once.
 
     Of several processes, all have to stop after the same step. There JAX's own handler takes SIGTERM and lets them
-    agree on one, so that signal is left alone, and SIGINT is passed on as it.
+    agree on one, so that signal is left alone, and the others are passed on as it.
 
     Args:
       alone: whether this is the only process.
     """
 
     def __init__(self, alone: bool = True) -> None:
-        super().__init__(STOPPING if alone else (signal.SIGINT,))
+        super().__init__(number for number in STOPPING if alone or number != signal.SIGTERM)
         self.requested = False
         self._alone = alone
 
     def handle(self, number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         text = f'\n{signal.Signals(number).name}: finishing the step and saving; Ctrl-C quits at once\n'
-        with contextlib.suppress(OSError):  # nobody may be there to read it
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
             os.write(2, text.encode())  # print() must not be entered again while it runs
         if self._alone:
             self.requested = True

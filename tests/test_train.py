@@ -19,12 +19,14 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.fingerprint import fingerprint
 from mixcon_jax.metrics import Metrics
 from mixcon_jax.records import last, read
+from mixcon_jax.stop import STOPPING
 from mixcon_jax.train import ABORTED, DONE, STOPPED, Result, train
 from mixcon_jax.workdir import Workdir
 from tests.test_resume import outcome
 from tests.tiny import ROOT, tiny_config, write_corpus, write_experiment
 
 STEPS = 8
+STOPS = [(signal.SIGTERM, 2), (signal.SIGINT, 5), (signal.SIGHUP, 8), (signal.SIGUSR1, 3)]  # at which step
 
 
 def small_config(folder: Path, **overrides):
@@ -127,15 +129,15 @@ def test_going_on_from_a_checkpoint_ends_bit_for_bit_alike(folder, tmp_path):
     assert outcome(workdir) == outcome(folder / 'whole')
 
 
-@pytest.mark.parametrize('number, step', [(signal.SIGTERM, 2), (signal.SIGINT, 5), (signal.SIGTERM, 8)])
+@pytest.mark.parametrize('number, step', STOPS)
 def test_a_signal_saves_and_the_next_start_goes_on(folder, tmp_path, monkeypatch, number, step, capfd):
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(n) for n in STOPPING]
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
         result = train(small_config(folder), tmp_path / 'run')
     # The signal came while the metrics of a step were read, when the next one was under way.
     assert result == Result(STOPPED, min(step + 1, STEPS))
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(n) for n in STOPPING] == handlers
     assert last(read(tmp_path / 'run' / 'metrics.jsonl'), kind='run')['event'] == 'stopped'
     assert (tmp_path / 'run' / 'checkpoints' / str(result.step)).is_dir()
     assert signal.Signals(number).name in capfd.readouterr().err

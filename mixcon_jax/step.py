@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mixcon_jax import optim, sharding
 from mixcon_jax.config import ConfigError
@@ -274,7 +274,8 @@ def train_step(
       The new state, and metrics: ``loss`` (nats per token, without auxiliary terms), ``z_loss``, ``accuracy``
       (share of scored tokens predicted right), ``balance`` and ``router_z`` where there are experts (all unweighted),
       ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (all that are no padding), ``bad``, ``bad_steps``,
-      ``skipped``, and ``stats``, the model's own.
+      ``skipped``, ``broken`` (whether the new state is not finite, which takes options that float32 cannot hold: its
+      arrays are looked at as they are written, so this costs nothing), and ``stats``, the model's own.
     """
     key = jax.random.fold_in(jax.random.key(config.seed + config.train.seed_noise), state.step)
     tokens = jnp.sum(batch['loss_mask'], dtype=jnp.int32)
@@ -319,8 +320,15 @@ def train_step(
         'bad': bad,
         'bad_steps': state.bad_steps,
         'skipped': state.skipped,
+        'broken': ~all_finite((state.params, state.buffers, state.opt_state)),
     }
     return state, metrics
+
+
+def all_finite(tree: Tree) -> Bool[Array, '']:
+    """Whether no array of floating-point numbers holds NaN or an infinity."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tree:

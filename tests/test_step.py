@@ -250,7 +250,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too():
     state = steps.init_state()
     before = host(state)
     state, metrics = steps.train_step(state, steps.put(random_batch(7, 8, LENGTH)))
-    assert np.isfinite(metrics['loss']) and metrics['bad'] and metrics['skipped'] == 1
+    assert np.isfinite(metrics['loss']) and metrics['bad'] and metrics['skipped'] == 1 and not metrics['broken']
     for part in ('params', 'buffers', 'opt_state'):
         assert_identical(getattr(state, part), getattr(before, part))
 
@@ -262,6 +262,15 @@ def test_sums_are_ordered_on_gpus_that_are_here(monkeypatch):
     assert step.ordered_sums(here) == {'xla_gpu_exclude_nondeterministic_ops': True}
     assert step.ordered_sums(absent) is None
     assert step.ordered_sums(types.SimpleNamespace(platform='cpu')) is None
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'lion'])
+def test_an_update_that_is_not_finite_is_told_though_its_gradient_is(optimizer):
+    """A rate that float32 cannot hold becomes infinite only when parameters are updated."""
+    steps = steps_of(tiny_config(optim__name=optimizer, optim__learning_rate=1e39), create=Plain)
+    state, metrics = steps.train_step(steps.init_state(), steps.put(random_batch(7, 8, LENGTH)))
+    assert not metrics['bad'] and metrics['broken']
+    assert not all(np.isfinite(leaf).all() for leaf in named_leaves(state.params).values())
 
 
 def test_an_empty_batch_gives_no_gradient():
@@ -346,7 +355,7 @@ def test_every_optimizer_learns_a_batch_by_heart(optimizer):
     for _ in range(30):
         state, metrics = steps.train_step(state, batch)
         losses.append(float(metrics['loss']))
-    assert losses[-1] < 0.7 * losses[0] and int(metrics['skipped']) == 0
+    assert losses[-1] < 0.7 * losses[0] and int(metrics['skipped']) == 0 and not metrics['broken']
 
 
 def test_other_weights_start_a_run():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mixcon_jax import mark, saved
 from mixcon_jax.errors import UserError
 from mixcon_jax.records import Record, read
 from mixcon_jax.sweeps import Case
@@ -43,13 +44,14 @@ def of(case: Case, workdir: Path) -> Standing:
     """Where ``case`` stands in the sweep's folder."""
     folder, steps = Workdir(workdir / case.folder), case.config.train.steps
     try:
+        mark.require_ours(folder.path)
         record = folder.finished(case.config)
         folder.require_same(case.config)
     except UserError as error:
         return Standing(REFUSED, 0, steps, error=str(error))
     if record is not None:
         return Standing(DONE, steps, steps, record)
-    step = max((int(path.name) for path in folder.checkpoints.glob('[0-9]*') if path.name.isdigit()), default=0)
+    step = max(saved.steps(folder.checkpoints), default=0)
     return Standing(STARTED if folder.has_progress() else NEW, step, steps)
 
 

@@ -21,11 +21,11 @@ from launch.estimate import Estimate, Sizes, makespan, product_flops
 from launch.processes import STOPPED, Child, Share, Signals
 from launch.show import Screen, table
 from launch.standing import DONE, NEW, REFUSED
+from mixcon_jax import mark
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.ending import FAILED, INTERRUPTED, exit_with
 from mixcon_jax.errors import UserError
 from mixcon_jax.output import go_on, use_utf8
-from mixcon_jax.paths import expand_folder
 from mixcon_jax.records import read
 from mixcon_jax.stop import STOPPING
 from mixcon_jax.sweeps import Case, cases
@@ -69,8 +69,8 @@ def _main(known: argparse.Namespace, rest: Sequence[str]) -> int:
     go_on()
     environment = dict(os.environ)  # of the cases
     shares = processes.shares(known.jobs, '--jobs', environment)
-    workdir = expand_folder(known.workdir)
-    if Workdir(workdir).config.exists():
+    workdir = mark.path_of(known.workdir)
+    if mark.is_run(workdir):
         raise UserError(f'{workdir} is the folder of a single run; give the sweep one of its own')
     os.environ['JAX_PLATFORMS'] = 'cpu'  # this process only counts parameters: devices are for the cases
     wanted = cases(known.config, overrides)

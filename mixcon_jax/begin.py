@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from mixcon_jax import goodput
@@ -15,11 +16,13 @@ from mixcon_jax.compilation import keep_compiled
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
+from mixcon_jax.fingerprint import fingerprint
 from mixcon_jax.models import accounting
+from mixcon_jax.optim import schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
 from mixcon_jax.trees import map_named, named_leaves
 from mixcon_jax.units import short
-from mixcon_jax.workdir import Workdir
+from mixcon_jax.workdir import Workdir, same_schedule
 
 
 def set_up_jax(config: ml_collections.ConfigDict) -> None:
@@ -53,30 +56,74 @@ def require_same_data(meta: Meta, identity: tuple[str, ...], tokenizer: Tokenize
 
 
 def with_weights_of(
-    source: str, state: TrainState, steps: Steps, tokenizer: Tokenizer, say: Callable[[str], None]
-) -> TrainState:
+    source: str,
+    known: Mapping[str, Any] | None,
+    state: TrainState,
+    steps: Steps,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
+) -> tuple[TrainState, dict[str, Any]]:
     """The state with another run's parameters, and its buffers where the model has the same.
 
     Args:
       source: ``workdir``, ``workdir:best`` or ``workdir:STEP``.
+      known: what was returned when this run began with the same source, if it did: then the very same weights are
+        taken, though the newest or the best may be others by now.
+
+    Returns:
+      The state, and ``source``, ``step`` and ``fingerprint`` of the weights.
     """
     folder, _, which = source.rpartition(':')
     if not folder or os.path.isdir(source) or not (which == 'best' or which.isdecimal()):
         folder, which = source, ''
     wanted = which if which in ('', 'best') else int(which)
+    known = known if known and known.get('source') == source else None
     layout = named_leaves(steps.abstract_state)
-    loaded, meta = load_params(folder, wanted or None, {name: leaf.sharding for name, leaf in layout.items()}, say)
+    shardings = {name: leaf.sharding for name, leaf in layout.items()}
+    again = 'delete the workdir to begin anew from others, or train.init_from=FOLDER:STEP in another one'
+    try:
+        loaded, meta = load_params(folder, known['step'] if known else wanted or None, shardings, say)
+    except UserError as error:
+        if known:
+            raise UserError(f'{error}; this run began with it: restore it, or {again}') from error
+        raise
     if tokenizers.from_json(meta.tokenizer).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f'train.init_from={source} was trained with another tokenizer; set data.tokenizer to'
             f' {os.path.join(folder, "tokenizer.json")}'
         )
+    origin = {'source': source, 'step': meta.step, 'fingerprint': fingerprint(loaded['params'])}
+    if known and known.get('fingerprint') != origin['fingerprint']:
+        raise UserError(
+            f'step {meta.step} of {folder} has other weights than those this run began with: restore them, or {again}'
+        )
     state = load_params_into(state, loaded['params'])
     buffers = named_leaves(loaded['buffers'])
     same = lambda name, old: name in buffers and buffers[name].shape == old.shape
-    say(f'weights of {folder}, step {meta.step}')
-    return dataclasses.replace(
+    say(f'weights of {folder}, step {meta.step}' + (', as when this run began' if known else ''))
+    state = dataclasses.replace(
         state, buffers=map_named(lambda name, old: buffers[name] if same(name, old) else old, state.buffers)
+    )
+    return state, origin
+
+
+def say_extended(
+    say: Callable[[str], None], was: ml_collections.ConfigDict, config: ml_collections.ConfigDict, made: int
+) -> None:
+    """Says what another ``train.steps`` than before means for the learning rate."""
+    if was.train.steps == config.train.steps:
+        return
+    text = f'{was.train.steps} steps become {config.train.steps}: '
+    if same_schedule(was, config, made):
+        say(text + 'the learning rates so far are those of the longer schedule, and the run is that of one begun so')
+        return
+    rate = lambda each, step: (
+        config.optim.learning_rate * float(schedule(each.optim, each.train.steps)(jnp.int32(step)))
+    )
+    say(
+        text + f'the learning rate of step {made} was {rate(was, made - 1):.3g}, that of step {made + 1} is'
+        f' {rate(config, made):.3g}, as {config.optim.schedule} over {config.train.steps} steps has it; the steps so'
+        f' far followed the old schedule, so this is not the run that {config.train.steps} steps give from the start'
     )
 
 

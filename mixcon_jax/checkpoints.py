@@ -2,20 +2,20 @@
 
 ``checkpoints/<step>/`` is written by Orbax in the background under another name and renamed when complete, so a kill
 leaves none that is half there. Inside are three items: ``model`` (parameters and buffers), ``optimizer`` (the rest of
-the state) and ``meta`` (everything that is no array, and a checksum of every array). Restoring verifies each array; a
+the state) and ``meta`` (everything that is no array, and a checksum of every array). A save counts, and makes older
+ones superfluous, only when everything it wrote has been read back (readback.py). Restoring verifies each array; a
 checkpoint that is damaged is set aside as ``<step>.damaged`` and the one before it is used.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 
-from mixcon_jax import records
+from mixcon_jax import mark, readback, records, saved
 from mixcon_jax.checksums import checksums
 from mixcon_jax.errors import UserError
 from mixcon_jax.hush import hush_orbax
-from mixcon_jax.paths import expand_folder
+from mixcon_jax.saved import MODEL, UNFINISHED, Damaged
 from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
-MODEL = ('params/', 'buffers/')  # what a model needs; all else is the optimizer's item
 FULL = ('No space left', 'Disk quota exceeded', 'File too large', 'RESOURCE_EXHAUSTED')
-
-
-class Damaged(Exception):
-    """A checkpoint whose bytes are not those that were saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +76,22 @@ class Checkpoints:
         read_only: bool = False,
     ) -> None:
         self.folder, self._say, self._read_only = Path(folder).absolute(), say, read_only
-        self._pending: int | None = None
+        self._keep_last, self._keep_best = keep_last, keep_best
+        self._pending: tuple[int, Future[None]] | None = None
+        self._worker, self._stack = ThreadPoolExecutor(1, 'checkpoint'), contextlib.ExitStack()
         hush_orbax()
         if not read_only:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            mark.require_folder(self.folder)
             self._clean()
         # A run that was stopped before an evaluation makes it up after the save: then only its records know the loss.
         written = records.read(self.folder.parent / 'metrics.jsonl')
         evaluated = {record['step']: record['loss'] for record in written if record['kind'] == 'eval'}
-        self._losses = {step: self._saved_loss(step) or evaluated.get(step) for step in _step_folders(self.folder)}
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep_last), KeepBest(keep_best, self._losses)]
-            ),
-            read_only=read_only,
-            create=False,
-        )
+        self._losses = {step: self._saved_loss(step) or evaluated.get(step) for step in saved.steps(self.folder)}
+        options = ocp.CheckpointManagerOptions(read_only=read_only, create=False)  # keeps all: _prune() deletes
         handlers = {'model': ocp.StandardCheckpointHandler(), 'optimizer': ocp.StandardCheckpointHandler()}
         handlers |= {'meta': ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._plain = self._stack.enter_context(readback.plain_path(self.folder))
+        self._manager = ocp.CheckpointManager(self._plain, options=options, item_handlers=handlers)
 
     def _clean(self) -> None:
         """Removes what unfinished saves left."""
@@ -112,13 +103,13 @@ class Checkpoints:
     def _saved_loss(self, step: int) -> float | None:
         """The held-out loss in a checkpoint's metadata, or None: not evaluated, or damaged, which restoring reports."""
         try:
-            return json.loads((self.folder / str(step) / 'meta' / 'metadata').read_bytes())['contents']['heldout_loss']
-        except (OSError, ValueError, KeyError, TypeError):
+            return saved.contents(self.folder, step).get('heldout_loss')
+        except Damaged:
             return None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return saved.steps(self.folder)
 
     def best_step(self) -> int | None:
         """The step with the lowest held-out loss among those that are kept, or None if none was evaluated."""
@@ -132,7 +123,7 @@ class Checkpoints:
     # ----- saving -----
 
     def save(self, state: Tree, meta: Meta) -> None:
-        """Begins to save in the background; returns when the state's buffers may be reused.
+        """Begins to save, and to read back, in the background; returns when the state's buffers may be reused.
 
         Waits for the save before it, if that has not finished.
 
@@ -141,7 +132,7 @@ class Checkpoints:
           meta: the rest. ``state`` must be that of ``meta.step``.
 
         Raises:
-          UserError: this save, or the one before it, found the disk full or the like.
+          UserError: this save, or the one before it, found the disk full or the like, or wrote what cannot be read.
         """
         self.wait()
         arrays = named_leaves(state)
@@ -154,11 +145,31 @@ class Checkpoints:
         args = ocp.args.Composite(
             model=ocp.args.StandardSave(model),
             optimizer=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave({'sha256': _digest(contents), 'contents': contents}),
+            meta=ocp.args.JsonSave({'sha256': saved.digest(contents), 'contents': contents}),
         )
-        self._pending, self._losses[meta.step] = meta.step, meta.heldout_loss
+        self._losses[meta.step] = meta.heldout_loss
         with self._explained(meta.step):
             self._manager.save(meta.step, args=args, force=True)
+            self._pending = meta.step, self._worker.submit(self._complete, meta.step, saved.digest(contents))
+
+    def _complete(self, step: int, digest: str) -> None:
+        """In a thread: waits for the save, reads it back and deletes what it makes superfluous."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        if jax.process_index() == 0:
+            readback.verify(self._plain, step, digest)
+            self._prune()
+
+    def _prune(self) -> None:
+        """Deletes checkpoints that are neither among the newest nor among the best."""
+        steps = self.steps()
+        kept = {*steps[-self._keep_last :], *best_steps(steps, self._losses)[: self._keep_best]}
+        for step in steps:
+            if step not in kept:
+                # Renamed first: a kill on the way leaves nothing that looks like a checkpoint.
+                scratch = self.folder / f'{step}{UNFINISHED}-deleted'
+                os.rename(self.folder / str(step), scratch)
+                _remove(scratch)
 
     def finished(self) -> int | None:
         """The step of a save that has become complete since the last call, if any; never waits.
@@ -166,7 +177,7 @@ class Checkpoints:
         Raises:
           UserError: it failed.
         """
-        if self._pending is None or self._manager.is_saving_in_progress():
+        if self._pending is None or not self._pending[1].done():
             return None
         return self.wait()
 
@@ -176,12 +187,12 @@ class Checkpoints:
         Raises:
           UserError: the save failed; checkpoints before it are intact.
         """
-        step = self._pending
-        if step is not None:
-            with self._explained(step):
-                self._manager.wait_until_finished()
-                self._manager.check_for_errors()
-            self._pending = None
+        if self._pending is None:
+            return None
+        step, future = self._pending
+        with self._explained(step):
+            future.result()
+        self._pending = None
         return step
 
     @contextlib.contextmanager
@@ -191,13 +202,20 @@ class Checkpoints:
             yield
         except Exception as error:
             self._pending = None
+            kept = [kept for kept in self.steps() if kept != step]
+            last = f'checkpoint {max(kept)} is intact' if kept else 'there is none before it'
+            if isinstance(error, Damaged):
+                if jax.process_index() == 0:
+                    _set_aside(self.folder / str(step))
+                raise UserError(
+                    f'checkpoint {step} in {self.folder} cannot be read back ({error}); set aside as {step}.damaged;'
+                    f' {last}; check the disk and run again'
+                ) from error
             text = ' '.join(_causes(error))
             if not isinstance(error, OSError) and not any(words in text for words in (*FULL, 'Permission denied')):
                 raise
             _remove_unfinished(self.folder)
             reason = next((words for words in FULL[:3] if words in text), text.splitlines()[0][:200])
-            kept = [kept for kept in _step_folders(self.folder) if kept != step]
-            last = f'checkpoint {max(kept)} is intact' if kept else 'there is none before it'
             raise UserError(
                 f'cannot save checkpoint {step} in {self.folder}: {reason}; {last}; make room and run again'
             ) from error
@@ -205,7 +223,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for a save in progress, whatever becomes of it, and frees threads."""
         with contextlib.suppress(Exception):
+            self.wait()
+        with contextlib.suppress(Exception):
             self._manager.close()
+        self._worker.shutdown()
+        self._stack.close()
         if not self._read_only and jax.process_index() == 0:
             _remove_unfinished(self.folder)
 
@@ -298,13 +320,10 @@ class Checkpoints:
         return self._item(step, **{item: ocp.args.StandardRestore(wanted)})
 
     def _meta(self, step: int) -> tuple[dict[str, Any], Meta]:
-        saved = self._item(step, meta=ocp.args.JsonRestore())
+        contents = saved.contents(self.folder, step)
         try:
-            contents = saved['contents']
-            if saved['sha256'] != _digest(contents) or contents['step'] != step:
-                raise Damaged('its metadata does not match its checksum')
             fields = {field.name: contents[field.name] for field in dataclasses.fields(Meta)}
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise Damaged(f'its metadata lacks {error}') from error
         return contents, Meta(**fields | {'data': tuple(fields['data'])})
 
@@ -347,19 +366,6 @@ class Checkpoints:
         self._manager.reload()
 
 
-class KeepBest(policies.PreservationPolicy):
-    """Keeps the ``number`` checkpoints with the lowest loss; Orbax's own BestN needs a file of metrics beside each."""
-
-    def __init__(self, number: int, losses: Mapping[int, float | None]) -> None:
-        self._number, self._losses = number, losses
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = best_steps(steps, self._losses)[: self._number]
-        return [step in best for step in steps]
-
-
 def best_steps(steps: Sequence[int], losses: Mapping[int, float | None]) -> list[int]:
     """The steps whose loss is known and finite, from the lowest loss up; the newer first among equals."""
     known = {step: losses.get(step) for step in steps}
@@ -387,7 +393,7 @@ def load_params(
     Raises:
       UserError: the folder is no run, or holds no such intact checkpoint.
     """
-    folder = expand_folder(workdir) / 'checkpoints'
+    folder = mark.path_of(workdir) / 'checkpoints'
     if not folder.is_dir():
         raise UserError(f'{workdir} holds no checkpoints; give the workdir of a run')
     checkpoints = Checkpoints(folder, say=say, read_only=True)
@@ -415,20 +421,20 @@ def _shape(entry: list | None) -> str:
     return 'nothing' if entry is None else f'{entry[0]}{entry[1]}'
 
 
-def _digest(contents: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
-def _step_folders(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint's folder, or the link that stands for it."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_unfinished(folder: Path) -> None:
     """Removes saves that were cut short; writes of theirs may still be under way, so it takes a few tries."""
     for _ in range(20):
-        paths = list(folder.glob('*.orbax-checkpoint-tmp*'))
+        paths = list(folder.glob(f'*{UNFINISHED}*'))
         for path in paths:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         if not any(path.exists() for path in paths):
             break
         time.sleep(0.1)

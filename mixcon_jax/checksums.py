@@ -23,7 +23,16 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
     sums = jax.device_get(
         {name: _on_host(array) if _is_near(array) else _sums(array) for name, array in arrays.items()}
     )
-    return {name: ''.join(f'{int(lane):08x}' for lane in lanes) for name, lanes in sums.items()}
+    return {name: _hex(lanes) for name, lanes in sums.items()}
+
+
+def checksum(array: Shaped[np.ndarray, '...']) -> str:
+    """``checksums`` of one array that lies on the host."""
+    return _hex(_on_host(array))
+
+
+def _hex(lanes: UInt32[np.ndarray, '2']) -> str:
+    return ''.join(f'{int(lane):08x}' for lane in lanes)
 
 
 def _is_near(array: Array) -> bool:
@@ -31,7 +40,7 @@ def _is_near(array: Array) -> bool:
     return array.is_fully_addressable and all(device.platform == 'cpu' for device in array.devices())
 
 
-def _on_host(array: Array) -> UInt32[np.ndarray, '2']:
+def _on_host(array: Array | np.ndarray) -> UInt32[np.ndarray, '2']:
     """``_sums`` in NumPy."""
     flat = np.ascontiguousarray(array).reshape(-1)
     flat = flat.view(f'uint{8 * min(flat.itemsize, 4)}')

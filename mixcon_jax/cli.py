@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _takes_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument('--workdir', required=True, help='folder of the run')
-    command.add_argument('--step', default='', help='checkpoint to use: a step, "best" or "last" (default: last)')
+    command.add_argument('--step', help='checkpoint to use: a step, "best" or "last" (default: last)')
 
 
 # ----- commands -----------------------------------------------------------------------------------------------------
@@ -237,9 +237,9 @@ def require_numbers(known: argparse.Namespace) -> None:
                 raise UserError(f'--{name.replace("_", "-")} {number!r} {words}')
 
 
-def _step(text: str) -> int | str | None:
+def _step(text: str | None) -> int | str | None:
     """Reads --step: None is the newest."""
-    if text in ('', 'last'):
+    if text in (None, 'last'):
         return None
     if text == 'best' or (text.isascii() and text.isdecimal() and len(text) < 19):
         return 'best' if text == 'best' else int(text)

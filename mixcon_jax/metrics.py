@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -19,14 +18,16 @@ import jax
 import ml_collections
 import numpy as np
 
+from mixcon_jax import mark
 from mixcon_jax.errors import UserError
 from mixcon_jax.goodput import Clock
 from mixcon_jax.records import Record, RecordLog, keep_until, plain, read
 from mixcon_jax.units import duration, short
 from mixcon_jax.workdir import explained
 
-EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps')  # read after every step; the rest is read when it is logged
+EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps', 'broken')  # read after every step; the rest when it is logged
 LINES = 20  # progress lines of a whole run, at least, when the output is not a terminal; and one a minute
+EVENTS = 'mixcon'  # how the names of our TensorBoard files begin; others that lie beside them are left alone
 FLUSH_SECONDS = 10  # how long a TensorBoard event may wait
 
 
@@ -97,7 +98,7 @@ class Metrics:
         """Waits for the metrics of a dispatched step, counts and shows them, and records those that are due.
 
         Returns:
-          The step's ``loss``, ``tokens``, ``bad`` and ``bad_steps`` on the host.
+          The step's ``loss``, ``tokens``, ``bad``, ``bad_steps`` and ``broken`` on the host.
         """
         now = jax.device_get({key: metrics[key] for key in EVERY_STEP if key in metrics})
         self._tokens += int(now['tokens'])
@@ -107,6 +108,7 @@ class Metrics:
             if self._active:  # other processes need not fetch
                 values = jax.device_get(dict(metrics))
                 stats = values.pop('stats', {})
+                values.pop('broken', None)  # it ends the run, which says so
                 self._record('train', step, values | self._speed() | {'stats': stats})
         if self._window is None:  # the first step of this start, whose compilation says nothing about speed
             self._window = (self._tokens, self._clock.training())
@@ -209,8 +211,14 @@ class Progress:
             self._width = 0
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:  # the terminal or the reader has gone, or the disk is full: what was shown is recorded too
+            gone: Any = self._stream
+            self._stream = open(os.devnull, 'w')  # noqa: SIM115 (open as long as the run)
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # else Python complains when it ends
+                os.dup2(self._stream.fileno(), gone.fileno())
 
 
 class TensorBoard:
@@ -224,10 +232,11 @@ class TensorBoard:
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._folder, self._event, self._summary = folder, event_pb2.Event, summary_pb2.Summary
-        shutil.rmtree(folder, ignore_errors=True)
         with explained(folder):
-            folder.mkdir(parents=True)
-            self._writer = EventsWriter(str(folder / 'events'))
+            mark.require_folder(folder)
+            for path in folder.glob(f'{EVENTS}.out.tfevents.*'):
+                path.unlink()
+            self._writer = EventsWriter(str(folder / EVENTS))
         self._flushed = time.monotonic()
         for record in records:
             self.write(record)

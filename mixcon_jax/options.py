@@ -212,6 +212,7 @@ OPTIONS: dict[str, Any] = {
         'loss_chunk': Option(1024, 'Tokens a chunk of the cross-entropy.', POSITIVE),
         'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
         'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE),
+        'extend': Option(False, 'Go on with another train.steps though the steps so far followed the schedule of the old one.'),
         'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.'),
         'deterministic': Option(True, 'On GPUs, steps that give the same bits every time, which cost 14 to 23 % of the speed where it was measured; CPUs always do.'),
         'seed_noise': Option(0, 'Added to the seed of Conba\'s noise.', COUNT),

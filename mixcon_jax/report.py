@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand_path
+from mixcon_jax.mark import path_of
 from mixcon_jax.reports import comparison, figures, tables
 from mixcon_jax.reports.arms import Arm, group, numeric_axis
 from mixcon_jax.reports.comparison import Difference, Score, summary
@@ -63,7 +63,8 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None, baselin
     Raises:
       UserError: there is no run, no such baseline, or ``out`` cannot be written.
     """
-    target = expand_path(out, '--out') if out is not None else expand_path(folders[0]) / 'report'
+    target = path_of(out, '--out') if out is not None else path_of(folders[0], 'FOLDER') / 'report'
+    _require_ours(target)
     found = collect(folders, baseline)
     with explained(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,16 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None, baselin
     print(terminal(found))
     print(f'\n{page}')
     return page
+
+
+def _require_ours(target: Path) -> None:
+    """Refuses a folder in which the report would replace or delete files of something else."""
+    names = ['report.md', 'runs.csv', 'arms.csv', *(f'{name}.{kind}' for name in FIGURES for kind in ('png', 'svg'))]
+    foreign = [name for name in names if (target / name).is_file()]
+    with explained(target):
+        page = (target / 'report.md').read_bytes() if 'report.md' in foreign else b''
+    if foreign and not (page.startswith(b'# Report: ') and b'\n`mixcon report ' in page):
+        raise UserError(f'{target} holds {", ".join(foreign)}, but no report of mixcon; take another folder for --out')
 
 
 def collect(folders: Sequence[str | Path], baseline: str | None = None) -> Report:

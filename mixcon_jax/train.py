@@ -30,7 +30,7 @@ from mixcon_jax.sharding import make_mesh
 from mixcon_jax.step import make_steps
 from mixcon_jax.stop import StopRequest
 from mixcon_jax.units import duration
-from mixcon_jax.workdir import SCORES, Workdir, describe, report_if_finished, summary
+from mixcon_jax.workdir import SCORES, Workdir, describe, is_finite, report_if_finished, summary
 
 DONE, STOPPED, ABORTED = 0, 75, 3  # exit codes; 75 is EX_TEMPFAIL: start it again
 
@@ -40,7 +40,7 @@ class Result:
     """How ``train`` ended.
 
     Attributes:
-      exit_code: 0 done, 75 stopped by a signal and saved, 3 aborted on steps that were not finite.
+      exit_code: 0 done, 75 stopped by a signal and saved, 3 aborted: steps, or the scores of the end, were not finite.
       step: steps made.
       fingerprint: hash of the parameters of a run that is done, else empty.
       metrics: of a run that is done, those of the final evaluation: loss, perplexity, accuracy, bits_per_byte (None
@@ -59,11 +59,11 @@ class _Stopped(Exception):
 
 
 class _NotFinite(Exception):
-    """Too many steps in a row had a loss or gradient that was not finite."""
+    """Too many steps in a row had a loss or gradient that was not finite, or one update left a state that is not."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, bad_steps: int) -> None:
         super().__init__(step)
-        self.step = step
+        self.step, self.bad_steps = step, bad_steps
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
@@ -118,20 +118,23 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         # ----- Where to begin ----------------------------------------------------------------------------------------
         # 1. After the newest intact checkpoint of this run. If there were some and none is intact, restore() refuses.
         # 2. This run was killed before its first checkpoint: its metrics are dropped, and 3 or 4 applies again.
-        # 3. At step 0 with the weights of another run, where train.init_from names one.
+        # 3. At step 0 with the weights of another run, where train.init_from names one: those that it named first.
         # 4. At step 0 with initial weights.
-        newest = last(read(folder.metrics), kind='checkpoint')
+        newest, origin = last(read(folder.metrics), kind='checkpoint'), folder.init_from()
         restored = checkpoints.restore(steps.abstract_state, expected=newest['step'] if newest else None)
         if restored is not None:
             state, meta = restored
+            before = configs.from_dict(meta.config)
+            folder.require_updates_of(before, meta.step, config)
             begin.require_same_data(meta, dataset.identity, tokenizer)
             metrics.say(f'going on after step {meta.step} of {last_step}')
+            begin.say_extended(metrics.say, before, config, meta.step)
         else:
             state, meta = steps.init_state(), Meta(0, config.to_dict())
-            if config.train.init_from:
-                state = begin.with_weights_of(config.train.init_from, state, steps, tokenizer, metrics.say)
+            if source := config.train.init_from:
+                state, origin = begin.with_weights_of(source, origin, state, steps, tokenizer, metrics.say)
         if first_process:
-            folder.commit(config, tokenizer_json)  # only now: what is refused above leaves the run's files alone
+            folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
         records = metrics.start(meta.step, meta.tokens_seen)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
         batches = train_batches.iterate(meta.step)
@@ -191,13 +194,14 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         nonlocal pending, bad_steps
         if pending is not None:
             number, values = pending
-            pending, bad_steps = None, int(metrics.train(number, values)['bad_steps'])
-            if bad_steps >= config.train.max_bad_steps:
-                raise _NotFinite(number)
+            seen = metrics.train(number, values)
+            pending, bad_steps = None, int(seen['bad_steps'])
+            if bad_steps >= config.train.max_bad_steps or seen['broken']:
+                raise _NotFinite(number, bad_steps)
 
     # ----- The loop: `step` steps have been made ---------------------------------------------------------------------
     step = saved = meta.step
-    scored, final = last(records, kind='eval'), last(records, kind='final')
+    scored, final = last(records, kind='eval'), last(records, kind='final', step=last_step)
     try:
         while True:
             # What is due now. Nothing of it depends on where this start of the run began.
@@ -245,7 +249,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             pending = (step, values)
             note(checkpoints.finished())
     except _NotFinite as error:
-        return _abort(error.step, bad_steps, metrics, checkpoints)
+        return _abort(error, metrics, checkpoints)
 
     # ----- The end ---------------------------------------------------------------------------------------------------
     if tracing:
@@ -257,6 +261,13 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
         return Result(STOPPED, step)
     assert final is not None  # the loop ends with it
+    if not is_finite(final):
+        metrics.record('run', step, event='aborted', **_spent(clock))
+        metrics.say(
+            f'error: the held-out loss after {step} steps is not finite, so this run is not done; its last steps are in'
+            f' {folder.metrics}; begin another one with a lower optim.learning_rate'
+        )
+        return Result(ABORTED, step)
     digest = fingerprint(state.params)
     result = _scores_of(final) | {'baselines': dataset.baselines()}
     record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result
@@ -285,14 +296,19 @@ def _due(step: int, every: int, at_end: bool) -> bool:
     return every > 0 and step > 0 and (at_end or step % every == 0)
 
 
-def _abort(step: int, bad_steps: int, metrics: Metrics, checkpoints: Checkpoints) -> Result:
+def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints) -> Result:
     """Ends a run that makes no more progress; its checkpoints stay as they are."""
     with contextlib.suppress(UserError):
         checkpoints.wait()
-    kept = checkpoints.steps()
-    metrics.record('run', step, event='aborted', first_bad_step=step - bad_steps + 1, last_bad_step=step)
+    kept, step, bad_steps = checkpoints.steps(), error.step, error.bad_steps
+    first = step - max(bad_steps, 1) + 1
+    metrics.record('run', step, event='aborted', first_bad_step=first, last_bad_step=step)
+    if bad_steps:
+        what = f'loss or gradient was not finite in {bad_steps} steps in a row, {first} to {step}'
+    else:
+        what = f'the update of step {step} left parameters or an optimizer that are not finite'
     metrics.say(
-        f'error: loss or gradient was not finite in {bad_steps} steps in a row, {step - bad_steps + 1} to {step}; '
+        f'error: {what}; '
         + (f'the newest checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet')
         + '; a lower optim.learning_rate or optim.clip_norm may help'
     )

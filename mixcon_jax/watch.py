@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand_path
+from mixcon_jax.mark import path_of
 from mixcon_jax.units import short
 from mixcon_jax.watching.cells import COLORS, newest, percent, progress, state_cell, time_left, titles
 from mixcon_jax.watching.details import details
@@ -45,7 +45,7 @@ def watch(roots: Sequence[str], once: bool = False, interval: float = 2.0, conso
     if interval > LONGEST:
         raise UserError(f'--interval {interval:g} must be at most {LONGEST} seconds, a day')
     for root in roots:
-        if expand_path(root).is_file():
+        if path_of(root, 'DIR').is_file():
             raise UserError(f'{root} is a file; name the folder of a run, or one that holds runs')
     console, runs, where = console or Console(), Runs(roots), ', '.join(roots)
     if once or not console.is_terminal or console.is_dumb_terminal:

@@ -1,5 +1,6 @@
 """A run's folder: who may use it, and for which configuration.
 
+mixcon.json      see mark.py
 config.json      the resolved configuration
 tokenizer.json
 metrics.jsonl    see records.py
@@ -20,6 +21,7 @@ from typing import IO, Any
 import ml_collections
 
 from mixcon_jax import config as configs
+from mixcon_jax import mark, saved
 from mixcon_jax.errors import UserError
 from mixcon_jax.paths import expand_folder
 from mixcon_jax.records import Record, last, read
@@ -28,7 +30,7 @@ from mixcon_jax.records import Record, last, read
 # a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
-    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic',
+    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.extend',
 )  # fmt: skip
 
 SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
@@ -36,10 +38,15 @@ BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance', 
 
 
 class Workdir:
-    """The folder of one run."""
+    """The folder of one run.
+
+    Raises:
+      UserError: the path is empty or its home unknown.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = expand_folder(path).absolute()
+        self.path = expand_folder(mark.path_of(path)).absolute()
+        self.mark = self.path / mark.MARK
         self.config = self.path / 'config.json'
         self.tokenizer = self.path / 'tokenizer.json'
         self.metrics = self.path / 'metrics.jsonl'
@@ -60,33 +67,79 @@ class Workdir:
             record is None
             or record.get('event') != 'done'
             or record['step'] != configs.get(config, 'train.steps', None)
+            or not is_finite(record)
         ):
             return None
         try:
             self.require_same(config)
         except (TypeError, ZeroDivisionError, AttributeError, KeyError):  # what validate() refuses
             return None
-        return record if (self.checkpoints / str(record['step'])).is_dir() else None
+        return record if saved.is_whole(self.checkpoints, record['step']) else None
 
     def require_same(self, config: ml_collections.ConfigDict) -> None:
         """Refuses a configuration that would make other updates than the run here.
 
+        What the run here is, its newest checkpoint says; config.json counts only while there is none.
+
         Raises:
           UserError: lists what differs.
         """
-        if not self.config.exists() or not self.has_progress():
-            return
-        differences = configs.differences(configs.read(self.config), configs.resolve(config))
+        contents = saved.newest(self.checkpoints)
+        if contents is not None:
+            self.require_updates_of(configs.from_dict(contents['config']), contents['step'], config)
+        elif self.config.exists() and self.has_progress():
+            self.require_updates_of(configs.read(self.config), 0, config)
+
+    def require_updates_of(self, was: ml_collections.ConfigDict, made: int, config: ml_collections.ConfigDict) -> None:
+        """Refuses ``config`` if a run of ``was`` cannot go on with it after ``made`` steps.
+
+        Another number of steps is taken where it leaves those that are made as they are, or where train.extend asks
+        for it.
+
+        Raises:
+          UserError: lists what differs.
+        """
+        differences = configs.differences(configs.resolve(was), configs.resolve(config))
         changed = {key: values for key, values in differences.items() if not key.startswith(FREE)}
+        steps, hint = config.train.steps, ''
+        if set(changed) == {'train.steps'}:
+            if steps < made:
+                hint = f'; {made} steps are made already'
+            elif config.train.extend or same_schedule(was, config, made):
+                return
+            else:
+                hint = (
+                    f'; with optim.schedule={config.optim.schedule} the steps made so far depend on it:'
+                    ' --config.train.extend=true goes on all the same, with a jump of the learning rate'
+                )
         if changed:
             listed = ', '.join(f'{key} {was!r} -> {now!r}' for key, (was, now) in changed.items())
             raise UserError(
-                f'{self.path} holds a run of another configuration ({listed}); set these back, or take another workdir'
+                f'{self.path} holds a run of another configuration ({listed}{hint}); set these back, or take another'
+                ' workdir'
             )
 
-    def commit(self, config: ml_collections.ConfigDict, tokenizer_json: str) -> None:
-        """Writes configuration and tokenizer, each as a whole."""
-        for path, text in ((self.config, configs.to_json(config)), (self.tokenizer, tokenizer_json)):
+    # ----- what is decided once -----
+
+    def init_from(self) -> dict[str, Any] | None:
+        """What ``train.init_from`` meant when this run began, as ``commit`` wrote it; None if nothing is known."""
+        found = (mark.read(self.path) or {}).get('init_from')
+        return found if isinstance(found, dict) else None
+
+    def commit(
+        self, config: ml_collections.ConfigDict, tokenizer_json: str, init_from: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes mark, configuration and tokenizer, each as a whole; from the first on, the folder is a run's.
+
+        Args:
+          config: the run's, resolved.
+          tokenizer_json: text of the tokenizer.json.
+          init_from: ``source``, ``step`` and ``fingerprint`` of the weights that it began with.
+        """
+        older = mark.is_older_run(self.path)
+        values = {'init_from': dict(init_from)} if init_from else {}
+        texts = {self.mark: mark.text(values), self.config: configs.to_json(config), self.tokenizer: tokenizer_json}
+        for path, text in texts.items():
             scratch = path.with_name(f'.{path.name}.tmp')
             with explained(path):
                 with scratch.open('w', encoding='utf-8') as file:
@@ -94,6 +147,9 @@ class Workdir:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(scratch, path)
+        if older:  # its events had the name that every program's have; they are drawn anew under ours
+            for path in (self.path / 'tensorboard').glob('events.out.tfevents.*'):
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -102,24 +158,41 @@ class Workdir:
         Leaves no folder behind when it made it and nothing was committed to it.
 
         Raises:
-          UserError: another process is training here, or the folder cannot be written.
+          UserError: another process is training here, the folder cannot be written, or holds files of others.
         """
+        mark.require_ours(self.path)
         made = not self.path.exists()
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / '.lock', 'w', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
+            file = open(self.path / '.lock', 'a', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
         with file:
             if not take_lock(file):
                 raise UserError(f'another process is training in {self.path}; wait for it, or stop it')
             try:
                 yield
             finally:
-                if made and not self.config.exists():
+                if made and not self.mark.exists():
                     (self.path / '.lock').unlink(missing_ok=True)
                     with contextlib.suppress(OSError):  # something else is in them
                         if self.checkpoints.exists():
                             self.checkpoints.rmdir()
                         self.path.rmdir()
+
+
+def same_schedule(was: ml_collections.ConfigDict, now: ml_collections.ConfigDict, made: int) -> bool:
+    """Whether the learning rates of ``made`` steps are the same under two lengths of the run.
+
+    So they are while it is constant and, of warm-up-stable-decay, before either decay begins: then going on gives what
+    the longer run would have given from the start, bit for bit.
+    """
+    if was.optim.schedule == now.optim.schedule == 'wsd':
+        return all(made <= each.train.steps - each.optim.decay_fraction * each.train.steps for each in (was, now))
+    return was.optim.schedule == now.optim.schedule == 'constant'
+
+
+def is_finite(scores: Mapping[str, Any]) -> bool:
+    """Whether the loss of held-out scores is a number; a record has null where it was not."""
+    return scores.get('loss') is not None and math.isfinite(scores['loss'])
 
 
 def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> Record | None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mixcon_jax import readback, saved
 from mixcon_jax.checkpoints import Checkpoints, Meta, load_params
 from mixcon_jax.checksums import PIECE, _on_host, _sums, checksums
 from mixcon_jax.errors import UserError
@@ -291,6 +292,55 @@ def test_leftovers_of_a_killed_save_do_not_count_and_are_removed(tmp_path):
     assert checkpoints.steps() == [2]
     assert [path.name for path in tmp_path.iterdir()] == ['2']
     checkpoints.close()
+
+
+# ----- what a save wrote -----
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch, damage):
+    """Whatever spoils it, and though one alone is kept: the one before it stays, and the run does not go on."""
+    save(tmp_path, [2], keep_last=1, keep_best=0)
+    original = readback.verify
+    monkeypatch.setattr(
+        readback,
+        'verify',
+        lambda folder, step, digest: (DAMAGE[damage](folder / str(step)), original(folder, step, digest)),
+    )
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    checkpoints.save(make_state(4), meta(4))
+    with pytest.raises(UserError, match=r'checkpoint 4 .*cannot be read back.*checkpoint 2 is intact') as error:
+        checkpoints.wait()
+    checkpoints.close()
+    assert '\n' not in str(error.value)
+    again = Checkpoints(tmp_path, say=lambda line: None)
+    assert again.steps() == [2]
+    assert_same(again.restore(abstract(make_state(0)))[0], make_state(2))
+    again.close()
+
+
+def test_an_older_checkpoint_goes_only_when_the_new_one_is_read_back(tmp_path, monkeypatch):
+    save(tmp_path, [2], keep_last=1, keep_best=0)
+    seen, original = [], readback.verify
+    monkeypatch.setattr(readback, 'verify', lambda *args: (seen.append(saved.steps(tmp_path)), original(*args)))
+    save(tmp_path, [4], keep_last=1, keep_best=0)
+    assert seen == [[2, 4]] and saved.steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize(
+    'name', ['[a]', 'a[', '*', '?', '{a,b}', 'a\\b', '%5B', '#x', '$HOME', ' a ', 'new\nline', 'é', 'gs:a']
+)
+def test_any_name_of_a_folder_is_taken_literally(tmp_path, name):
+    folder = tmp_path / name / 'checkpoints'
+    save(folder, [2, 4, 6])
+    assert saved.steps(folder) == [4, 6]
+    said: list[str] = []
+    flip(folder / '6' / 'meta' / 'metadata')
+    checkpoints = Checkpoints(folder, say=said.append)
+    assert_same(checkpoints.restore(abstract(make_state(0)))[0], make_state(4))
+    checkpoints.close()
+    assert (folder / '6.damaged').is_dir() and load_params(folder.parent)[1].step == 4
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 # ----- a full disk -----

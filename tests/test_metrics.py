@@ -319,6 +319,18 @@ def test_elsewhere_it_is_a_few_dozen_lines():
     assert 20 <= len(lines) <= 50 and lines[-1].startswith('step 1000/1000') and '\r' not in stream.getvalue()
 
 
+def test_a_terminal_that_closes_ends_no_run():
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, 'Input/output error')
+
+    progress = Progress(10, Closed())
+    for step in range(1, 11):
+        progress.update(step, 3.0, step, step)
+    progress.say('hello')
+    progress.end()
+
+
 def test_numbers_for_people():
     assert [round_down(n) for n in (0.1, 1, 1.9, 4.9, 5, 19, 99, 100, 2400)] == [1, 1, 1, 2, 5, 10, 50, 100, 2000]
     assert [short(n) for n in (0.5, 999, 1000, 12345, 4.56e6, 999.9e6, 1.5e12)] == [

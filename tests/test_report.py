@@ -519,4 +519,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / 'out' / 'runs.csv').mkdir(parents=True)
     assert f'cannot write {tmp_path / "out" / "runs.csv"}' in refused(capsys, top, '--out', tmp_path / 'out')
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['runs.csv'], 'no scratch file stays'
+    assert '--out is empty' in refused(capsys, top, '--out', '') and 'FOLDER is empty' in refused(capsys, '')
+    (tmp_path / 'paper').mkdir()
+    (tmp_path / 'paper' / 'final.png').write_text('mine')
+    assert 'holds final.png, but no report' in refused(capsys, top, '--out', tmp_path / 'paper')
+    assert (tmp_path / 'paper' / 'final.png').read_text() == 'mine'
     assert 'unknown argument --config.seed=1' in refused(capsys, top, '--config.seed=1')

@@ -470,6 +470,7 @@ def test_what_is_no_terminal_gets_one_snapshot(tmp_path, capsys):
         (['{}/none', '--once'], 'no run in {}/none'),
         (['{}', '--once'], 'a run is a folder with config.json and metrics.jsonl'),
         (['{}/file'], '{}/file is a file'),
+        ([''], 'DIR is empty'),
         (['{}', '--interval', '0'], '--interval 0 must be at least 0.1'),
         (['{}', '--interval', 'nan'], '--interval nan must be finite'),
         (['{}', '--config.train.steps=3'], 'unknown argument'),
@@ -484,6 +485,15 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, words):
     assert words.format(tmp_path) in error
     with pytest.raises(UserError):
         watching.watch([str(tmp_path / 'none')], once=True)
+
+
+def test_runs_are_found_through_links_each_once(tmp_path):
+    folder = write(tmp_path / 'elsewhere' / 'run', [STARTED])
+    (tmp_path / 'top').mkdir()
+    (tmp_path / 'top' / 'run').symlink_to(folder)
+    (tmp_path / 'top' / 'again').symlink_to(folder)
+    (tmp_path / 'top' / 'up').symlink_to(tmp_path)
+    assert [found.resolve() for found in follow.find([tmp_path / 'top', folder])] == [folder]
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

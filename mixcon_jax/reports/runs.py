@@ -14,7 +14,7 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax import records
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand
+from mixcon_jax.mark import path_of
 from mixcon_jax.records import Record
 
 NO_RUNS_INSIDE = ('checkpoints', 'tensorboard', 'profile')  # of a run directory
@@ -58,9 +58,8 @@ class Run:
         """The scores over all held-out rows, of a run that is done."""
         if self.state != DONE:
             return None
-        return next((record for record in reversed(self.records) if record['kind'] == 'final'), None) or next(
-            record for record in reversed(self.records) if record['kind'] == 'run'
-        )
+        at_end = [record for record in self.records if record['step'] == self.config.train.steps]
+        return records.last(at_end, kind='final') or records.last(at_end, kind='run')
 
     @functools.cached_property
     def evals(self) -> tuple[Record, ...]:
@@ -158,9 +157,9 @@ def _run_folders(folders: Sequence[str | Path]) -> Iterator[Path]:
     """Every folder that is or was to be a run's, in the order of their names; hidden ones are passed over."""
     seen = set()
     for top in folders:
-        if not os.path.isdir(expand(top)):
+        if not path_of(top, 'FOLDER').is_dir():
             raise UserError(f'{top} is not a folder; give a workdir of `mixcon train`, or a folder above some')
-        for path, inner, files in os.walk(expand(top), followlinks=True):
+        for path, inner, files in os.walk(path_of(top), followlinks=True):
             real = os.path.realpath(path)
             if real in seen:
                 inner.clear()

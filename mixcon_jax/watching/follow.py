@@ -217,8 +217,14 @@ class Runs:
 
 def find(roots: Sequence[Path]) -> Iterator[Path]:
     """Folders of runs: those that hold config.json and metrics.jsonl. Hidden folders are passed over."""
+    seen: set[str] = set()
     for root in roots:
-        for folder, folders, files in os.walk(root):
+        for folder, folders, files in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # by a link as well, perhaps one to a folder above
+                folders.clear()
+                continue
+            seen.add(real)
             if set(files) >= RUN_FILES:
                 folders.clear()  # checkpoints hold thousands of files
                 yield Path(folder)

@@ -20,6 +20,7 @@ from launch.estimate import Estimate, Sizes, makespan
 from launch.processes import Share, Signals
 from launch.show import Screen
 from mixcon_jax import config as configs
+from mixcon_jax import saved
 from mixcon_jax.errors import UserError
 from mixcon_jax.records import last, read
 from mixcon_jax.sweeps import Case, cases
@@ -144,7 +145,11 @@ def three(folder):
 def written(case: Case, workdir, step: int, event: str = 'stopped', speed: float = 0.0, seconds: float = 0.0) -> None:
     """Writes what a run of this case leaves that began, made ``step`` steps, saved them and ended so."""
     run = workdir / case.folder
-    (run / 'checkpoints' / str(step)).mkdir(parents=True)
+    for item in saved.ITEMS:
+        (run / 'checkpoints' / str(step) / item).mkdir(parents=True)
+    contents = {'step': step, 'config': case.config.to_dict()}
+    text = json.dumps({'sha256': saved.digest(contents), 'contents': contents})
+    (run / 'checkpoints' / str(step) / 'meta' / 'metadata').write_text(text)
     (run / 'config.json').write_text(configs.to_json(case.config))
     scores = {'fingerprint': 'f', 'loss': 1.25, 'perplexity': 3.5, 'bits_per_byte': 0.625, 'tokens': 9, 'bytes': 9}
     records = [
@@ -393,7 +398,7 @@ def test_jobs_are_begun_in_order():
     ],
 )
 def test_bad_input_is_one_line(folder, tmp_path, capsys, options, message):
-    (tmp_path / 'config.json').write_text('{}')
+    (tmp_path / 'config.json').write_text(configs.to_json(configs.default()))
     options = [str(tmp_path) if option == 'RUN' else option for option in options]
     with pytest.raises(SystemExit) as end:
         sweep.main(['--config', str(folder / 'experiment.py'), '--workdir', str(tmp_path / 'sweep'), *options])

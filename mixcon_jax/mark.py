@@ -1,0 +1,103 @@
+"""``mixcon.json``, by which a folder is known for a run's: nothing is written or deleted in anyone else's.
+
+It also holds what must not be decided twice before there is a checkpoint: which weights ``train.init_from`` meant.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixcon_jax import saved
+from mixcon_jax.errors import UserError
+from mixcon_jax.paths import expand_path
+
+MARK = 'mixcon.json'
+PROGRAM = 'mixcon_jax'
+# What a run writes. Any of it in a folder without the mark is someone else's.
+NAMES = (
+    MARK, 'config.json', 'tokenizer.json', 'metrics.jsonl', 'checkpoints', 'tensorboard', 'profile', 'wandb_id.txt',
+)  # fmt: skip
+GROUPS = {'model', 'data', 'optim', 'train'}  # of every run's config.json
+
+
+def path_of(path: str | Path, option: str = '--workdir') -> Path:
+    """The folder that an argument names, ``~`` expanded.
+
+    Raises:
+      UserError: it is empty, as that of a variable that is not set, or names an unknown home.
+    """
+    if not str(path).strip():
+        raise UserError(f'{option} is empty; name a folder')
+    return expand_path(path, option)
+
+
+def read(folder: str | Path) -> dict[str, Any] | None:
+    """What the mark says, or None: there is none of this program."""
+    found = _json(Path(folder) / MARK)
+    return found if found.get('program') == PROGRAM else None
+
+
+def text(values: Mapping[str, Any]) -> str:
+    """The mark's text with further values."""
+    return json.dumps({'program': PROGRAM, 'format': 1, **values}, indent=2) + '\n'
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is a run's: by its mark or, of a run from before there were marks, by what only runs hold."""
+    return read(folder) is not None or is_older_run(folder)
+
+
+def is_older_run(folder: str | Path) -> bool:
+    """Whether the folder has no mark, but a run's configuration or a checkpoint with its checksum."""
+    folder = Path(folder)
+    if read(folder) is not None:
+        return False
+    config = _json(folder / 'config.json')
+    of_a_run = all(isinstance(config.get(group), dict) for group in GROUPS)
+    return of_a_run or saved.newest(folder / 'checkpoints') is not None
+
+
+def require_ours(folder: str | Path) -> None:
+    """Refuses a folder in which a run would take over files that are not a run's.
+
+    Raises:
+      UserError: names them.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'{folder} is a file; name a folder')
+    foreign = [name for name in NAMES if os.path.lexists(folder / name) and not _is_empty(folder / name)]
+    if foreign and not is_run(folder):
+        raise UserError(
+            f'{folder} holds {", ".join(foreign)}, but is no run of mixcon; take another workdir, or move them away'
+        )
+
+
+def require_folder(path: Path) -> None:
+    """Makes a folder of a run, unless it or a link to one is there.
+
+    Raises:
+      UserError: there is a link that leads nowhere, as to a disk that is not mounted.
+      OSError: it cannot be made.
+    """
+    if path.is_symlink() and not path.exists():
+        raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there; mount or make it')
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether it is a folder without anything in it, or a link that leads nowhere: nothing to lose."""
+    if not path.exists():
+        return True
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; empty if it cannot be read as one."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

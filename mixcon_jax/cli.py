@@ -99,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     actions = data.add_subparsers(metavar='action', required=True)
     command = add('prepare', _prepare, 'Train or load the tokenizer and write the token stores.', actions)
     takes_config(command)
+    command = add('verify', _verify, 'Read token stores whole and compare them with their checksums.', actions)
+    command.add_argument('stores', nargs='+', metavar='STORE', help='stores, or folders of stores (data.cache_dir)')
     return parser
 
 
@@ -135,11 +137,19 @@ def _eval(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def _described(scores: 'Scores') -> str:
     """Scores in a line or, of a task with several lengths, a line each."""
+    from mixcon_jax.data.remarks import percent
+
     start = f'loss {scores.loss:.4f} nats per token, '
     if scores.bits_per_byte is not None:
         return (
             f'{start}perplexity {scores.perplexity:.2f}, {scores.bits_per_byte:.4f} bits per byte, '
             f'over {scores.tokens:,} tokens of {scores.bytes:,} bytes'
+        )
+    if scores.bytes:
+        back = 'an unknown share' if scores.round_trip is None else percent(scores.round_trip)
+        return (
+            f'{start}perplexity {scores.perplexity:.2f}, no bits per byte, for the tokenizer gives back {back} of '
+            f'{scores.bytes:,} bytes, over {scores.tokens:,} tokens'
         )
     lines = [f'{start}accuracy {scores.accuracy:.4f} over {scores.tokens:,} answers']
     if len(scores.by_length) > 1:
@@ -194,6 +204,7 @@ def _doctor(known: argparse.Namespace, overrides: list[str]) -> int:
 def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax import config as configs
     from mixcon_jax.data.prepare import baselines, prepare
+    from mixcon_jax.data.remarks import percent, round_trip
     from mixcon_jax.data.synthetic import is_synthetic
 
     go_on()
@@ -208,9 +219,17 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
             part = store.open(split)
             counts = f'{part.num_documents:,} documents, {part.num_tokens:,} tokens, {part.num_bytes:,} bytes'
             print(f'  {split:8} {counts}')
+        back = round_trip(store).values()
+        print('  of the text come back', ', '.join('unknown' if share is None else percent(share) for share in back))
     values = baselines(stores)
     print(f'held-out text: {values["unigram"]:.3f} bits per byte by byte unigrams, {values["gzip"]:.3f} by gzip -9')
     return 0
+
+
+def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.data.integrity import verify_all
+
+    return FAILED if verify_all(known.stores, print) else 0
 
 
 def _report(known: argparse.Namespace, overrides: list[str]) -> int:

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,7 @@ def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             items = [value] if isinstance(value, str) else list(value)
             items = [] if items == [''] else items
             if option.element is str and len(items) == 1:  # as the command line gives it
-                items = [part.strip() for part in str(items[0]).split(',') if part.strip()]
+                items = [part.strip() for part in re.split(option.between, str(items[0])) if part.strip()]
             if option.element is float:
                 items = [_float(item) if type(item) is int else item for item in items]
             group[name] = tuple(items)

@@ -3,21 +3,25 @@
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 
 from mixcon_jax import config as configs
 from mixcon_jax import step as steps
 from mixcon_jax.data import files
+from mixcon_jax.data import paths as file_paths
 from mixcon_jax.data.dataset import open_dataset
+from mixcon_jax.data.documents import Document
 from mixcon_jax.data.loader import heldout_from_texts
-from mixcon_jax.data.prepare import require_tokenizer
+from mixcon_jax.data.prepared import require_tokenizer
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference import load_model
@@ -40,10 +44,12 @@ class Scores:
       step: the checkpoint's step.
       loss: mean cross-entropy in nats per token.
       accuracy: share of the tokens to which no other was preferred.
-      bits_per_byte: the sum of the cross-entropy in bits over the bytes of the original text; None without text.
+      bits_per_byte: the sum of the cross-entropy in bits over the bytes of the original text; None without text, and
+        where the tokens do not give back every byte of it.
       tokens: scored tokens, each document's end included.
       bytes: bytes of the original text.
       by_length: the same by the rows' number of tokens T.
+      round_trip: the share of the bytes that decoding the tokens gives back; None if it was never measured.
     """
 
     step: int
@@ -53,6 +59,7 @@ class Scores:
     tokens: int
     bytes: int
     by_length: Mapping[int, Part]
+    round_trip: float | None = 1.0
 
     @property
     def perplexity(self) -> float:
@@ -80,9 +87,20 @@ def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], b
         pending = item
     parts = {length: Part(n / max(t, 1), c / max(t, 1), int(t)) for length, (n, c, t) in sums.items()}
     nll, correct, tokens = (sum(values) for values in zip(*sums.values(), strict=True))
-    bits = nll / math.log(2) / batches.num_bytes if batches.num_bytes else None
+    back = getattr(batches, 'round_trip', 1.0)  # a task has no text
+    bits = nll / math.log(2) / batches.num_bytes if batches.num_bytes and back == 1 else None
     most = max(tokens, 1)
-    return Scores(step, nll / most, correct / most, bits, int(tokens), round(batches.num_bytes), parts)
+    return Scores(step, nll / most, correct / most, bits, int(tokens), round(batches.num_bytes), parts, back)
+
+
+def _documents(patterns: Sequence[str], config: ml_collections.ConfigDict) -> list[Document]:
+    """The documents of files, each file once, in the order of the patterns."""
+    found = file_paths.once([file for pattern in patterns for file in files.match(pattern)])
+    skipped = files.Skipped() if config.data.bad_records == 'skip' else None
+    documents = [document for file in found for document in files.read(file, config.data.text_field, skipped)]
+    if skipped and skipped.count:
+        print(f'{skipped.count:,} records are left out; the first: {skipped.first}', file=sys.stderr)
+    return documents
 
 
 def evaluate(
@@ -116,11 +134,15 @@ def evaluate(
         config = configs.validate(config)
     rows = batch_size or config.eval.batch_size
     if paths:
-        found = [file for pattern in paths for file in files.match(pattern)]
-        documents = [document.text for file in found for document in files.read(file, config.data.text_field)]
+        if is_synthetic(config.data):
+            raise UserError(
+                f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files,'
+                ' or give --lengths'
+            )
+        documents = _documents(paths, config)
         batches = heldout_from_texts(documents, trained.tokenizer, config, rows)
     else:
-        dataset = open_dataset(config)
+        dataset = open_dataset(config, trained.data)
         require_tokenizer(dataset.stores, trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
         if trained.data != dataset.identity:
             raise UserError(

@@ -27,6 +27,7 @@ class Option:
     check: Check | None = None
     element: type | None = None  # the type of a tuple's elements
     most: int = INT32  # of an integer
+    between: str = ','  # a pattern of what lies between elements that the command line gives as one
 
 
 def float32(value: float) -> float:
@@ -72,6 +73,8 @@ def one_of(*choices: str) -> Check:
 
 POSITIVE, COUNT, FRACTION = at_least(1), at_least(0), between(0.0, 1.0)
 PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), 'two numbers in [0, 1)')
+# A comma ends a source where the next one begins; other commas are of a path.
+SOURCES = r',\s*(?=[a-z]+:|stdlib\s*(?:,|$))'
 DTYPE = one_of('float32', 'bfloat16')
 
 OPTIONS: dict[str, Any] = {
@@ -166,9 +169,12 @@ OPTIONS: dict[str, Any] = {
             ('stdlib',),
             'Text: "stdlib", "files:GLOB" (.txt .jsonl .parquet, also .gz .zst), "huggingface:NAME[/SUBSET]" or "store:PATH";'
             ' or a task: "synthetic:selective_copying", "synthetic:induction" or "synthetic:mqar".',
-            Check(lambda value: len(value) > 0, 'at least one source'), element=str,
+            Check(lambda value: len(value) > 0, 'at least one source'), element=str, between=SOURCES,
         ),
         'weights': Option((), 'Sampling weight of each source; empty means by size.', element=float),
+        'bad_records': Option(
+            'refuse', 'Records that cannot be used: "refuse" them, or "skip" and count them.', one_of('refuse', 'skip'),
+        ),
         'text_field': Option('text', 'Field that holds the text in JSONL, Parquet and Hugging Face records.'),
         'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.'),
         'tokenizer': Option('bpe', '"bpe" trains one on the sources; otherwise the path of a tokenizer.json.'),

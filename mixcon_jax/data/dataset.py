@@ -6,8 +6,10 @@ from typing import Any
 import ml_collections
 
 from mixcon_jax.data import synthetic
+from mixcon_jax.data.cache import prepared_as
 from mixcon_jax.data.loader import HeldoutBatches, TrainBatches
-from mixcon_jax.data.prepare import PreparedStore, baselines, prepare
+from mixcon_jax.data.prepare import prepare
+from mixcon_jax.data.prepared import PreparedStore, baselines
 from mixcon_jax.data.tokenizer import Tokenizer
 
 
@@ -44,8 +46,13 @@ class Dataset:
         return baselines(self.stores) if self.stores else synthetic.baselines(self.config)
 
 
-def open_dataset(config: ml_collections.ConfigDict) -> Dataset:
+def open_dataset(config: ml_collections.ConfigDict, identity: tuple[str, ...] = ()) -> Dataset:
     """Prepares text, or finds it prepared; a synthetic task needs nothing.
+
+    Args:
+      config: the whole configuration.
+      identity: of the data that a run was trained on: its token stores are taken if they are there, whatever has become
+        of the text since. Without them the text is prepared, and may have another identity.
 
     Raises:
       UserError: the text, the tokenizer or the disk does not allow it.
@@ -53,5 +60,5 @@ def open_dataset(config: ml_collections.ConfigDict) -> Dataset:
     data = config.data
     if synthetic.is_synthetic(data):
         return Dataset(config, synthetic.tokenizer(data), synthetic.identity(data), ())
-    stores = tuple(prepare(data))
+    stores = tuple(prepared_as(data, identity) or prepare(data))
     return Dataset(config, stores[0].load_tokenizer(), tuple(store.fingerprint for store in stores), stores)

@@ -4,17 +4,23 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mixcon_jax.errors import UserError
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what some network file systems answer
+
 
 @contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
     """Holds the lock of ``path``; the system releases it when the process dies.
 
     The lock's file stays: removing it would let two processes hold locks on two files of the same name.
+
+    Yields:
+      Whether there is a lock; where the file system has none, others may be at work on ``path`` at the same time.
     """
     folder = path.parent / '.locks'
     folder.mkdir(exist_ok=True)
@@ -24,7 +30,27 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         except BlockingIOError:
             say(f'waiting for another process that is preparing {path}')
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            say(f'no locks in {folder}: processes that prepare the same text at the same time each do the whole work')
+            yield False
+            return
+        yield True
+
+
+def scratch(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses, on whatever host."""
+    return path.with_name(f'{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}')
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Renames a folder to ``path``; if another process was faster, as without locks it may be, its folder stays."""
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def sync(path: Path) -> None:

@@ -30,53 +30,57 @@ def text_hash(data: bytes) -> int:
 
 
 class Split:
-    """Which documents of a corpus are held out: those whose hash, as a number in [0, 1), is below ``fraction``.
+    """Which documents are held out: those whose hash, as a number in [0, 1), is below ``fraction``.
 
-    So a document's side depends on its text alone, however the corpus grows. Where that leaves a side empty (a small
-    corpus), the threshold moves just far enough for the document of smallest or largest hash to change sides, and a
-    corpus of one document (or of copies of one) is cut: its last ``fraction`` is held out. To find out, documents are
-    read until both sides have one.
+    So a document's side depends on its text alone: it is the same in every source and in every mixture, however they
+    grow. Only where a whole mixture would be left with an empty side (a small one), every document is cut instead, and
+    its last ``fraction`` is held out. To find out, documents are read until both sides have one.
+
+    Attributes:
+      cuts: Whether documents are cut: a mixture with other text beside them may train on what is held out here.
+
+    Args:
+      documents: Those of all sources of the mixture; None if their split is the hash's whatever they are.
+      fraction: Of the documents.
+      name: Of the mixture, for errors.
 
     Raises:
-      UserError: No document has text, or the only document has a single character.
+      UserError: No document has text, or none that has can be cut.
     """
 
-    def __init__(self, documents: Iterable[Document], fraction: float, name: str = 'corpus') -> None:
+    def __init__(self, documents: Iterable[Document] | None, fraction: float, name: str = 'corpus') -> None:
         self.fraction = fraction
         self.threshold = int(fraction * 2**64)
-        self.only: Document | None = None
-        lowest, highest, first, count = 1 << 64, -1, None, 0
+        self.cuts = False
+        if documents is None:
+            return
+        longest, count, sides = Document('', ''), 0, set()
         for document in documents:
             count += 1
             if not document.text:
                 continue
-            first = first or document
-            value = text_hash(document.text.encode())
-            lowest, highest = min(lowest, value), max(highest, value)
-            if lowest < self.threshold <= highest:
+            longest = max(longest, document, key=lambda document: len(document.text))
+            sides.add(text_hash(document.text.encode()) < self.threshold)
+            if len(sides) > 1:
                 return
-        if first is None:
+        if not longest.text:
             raise UserError(f"data.sources: '{name}' is empty: {count} documents, none of them with text")
-        if lowest == highest:
-            self.only = first
-            self._parts = cut(first, fraction)
-        else:
-            self.threshold = highest if highest < self.threshold else lowest + 1
+        cut(longest, fraction)
+        self.cuts = True
 
     def place(self, documents: Iterable[Document]) -> Iterator[Placed]:
-        """Yields every document that has text, with its side."""
-        if self.only:
-            for part, heldout in zip(self._parts, (False, True), strict=True):
-                yield Placed(part.text, part.text.encode(), heldout)
-            return
+        """Yields every document that has text, with its side, or its two parts."""
         for document in documents:
-            if document.text:
+            if self.cuts and len(document.text) > 1:
+                for part, heldout in zip(cut(document, self.fraction), (False, True), strict=True):
+                    yield Placed(part.text, part.text.encode(), heldout)
+            elif document.text:
                 data = document.text.encode()
-                yield Placed(document.text, data, text_hash(data) < self.threshold)
+                yield Placed(document.text, data, not self.cuts and text_hash(data) < self.threshold)
 
 
 def cut(document: Document, fraction: float) -> tuple[Document, Document]:
-    """Cuts a corpus of one document in two: its last ``fraction`` is held out.
+    """Cuts a document in two: its last ``fraction`` is held out.
 
     The cut is moved to the end of a line where one is near (within half of the held-out part).
 

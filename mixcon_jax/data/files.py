@@ -1,17 +1,17 @@
 """Reads documents from text, JSONL and Parquet files, plain or compressed; errors name the file and the place in it."""
 
 import difflib
-import glob
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+from mixcon_jax.data import paths
 from mixcon_jax.data.documents import Document
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand
 
 FORMATS = ('.txt', '.jsonl', '.parquet')
 COMPRESSED = ('.gz', '.zst')
@@ -19,22 +19,28 @@ BLOCK = 1 << 20  # bytes read at once
 ROWS = 256  # Parquet rows decoded at once
 
 
+class BadRecordError(UserError):
+    """A record of a file that cannot be used, though those after it can be."""
+
+
+class Skipped:
+    """Counts the records that are left out, and keeps the first complaint."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, ''
+
+    def add(self, error: UserError) -> None:
+        self.first = self.first or str(error)
+        self.count += 1
+
+
 def match(pattern: str) -> list[str]:
-    """Paths of the files that match a glob, sorted; ``~`` and ``**`` mean what they do in a shell.
+    """``paths.match``; every file must be of a known format.
 
     Raises:
       UserError: Nothing matches, or a match has a suffix that is not known.
     """
-    expanded = expand(pattern)
-    found = sorted(path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path))
-    if not found:
-        if os.path.isdir(expanded):
-            raise UserError(
-                f"data.sources: '{pattern}' is a folder; name its files: files:{pattern.rstrip('/')}/**/*.txt"
-            )
-        raise UserError(
-            f"data.sources: no file matches '{pattern}' (looked in {os.path.abspath(os.path.dirname(expanded) or '.')})"
-        )
+    found = paths.match(pattern)
     for path in found:
         format_of(path)
     return found
@@ -55,88 +61,122 @@ def format_of(path: str) -> tuple[str, str]:
     raise UserError(f"{path}: unknown suffix '{suffix}{compression}'; {hint}")
 
 
-def read(path: str, text_field: str = 'text') -> Iterator[Document]:
+def read(path: str, text_field: str = 'text', skipped: Skipped | None = None) -> Iterator[Document]:
     """Yields the documents of a file: the whole of a ``.txt``, a line of a ``.jsonl``, a row of a ``.parquet``.
+
+    Args:
+      path: The file.
+      text_field: Field of the text in a record.
+      skipped: Takes the records that cannot be used; None refuses them.
 
     Raises:
       UserError: The file is unreadable, truncated, binary, or not of its format; the message names file and place.
     """
     form, _ = format_of(path)
+    readers = {'.txt': _read_text, '.jsonl': _read_jsonl, '.parquet': _read_parquet}
     try:
-        if form == '.txt':
-            yield from _read_text(path)
-        elif form == '.jsonl':
-            yield from _read_jsonl(path, text_field)
-        else:
-            yield from _read_parquet(path, text_field)
+        for make in readers[form](path, text_field):
+            try:
+                document = make()
+            except BadRecordError as error:
+                if skipped is None:
+                    raise
+                skipped.add(error)
+                continue
+            if document is not None:
+                yield document
     except OSError as error:
-        raise UserError(f'{path}: {error.strerror or error}') from error
+        raise UserError(f'{path}: {error.strerror or str(error).splitlines()[0]}') from error
 
 
-def _read_text(path: str) -> Iterator[Document]:
+# Each reader yields functions, which make a document of a record or raise BadRecordError: reading goes on after that.
+Make = Callable[[], Document | None]
+
+
+def _read_text(path: str, text_field: str) -> Iterator[Make]:
     with open_bytes(path) as file:
         data = file.read()
-    yield Document(decode(data, path), path)
+    yield lambda: Document(decode(data, path), path)
 
 
-def _read_jsonl(path: str, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: str, text_field: str) -> Iterator[Make]:
     offset = 0
     with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
-            where = f'{path}:{number}'
-            text = decode(line, path, offset)
+            yield partial(_parse_line, line, f'{path}:{number}', text_field, offset)
             offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text.removeprefix('\ufeff') if number == 1 else text)
-            except json.JSONDecodeError as error:
-                end = '' if line.endswith(b'\n') else '; it has no line end: is the file truncated?'
-                raise UserError(f'{where}: not valid JSON ({error.msg} at column {error.colno}){end}') from error
-            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-                raise UserError(f'{where}: not valid JSON (nested too deeply, or a number too long)') from error
-            yield Document(text_of(record, text_field, where), where)
 
 
-def _read_parquet(path: str, text_field: str) -> Iterator[Document]:
+def _parse_line(line: bytes, where: str, text_field: str, offset: int) -> Document | None:
+    """The document of a line of JSONL that begins at byte ``offset``; None if it is blank."""
+    text = decode(line, where, offset)
+    if not offset:
+        text = text.removeprefix('\ufeff')
+    if not text.strip():
+        return None
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        end = '' if line.endswith(b'\n') else '; it has no line end: is the file truncated?'
+        raise BadRecordError(f'{where}: not valid JSON ({error.msg} at column {error.colno}){end}') from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise BadRecordError(f'{where}: not valid JSON (nested too deeply, or a number too long)') from error
+    return Document(text_of(record, text_field, where), where)
+
+
+def _read_parquet(path: str, text_field: str) -> Iterator[Make]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f'{path}: reading Parquet needs the package pyarrow: pip install pyarrow') from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Opened here, for the library wants names that are UTF-8.
+        with open(path, 'rb') as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
             if text_field not in names:
                 raise UserError(_no_field(path, text_field, names))
             row = 0
             for batch in file.iter_batches(ROWS, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    where = f'{path}: row {row}'
-                    yield Document(text_of({text_field: text}, text_field, where), where)
+                for value in batch.column(0):
+                    yield partial(_parse_value, value, f'{path}: row {row}', text_field)
                     row += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: the names of its columns are not UTF-8') from error
     except pyarrow.ArrowException as error:
         raise UserError(f'{path}: not a readable Parquet file ({str(error).splitlines()[0]})') from error
+
+
+def _parse_value(value: Any, where: str, text_field: str) -> Document:
+    """The document of a value of a column of text."""
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        place = f'byte 0x{error.object[error.start]:02x} at byte offset {error.start}'
+        raise BadRecordError(f'{where}: field {text_field!r} is not UTF-8 text: {place} ({error.reason})') from error
+    return Document(text_of({text_field: text}, text_field, where), where)
 
 
 def text_of(record: Any, text_field: str, where: str) -> str:
     """The text of a record; ``where`` (a file and line) begins the message of the error.
 
     Raises:
-      UserError: Not a record, no such field, or its value is not valid text.
+      BadRecordError: Not a record, no such field, or its value is not valid text.
     """
     if not isinstance(record, Mapping):
-        raise UserError(f'{where}: a {type(record).__name__}, expected an object with the field {text_field!r}')
+        raise BadRecordError(f'{where}: a {type(record).__name__}, expected an object with the field {text_field!r}')
     if text_field not in record:
-        raise UserError(_no_field(where, text_field, list(record)))
+        raise BadRecordError(_no_field(where, text_field, list(record)))
     text = record[text_field]
     if not isinstance(text, str):
-        raise UserError(f'{where}: field {text_field!r} is a {type(text).__name__}, expected a string')
+        raise BadRecordError(f'{where}: field {text_field!r} is a {type(text).__name__}, expected a string')
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
-            raise UserError(f'{where}: field {text_field!r} has a lone surrogate at character {error.start}') from error
+            raise BadRecordError(
+                f'{where}: field {text_field!r} has a lone surrogate at character {error.start}'
+            ) from error
     return text
 
 
@@ -149,16 +189,16 @@ def decode(data: bytes, path: str, offset: int = 0) -> str:
     """Decodes UTF-8 strictly; ``offset`` is where ``data`` begins in the (decompressed) file.
 
     Raises:
-      UserError: Bytes that are not UTF-8, or a NUL byte: the file is not text.
+      BadRecordError: Bytes that are not UTF-8, or a NUL byte: the file is not text.
     """
     at = data.find(b'\0')
     if at >= 0:
-        raise UserError(f'{path}: binary, not text: a NUL byte at byte offset {offset + at}')
+        raise BadRecordError(f'{path}: binary, not text: a NUL byte at byte offset {offset + at}')
     try:
         return data.decode('utf-8')
     except UnicodeDecodeError as error:
         place = f'byte 0x{data[error.start]:02x} at byte offset {offset + error.start}'
-        raise UserError(f'{path}: not UTF-8 text: {place} ({error.reason})') from error
+        raise BadRecordError(f'{path}: not UTF-8 text: {place} ({error.reason})') from error
 
 
 def open_bytes(path: str) -> io.BufferedIOBase:
@@ -192,7 +232,8 @@ class _Decompressed(io.RawIOBase):
             import zstandard
         except ImportError as error:
             raise UserError(f'{self._path}: reading .zst needs the package zstandard: pip install zstandard') from error
-        return zstandard.ZstdDecompressor().decompressobj
+        # Frames compressed with long windows need as much memory to decompress: up to 2 GiB.
+        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
 
     def readable(self) -> bool:
         return True

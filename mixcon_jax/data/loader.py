@@ -17,7 +17,7 @@ import numpy as np
 
 from mixcon_jax.data.documents import Document
 from mixcon_jax.data.packing import Rows, empty_batch, key_of, process_rows
-from mixcon_jax.data.prepare import PreparedStore
+from mixcon_jax.data.prepared import PreparedStore
 from mixcon_jax.data.store import TokenStore
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
@@ -101,8 +101,8 @@ def _open(stores: Sequence[PreparedStore | TokenStore], split: str) -> list[Toke
     for store in opened:
         if store.tokenizer_fingerprint != opened[0].tokenizer_fingerprint:
             raise UserError(f'{store.path}: made by another tokenizer than {opened[0].path}; prepare them together')
-        if not store.num_targets:
-            raise UserError(f'{store.path}: no {split} documents')
+    if not any(store.num_targets for store in opened):
+        raise UserError(f'{", ".join(store.path for store in opened)}: no {split} documents')
     return opened
 
 
@@ -138,6 +138,12 @@ class TrainBatches:
         weights = tuple(data.weights)
         if weights and len(weights) != len(self.stores):
             raise UserError(f'data.weights: {len(weights)} weights for {len(self.stores)} sources')
+        for store, weight in zip(self.stores, weights, strict=False):
+            if weight and not store.num_targets:
+                raise UserError(
+                    f'data.weights: a weight of {weight} for {store.path}, all of whose documents are held out;'
+                    ' give it more documents, or leave it out'
+                )
         self.batch_size, self.seq_len = config.train.batch_size, data.seq_len
         self._share = process_rows(self.batch_size, process_index, process_count, 'train.batch_size')
         # A seed of its own for every store, or two copies of one would be read in step.
@@ -161,7 +167,7 @@ class TrainBatches:
     def epochs(self, step: int) -> list[float]:
         """How often each store has been read after ``step`` batches."""
         counts = self.mixture.counts(step * self.batch_size)
-        return [count / rows.num_rows for count, rows in zip(counts, self.rows, strict=True)]
+        return [count / max(rows.num_rows, 1) for count, rows in zip(counts, self.rows, strict=True)]
 
     def iterate(self, start_step: int = 0) -> Generator[Batch]:
         """Batches from ``start_step`` on, without end, prepared ahead by data.num_threads threads."""
@@ -178,6 +184,8 @@ class HeldoutBatches:
       num_tokens: Targets of all rows.
       num_bytes: Bytes of the original text that they stand for: bits per byte is nll / ln 2 / num_bytes, with nll the
         sum over all targets in nats. With ``max_rows``, a share of all bytes in proportion to the targets.
+      round_trip: The share of those bytes that decoding the tokens gives back: below 1, or None where it was never
+        measured, nobody knows what it costs to predict the text, and there are no bits per byte.
       num_rows: Rows that are scored.
 
     Args:
@@ -209,6 +217,12 @@ class HeldoutBatches:
         self._chosen = np.arange(self.num_rows) * total // self.num_rows
         self.num_tokens = sum(store.num_targets for store in self.stores)
         self.num_bytes: float = sum(store.num_bytes for store in self.stores)
+        known = [(store.round_trip, store.num_bytes) for store in self.stores if store.num_bytes]
+        self.round_trip: float | None = 1.0
+        if any(share is None for share, _ in known):
+            self.round_trip = None
+        elif any(share != 1 for share, _ in known):
+            self.round_trip = sum((share or 0.0) * size for share, size in known) / self.num_bytes
         if self.num_rows < total:
             scored = sum(int(end.sum() - begin.sum()) for _, begin, end in map(self._spans, self._chosen.tolist()))
             self.num_bytes = self.num_bytes * scored / self.num_tokens
@@ -261,5 +275,6 @@ def heldout_from_texts(
         raise UserError('no text to evaluate: every document is empty')
     num_bytes = sum(len(text.encode()) for text in texts)
     encoded = tokenizer.encode_batch(texts)
-    store = TokenStore.from_documents(encoded, num_bytes, tokenizer.eot_id, tokenizer.fingerprint)
+    back = tokenizer.round_trip(texts, encoded) / num_bytes
+    store = TokenStore.from_documents(encoded, num_bytes, tokenizer.eot_id, tokenizer.fingerprint, back)
     return HeldoutBatches(config, [store], batch_size)

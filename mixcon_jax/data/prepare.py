@@ -1,97 +1,39 @@
 """Text to token stores: once for each source, tokenizer and split, then found again by fingerprint."""
 
-import hashlib
 import itertools
-import json
-import math
-import os
 import shutil
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-import numpy as np
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Integer
+from numpy import ndarray
 
+from mixcon_jax.data import cache as stores_in_cache
 from mixcon_jax.data import tokenizer as tokenizer_lib
-from mixcon_jax.data.disk import explained, locked, sync, sync_tree
+from mixcon_jax.data.background import Background
+from mixcon_jax.data.cache import GoneSource
+from mixcon_jax.data.disk import explained, locked, move_into_place, scratch, sync, sync_tree
 from mixcon_jax.data.documents import Placed, Split
+from mixcon_jax.data.paths import NothingThereError
+from mixcon_jax.data.prepared import PreparedStore, baselines, key_of, require_tokenizer
+from mixcon_jax.data.remarks import remarks
 from mixcon_jax.data.sources import Source, open_source
-from mixcon_jax.data.store import VERSION, StoreWriter, TokenStore, read_file, read_metadata
+from mixcon_jax.data.statistics import Progress, RoundTrip, Say, Statistics
+from mixcon_jax.data.store import StoreWriter
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
 from mixcon_jax.paths import expand, expand_folder
 
+__all__ = ['PreparedStore', 'baselines', 'prepare', 'require_tokenizer']
+
 BATCH_BYTES = 4 << 20  # text encoded at once
 BATCH_DOCUMENTS = 8192
-GZIP_LIMIT = 256 << 20  # bytes of held-out text that the gzip baseline compresses
-PROGRESS_SECONDS = 2.0
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PreparedStore:
-    """A token store that is ready.
-
-    Attributes:
-      path: Its folder or URL.
-      spec: The source it came from.
-    """
-
-    path: str
-    spec: str
-
-    @property
-    def tokenizer(self) -> str:
-        """Path of the store's tokenizer.json."""
-        return f'{self.path.rstrip("/")}/tokenizer.json'
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return read_metadata(self.path)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the tokens, the documents' bounds and the split: equal stores give equal batches."""
-        metadata = self.metadata
-        return _key(metadata['sha256'], metadata['tokenizer'], metadata['eot_id'])
-
-    def open(self, split: str) -> TokenStore:
-        """Opens split 'train' or 'heldout'."""
-        return TokenStore.open(self.path, split)
-
-    def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the store.
-
-        Raises:
-          UserError: It is not the one that the store's metadata names.
-        """
-        tokenizer = tokenizer_lib.from_json(read_file(self.path, 'tokenizer.json'), self.tokenizer)
-        require_tokenizer([self], tokenizer, self.tokenizer)
-        return tokenizer
-
-
-def require_tokenizer(stores: Sequence[PreparedStore], tokenizer: Tokenizer, name: str) -> None:
-    """Checks that stores were made by ``tokenizer``; ``name`` says in the error where it came from.
-
-    Raises:
-      UserError: A store was made by another one.
-    """
-    for store in stores:
-        found = store.metadata['tokenizer']
-        if found != tokenizer.fingerprint:
-            raise UserError(
-                f'{store.path}: made by another tokenizer ({found[:12]}) than {name} ({tokenizer.fingerprint[:12]}); '
-                f'use {store.tokenizer} or prepare the text again'
-            )
 
 
 def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> list[PreparedStore]:
@@ -100,7 +42,8 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
     Stores lie in ``data.cache_dir`` under names that contain a fingerprint of the source, the tokenizer and the split.
     A store is written beside its place and renamed into it when complete and synced to disk; an interrupted preparation
     leaves nothing that counts as a store, and the next one removes its leftovers and begins that source again (the
-    tokenizer and finished sources are kept). Processes that prepare the same store wait for the first.
+    tokenizer and finished sources are kept). Processes that prepare the same store wait for the first. A store that has
+    lost a part is prepared again. Files that are gone are not needed where their tokens are there.
 
     Args:
       data: ``config.data``.
@@ -114,14 +57,10 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
     """
     say = progress if callable(progress) else (_print if progress else lambda line: None)
     cache = expand_folder(data.cache_dir, 'data.cache_dir')
-    sources: list[Source | PreparedStore] = []
-    for spec in data.sources:
-        if spec.startswith('store:') and spec != 'store:':
-            sources.append(PreparedStore(expand(spec.removeprefix('store:')), spec))
-        else:
-            sources.append(open_source(spec, data.text_field))
+    sources = [_open(spec, data, say) for spec in data.sources]
     texts = [source for source in sources if not isinstance(source, PreparedStore)]
     made = [source for source in sources if isinstance(source, PreparedStore)]
+    mixture = _Mixture(texts, made, data.heldout_fraction)
     with explained(cache):
         cache.mkdir(parents=True, exist_ok=True)
         if data.tokenizer != 'bpe':
@@ -129,122 +68,204 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
         elif made:
             tokenizer, name = made[0].load_tokenizer(), made[0].tokenizer
         else:
-            tokenizer, name = _train_tokenizer(texts, data, cache, say), 'the one trained here'
+            tokenizer, name = _train_tokenizer(mixture, data, cache, say), 'the one trained here'
         require_tokenizer(made, tokenizer, name)
-        return [
-            source if isinstance(source, PreparedStore) else _prepare_source(source, tokenizer, data, cache, say)
-            for source in sources
-        ]
+        prepared = iter(_stores_of_texts(mixture, tokenizer, data, cache, say))
+        result = [source if isinstance(source, PreparedStore) else next(prepared) for source in sources]
+        for remark in remarks(result, data.heldout_fraction):
+            say(remark)
+        return result
 
 
-def baselines(stores: Sequence[PreparedStore]) -> dict[str, float]:
-    """What simple models need for the held-out text, in bits per byte of the original text.
+class _Mixture:
+    """The sources of text, and stores made before, that are read together: one decision on the split for all."""
 
-    ``unigram``: each byte coded by its frequency in the training text, add-one smoothed. ``gzip``: gzip -9 of each
-    store's held-out documents, each followed by a zero byte (the counterpart of end-of-text), of at most the first
-    256 MiB.
-    """
-    records = [store.metadata['baselines'] for store in stores]
-    train, heldout = (np.sum([record[f'{split}_bytes'] for record in records], 0) for split in ('train', 'heldout'))
-    bits = -np.log2((train + 1) / (train.sum() + 256))
-    return {
-        'unigram': float(heldout @ bits / heldout.sum()),
-        'gzip': 8 * sum(r['gzip_out'] for r in records) / sum(r['gzip_in'] for r in records),
-    }
+    def __init__(self, texts: list[Source], made: list[PreparedStore], fraction: float) -> None:
+        self.texts, self.made, self.fraction = texts, made, fraction
+        self.fingerprints = [source.fingerprint() for source in texts]
+
+    @cached_property
+    def split(self) -> Split:
+        """Reads text; stores made before have the other side where the text has one only."""
+        name = ', '.join(source.spec for source in self.texts)
+        return Split(None if self.made else itertools.chain.from_iterable(self.texts), self.fraction, name)
+
+
+def _open(spec: str, data: ml_collections.ConfigDict, say: Say) -> Source | PreparedStore:
+    """The source that ``spec`` names; files that are gone are stood for by the store made of them."""
+    if spec.startswith('store:') and spec != 'store:':
+        return PreparedStore(expand(spec.removeprefix('store:')), spec)
+    try:
+        return open_source(spec, data.text_field, data.bad_records == 'skip')
+    except NothingThereError as error:
+        store = stores_in_cache.prepared_from(spec, data)
+        if store is None:
+            raise
+        say(f'{spec}: the files are gone; going on with the tokens that were prepared from them')
+        return GoneSource(spec, store, error)
 
 
 def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _train_tokenizer(texts: list[Source], data: ml_collections.ConfigDict, cache: Path, say: Say) -> Tokenizer:
+def _train_tokenizer(mixture: _Mixture, data: ml_collections.ConfigDict, cache: Path, say: Say) -> Tokenizer:
     """Trains one tokenizer on a sample of the training documents of all sources, or loads the one trained before."""
-    size, fraction = data.tokenizer_vocab_size, data.heldout_fraction
-    key = _key('bpe', 1, tokenizers.__version__, [source.fingerprint() for source in texts], size, fraction)
+    size, texts = data.tokenizer_vocab_size, mixture.texts
+    key = key_of('bpe', 1, tokenizers.__version__, mixture.fingerprints, size, data.heldout_fraction)
     path = cache / f'tokenizer-{key}.json'
-    if path.exists():
-        return tokenizer_lib.load(path)
-    with locked(path, say):
-        if path.exists():
-            return tokenizer_lib.load(path)
-        for leftover in cache.glob(f'.{path.name}.*.tmp'):
+
+    def trained_before() -> Tokenizer | None:
+        try:
+            return tokenizer_lib.load(path) if path.exists() else None
+        except UserError as error:
+            say(f'{error}: training it again')
+            return None
+
+    if (found := trained_before()) is not None:
+        return found
+    with locked(path, say) as alone:
+        if (found := trained_before()) is not None:
+            return found
+        for leftover in cache.glob(f'.{path.name}.*.tmp') if alone else ():
             leftover.unlink()
         begin, sample, taken = time.monotonic(), [], 0
         share = tokenizer_lib.SAMPLE_BYTES // len(texts)
         for number, source in enumerate(texts, 1):
-            for placed in Split(source, fraction, source.spec).place(source.sample(share)):
+            for placed in mixture.split.place(source.sample(share)):
                 if not placed.heldout:
                     room = number * share - taken
                     sample.append(placed.text[:room])
                     taken += min(len(placed.data), room)
                 if taken >= number * share:
                     break
-        tokenizer = tokenizer_lib.train(sample, size)
+        text = f'{taken / 1e6:.1f} MB of text'
+        still = lambda seconds: say(f'tokenizer: learning from {text}, {seconds:.0f} s so far')
+        tokenizer = tokenizer_lib.train(sample, size, still)
         tokenizer.save(path)
         sync(cache)
-        seconds = time.monotonic() - begin
-        say(f'tokenizer: {tokenizer.vocab_size} tokens from {taken / 1e6:.1f} MB of text in {seconds:.1f} s')
+        say(f'tokenizer: {tokenizer.vocab_size} tokens from {text} in {time.monotonic() - begin:.1f} s')
         return tokenizer
 
 
+def _stores_of_texts(
+    mixture: _Mixture, tokenizer: Tokenizer, data: ml_collections.ConfigDict, cache: Path, say: Say
+) -> list[PreparedStore]:
+    """Finds the stores of the mixture's texts, or makes those that are not there."""
+    by_hash: list[list[PreparedStore]] = []  # where the store of each text may lie, if the hash decides the split
+    by_mixture: list[list[PreparedStore]] = []
+    for source in mixture.texts:
+        names = stores_in_cache.names(source, tokenizer, data, mixture.fingerprints)
+        first, second, old = (PreparedStore(str(cache / name), source.spec) for name in names)
+        plain = stores_in_cache.whole(old) and stores_in_cache.split_is_the_hash(old)
+        alone = stores_in_cache.whole(old) and len(mixture.texts) == 1 and not mixture.made
+        by_hash.append([first, *([old] if plain else [])])
+        by_mixture.append([second, *([old] if alone and not plain else [])])
+
+    def found(places: list[list[PreparedStore]]) -> list[PreparedStore | None]:
+        return [next(filter(stores_in_cache.whole, candidates), None) for candidates in places]
+
+    # Whether documents have to be cut takes reading text, unless stores tell.
+    places, stores = by_hash, found(by_hash)
+    there = [store for store in stores if store is not None]
+    if len(there) < len(stores) or not (mixture.made or stores_in_cache.has_both_sides(there)):
+        places, stores = by_mixture, found(by_mixture)
+        if None in stores and not mixture.split.cuts:
+            places, stores = by_hash, found(by_hash)
+    result = []
+    for source, candidates, store in zip(mixture.texts, places, stores, strict=True):
+        if store is None:
+            store = candidates[0]
+            _prepare_source(source, mixture.split, tokenizer, data, store, say)
+        else:
+            require_tokenizer([store], tokenizer, 'the one in use')
+            counts = store.metadata['counts'].values()
+            documents, tokens = (sum(count[name] for count in counts) for name in ('documents', 'tokens'))
+            say(f'{source.spec}: already prepared, {documents:,} documents, {tokens:,} tokens in {store.path}')
+        result.append(store)
+    return result
+
+
 def _prepare_source(
-    source: Source, tokenizer: Tokenizer, data: ml_collections.ConfigDict, cache: Path, say: Say
-) -> PreparedStore:
-    fingerprint = source.fingerprint()
-    key = _key('store', VERSION, fingerprint, tokenizer.fingerprint, data.heldout_fraction)
-    path = cache / f'{source.slug}-{key}'
-    prepared = PreparedStore(str(path), source.spec)
-    if not path.exists():
-        with locked(path, say):
-            if not path.exists():
-                # The lock is ours, so whatever lies here was left by a process that died.
-                for leftover in cache.glob(f'{path.name}.tmp-*'):
-                    shutil.rmtree(leftover)
-                temporary = path.with_name(f'{path.name}.tmp-{os.getpid()}')
-                try:
-                    _write_store(source, fingerprint, tokenizer, data.heldout_fraction, temporary, say)
-                    sync_tree(temporary)
-                    os.rename(temporary, path)
-                    sync(cache)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                return prepared
-    require_tokenizer([prepared], tokenizer, 'the one in use')
-    counts = prepared.metadata['counts'].values()
-    documents, tokens = (sum(count[name] for count in counts) for name in ('documents', 'tokens'))
-    say(f'{source.spec}: already prepared, {documents:,} documents, {tokens:,} tokens in {path}')
-    return prepared
+    source: Source, split: Split, tokenizer: Tokenizer, data: ml_collections.ConfigDict, store: PreparedStore, say: Say
+) -> None:
+    """Writes the store of a source, unless another process has done so meanwhile."""
+    path = Path(store.path)
+    with locked(path, say) as alone:
+        if stores_in_cache.whole(store):
+            say(f'{source.spec}: already prepared by another process, in {path}')
+            return
+        if path.exists():
+            say(f'{path}: a part of this store is missing or cut; preparing it again')
+        # With a lock of our own, whatever lies here was left by a process that died.
+        for leftover in path.parent.glob(f'{path.name}.tmp-*') if alone else ():
+            shutil.rmtree(leftover)
+        temporary = scratch(path)
+        try:
+            _write_store(source, split, tokenizer, data, temporary, say)
+            sync_tree(temporary)
+            if path.exists() and not stores_in_cache.whole(store):
+                shutil.rmtree(path)
+            move_into_place(temporary, path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_store(source: Source, fingerprint: str, tokenizer: Tokenizer, fraction: float, path: Path, say: Say) -> None:
+def _write_store(
+    source: Source, split: Split, tokenizer: Tokenizer, data: ml_collections.ConfigDict, path: Path, say: Say
+) -> None:
     writer = StoreWriter(path, tokenizer.dtype)
-    progress, statistics = _Progress(source.spec, say), _Statistics()
-    placed = Split(source, fraction, source.spec).place(source)
-    # One thread reads, splits and counts the next batch while all cores encode this one.
-    with ThreadPoolExecutor(1) as pool:
-        batch = _take(placed)
-        while batch:
-            encoding = pool.submit(tokenizer.encode_batch, [document.text for document in batch])
+    progress, statistics, round_trip = Progress(source.spec, say), Statistics(), RoundTrip(tokenizer)
+    placed = split.place(source)
+    batch = _take(placed)
+    if not batch:
+        raise UserError(f"data.sources: '{source.spec}' is empty: no document has text")
+    # A thread encodes this batch on all cores while this one reads, splits and counts.
+    while batch:
+        with Background(_encoding(tokenizer, batch, round_trip)) as encoding:
             following = _take(placed)
             statistics.add(batch)
-            for document, tokens in zip(batch, encoding.result(), strict=True):
+            for document, tokens in zip(batch, encoding.result(progress.still), strict=True):
                 writer.add(tokens, len(document.data), document.heldout)
-            progress.add(len(batch), sum(len(document.data) for document in batch))
-            batch = following
+        progress.add(len(batch), sum(len(document.data) for document in batch))
+        batch = following
     tokenizer.save(path / 'tokenizer.json')
+    skipped = source.skipped.count if source.skipped else 0
+    if source.skipped and skipped:
+        say(f'{source.spec}: {skipped:,} records are left out; the first: {source.skipped.first}')
     writer.finish({
         'tokenizer': tokenizer.fingerprint,
         'eot_id': tokenizer.eot_id,
         'vocab_size': tokenizer.vocab_size,
-        'source': {'spec': source.spec, 'fingerprint': fingerprint},
-        'heldout_fraction': fraction,
+        'source': _described(source, data),
+        'heldout_fraction': data.heldout_fraction,
+        'split': 'cut' if split.cuts else 'hash',
+        'skipped': skipped,
+        'round_trip': round_trip.record(),
         'baselines': statistics.record(),
     })  # fmt: skip
     progress.done(writer.num_tokens)
+
+
+def _encoding(
+    tokenizer: Tokenizer, batch: Sequence[Placed], round_trip: RoundTrip
+) -> Callable[[Callable[[], bool]], list[Integer[ndarray, '_']]]:
+    def work(stopped: Callable[[], bool]) -> list[Integer[ndarray, '_']]:
+        tokens = tokenizer.encode_batch([document.text for document in batch], stopped)
+        if not stopped():
+            round_trip.add(batch, tokens)
+        return tokens
+
+    return work
+
+
+def _described(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What the store remembers of its source; files that are gone are found by it."""
+    described = {'spec': source.spec, 'fingerprint': source.fingerprint()}
+    if source.spec.startswith('files:'):
+        described |= {'pattern': stores_in_cache.absolute(source.spec), 'text_field': data.text_field}
+    return described
 
 
 def _take(placed: Iterator[Placed]) -> list[Placed]:
@@ -256,53 +277,3 @@ def _take(placed: Iterator[Placed]) -> list[Placed]:
         if size >= BATCH_BYTES:
             break
     return batch
-
-
-class _Statistics:
-    """Counts of bytes, and what gzip makes of the held-out text."""
-
-    def __init__(self) -> None:
-        self._counts: list[Int[np.ndarray, '256']] = [np.zeros(256, np.int64) for _ in range(2)]
-        self._gzip, self._gzip_in, self._gzip_out = zlib.compressobj(9, wbits=31), 0, 0
-
-    def add(self, batch: Iterable[Placed]) -> None:
-        for heldout in (False, True):
-            joined = b''.join(document.data for document in batch if document.heldout == heldout)
-            self._counts[heldout] += np.bincount(np.frombuffer(joined, np.uint8), minlength=256)
-        for document in batch:
-            if document.heldout and self._gzip_in < GZIP_LIMIT:
-                self._gzip_in += len(document.data)
-                self._gzip_out += len(self._gzip.compress(document.data + b'\0'))
-
-    def record(self) -> dict[str, Any]:
-        self._gzip_out += len(self._gzip.flush())
-        train, heldout = (counts.tolist() for counts in self._counts)
-        return {
-            'train_bytes': train, 'heldout_bytes': heldout, 'gzip_in': self._gzip_in, 'gzip_out': self._gzip_out,
-        }  # fmt: skip
-
-
-class _Progress:
-    """A line every few seconds."""
-
-    def __init__(self, spec: str, say: Say) -> None:
-        self._spec, self._say = spec, say
-        self._begin = self._last = time.monotonic()
-        self._documents = self._bytes = 0
-
-    def add(self, documents: int, num_bytes: int) -> None:
-        self._documents, self._bytes = self._documents + documents, self._bytes + num_bytes
-        if time.monotonic() - self._last >= PROGRESS_SECONDS:
-            self._last = time.monotonic()
-            self._say(self._line())
-
-    def done(self, tokens: int) -> None:
-        self._say(f'{self._line()}, {tokens:,} tokens')
-
-    def _line(self) -> str:
-        seconds = max(time.monotonic() - self._begin, 1e-9)
-        megabytes = self._bytes / 1e6
-        return (
-            f'{self._spec}: {self._documents:,} documents, {megabytes:,.1f} MB in {math.ceil(seconds)} s '
-            f'({self._documents / seconds:,.0f} documents/s, {megabytes / seconds:,.1f} MB/s)'
-        )

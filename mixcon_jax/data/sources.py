@@ -45,6 +45,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Hash of what the source would yield, found without reading the text."""
 
+    # Of sources that leave out records which cannot be used: those of the newest reading from the beginning.
+    skipped: files.Skipped | None
+
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -60,6 +63,7 @@ class StdlibSource:
     spec = slug = 'stdlib'
 
     def __init__(self) -> None:
+        self.skipped: files.Skipped | None = None
         self.root = Path(sysconfig.get_paths()['stdlib'])
         self.paths = []
         for folder, folders, names in os.walk(self.root):
@@ -97,29 +101,32 @@ class StdlibSource:
 class FilesSource:
     """Files that match a glob (``**`` descends into folders), in the order of their paths."""
 
-    def __init__(self, spec: str, text_field: str = 'text') -> None:
-        self.spec, self.text_field = spec, text_field
+    def __init__(self, spec: str, text_field: str = 'text', skip: bool = False) -> None:
+        self.spec, self.text_field, self.skip = spec, text_field, skip
+        self.skipped: files.Skipped | None = None
         self.paths = files.match(spec.removeprefix('files:'))
         parent = Path(os.path.commonpath(self.paths))
         self.slug = _slug(parent.name.split('.')[0] if len(self.paths) == 1 else parent.name)
 
     def __iter__(self) -> Iterator[Document]:
+        self.skipped = files.Skipped() if self.skip else None
         for path in self.paths:
-            yield from files.read(path, self.text_field)
+            yield from files.read(path, self.text_field, self.skipped)
 
     def sample(self, num_bytes: int) -> Iterator[Document]:
         """Visits the files in the order of a hash of their paths and takes a share of each."""
         share = max(num_bytes // len(self.paths), 1 << 20)
-        for path in sorted(self.paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
+        skipped = files.Skipped() if self.skip else None
+        for path in sorted(self.paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest()):
             taken = 0
-            for document in files.read(path, self.text_field):
+            for document in files.read(path, self.text_field, skipped):
                 yield document
                 taken += len(document.text)
                 if taken >= share:
                     break
 
     def fingerprint(self) -> str:
-        """Of each file its absolute path, size and time of modification, and the name of the text field."""
+        """Of each file its absolute path, size and time of modification; the text field, and what is left out."""
         stats = []
         for path in self.paths:
             try:
@@ -127,14 +134,15 @@ class FilesSource:
             except OSError as error:
                 raise UserError(f'{path}: {error.strerror}') from error
             stats.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
-        return _digest(['files', self.text_field, stats])
+        return _digest(['files', self.text_field, stats, *(['skip'] if self.skip else [])])
 
 
 class HuggingFaceSource:
     """The training split of a dataset of the Hugging Face hub, streamed; needs the ``datasets`` package."""
 
-    def __init__(self, spec: str, text_field: str = 'text') -> None:
-        self.spec, self.text_field = spec, text_field
+    def __init__(self, spec: str, text_field: str = 'text', skip: bool = False) -> None:
+        self.spec, self.text_field, self.skip = spec, text_field, skip
+        self.skipped: files.Skipped | None = None
         self.name = spec.removeprefix('huggingface:')
         self.slug = _slug(self.name)
         try:
@@ -159,6 +167,7 @@ class HuggingFaceSource:
             raise UserError(f"data.sources: '{spec}' could not be opened: {failures[0]}")
 
     def __iter__(self) -> Iterator[Document]:
+        self.skipped = files.Skipped() if self.skip else None
         records = iter(self.dataset)
         index = 0
         while True:
@@ -169,8 +178,15 @@ class HuggingFaceSource:
             if record is None:
                 return
             where = f'{self.spec}: record {index}'
-            yield Document(files.text_of(record, self.text_field, where), where)
             index += 1
+            try:
+                text = files.text_of(record, self.text_field, where)
+            except files.BadRecordError as error:
+                if self.skipped is None:
+                    raise
+                self.skipped.add(error)
+                continue
+            yield Document(text, where)
 
     def sample(self, num_bytes: int) -> Iterator[Document]:
         return iter(self)
@@ -179,7 +195,7 @@ class HuggingFaceSource:
         """Of the name, the text field, and the version and sizes that the hub states, where it does."""
         info = getattr(self.dataset, 'info', None)
         stated = [str(getattr(info, key, None)) for key in ('version', 'dataset_size', 'download_checksums')]
-        return _digest(['huggingface', self.name, self.text_field, stated])
+        return _digest(['huggingface', self.name, self.text_field, stated, *(['skip'] if self.skip else [])])
 
 
 def _first_line(error: Exception) -> str:
@@ -192,12 +208,13 @@ def _slug(name: str) -> str:
     return kept[:40] or 'text'
 
 
-def open_source(spec: str, text_field: str = 'text') -> Source:
+def open_source(spec: str, text_field: str = 'text', skip: bool = False) -> Source:
     """Opens the source of text that ``spec`` names.
 
     Args:
       spec: ``stdlib``, ``files:GLOB`` or ``huggingface:NAME[/SUBSET]``.
       text_field: Field of the text in JSONL, Parquet and Hugging Face records.
+      skip: Leave out records that cannot be used, and count them.
 
     Raises:
       UserError: No such kind of source, no file matches, a file of unknown type, or a package is missing.
@@ -206,9 +223,9 @@ def open_source(spec: str, text_field: str = 'text') -> Source:
     if spec == 'stdlib':
         return StdlibSource()
     if spec.startswith('files:') and spec != 'files:':
-        return FilesSource(spec, text_field)
+        return FilesSource(spec, text_field, skip)
     if spec.startswith('huggingface:') and spec != 'huggingface:':
-        return HuggingFaceSource(spec, text_field)
+        return HuggingFaceSource(spec, text_field, skip)
     names = [known.split(':')[0] for known in KINDS]
     close = difflib.get_close_matches(kind, names, n=1)
     if kind in names:

@@ -2,12 +2,15 @@
 
 A store is a folder, or a URL that TensorStore reads (``gs://``, ``s3://``, ``https://``):
 
-    metadata.json    version, counts, checksums, the source's and the tokenizer's fingerprints
+    metadata.json    version, counts, checksums, sizes of the files, the source's and the tokenizer's fingerprints
     tokenizer.json
     tokens/          uint16 or uint32 [tokens], documents end to end, without end-of-text
     offsets/         int64 [documents + 1], where each begins
     bytes/           int64 [documents], UTF-8 bytes of the original text
     split/           uint8 [documents], 0 train, 1 held out
+
+Opening a store looks whether every file is there, with its size; ``data.integrity.verify`` reads them all. Format 1,
+which is read as well, has no sizes, no measured round trip, and knows nothing about how its split was made.
 """
 
 import hashlib
@@ -24,10 +27,12 @@ from jaxtyping import Int, Integer
 from mixcon_jax.data.documents import SPLITS
 from mixcon_jax.errors import UserError
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 SHARD = 1 << 25  # tokens a file: the writer's buffer, 64 or 128 MiB
 CHUNK = 1 << 15  # tokens a chunk: what reading one token costs
 MEMORY_LIMIT = 256 << 20  # bytes of tokens up to which a store is held in memory, and of cached chunks above it
+REMEDY = 'restore it, or delete the folder and prepare the text again'
 ARRAYS = {'tokens': None, 'offsets': 'int64', 'bytes': 'int64', 'split': 'uint8'}
 
 
@@ -56,6 +61,7 @@ class _Appender:
             'driver': 'zarr3',
             'kvstore': {'driver': 'file', 'path': f'{path}/'},
             'metadata': _array_spec(dtype.name),
+            'store_data_equal_to_fill_value': True,  # so that a chunk that is missing is missing, and not all zeros
         }
         self._array = ts.open(spec, create=True).result()
         self._dtype, self._waiting = dtype, 0
@@ -127,12 +133,25 @@ class StoreWriter:
             split: {name: int(values[heldout == side].sum()) for name, values in sizes.items()}
             for side, split in enumerate(SPLITS)
         }
-        record = {'version': VERSION, **metadata, 'counts': counts, 'sha256': digests}
+        files = {
+            path.relative_to(self.path).as_posix(): path.stat().st_size
+            for path in sorted(self.path.rglob('*'))
+            if path.is_file()
+        }
+        record = {'version': VERSION, **metadata, 'counts': counts, 'sha256': digests, 'files': files}
         (self.path / 'metadata.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
 def _kvstore(path: str) -> Any:
-    """TensorStore's description of a folder: a URL as it is, a path on the local disk otherwise."""
+    """TensorStore's description of a folder: a URL as it is, a path on the local disk otherwise.
+
+    Raises:
+      UserError: the name is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f'{path!a}: the name of the folder is not UTF-8; token stores need one that is') from error
     return path.rstrip('/') + '/' if '://' in path else {'driver': 'file', 'path': os.path.abspath(path) + '/'}
 
 
@@ -162,9 +181,38 @@ def read_metadata(path: str) -> dict[str, Any]:
         version = metadata['version']
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path}: damaged token store: metadata.json is not readable; prepare it again') from error
-    if version != VERSION:
-        raise UserError(f'{path}: token store of format {version}; this version reads {VERSION}; prepare it again')
+    if version not in READABLE:
+        raise UserError(f'{path}: token store of format {version}; this version reads {READABLE}; prepare it again')
     return metadata
+
+
+def require_parts(path: str, metadata: Mapping[str, Any]) -> None:
+    """Looks whether every file of a store is there, with the size that its metadata states.
+
+    Reads no tokens. Of a store of format 1 sizes are not known; of a URL neither names nor sizes are looked up: there
+    a missing part is noticed when it is read.
+
+    Raises:
+      UserError: names the first part that is missing or has another size.
+    """
+    path = path.removeprefix('file://')
+    if '://' in path:
+        return
+    sizes: Mapping[str, int | None] = metadata.get('files') or _parts_of_format_1(path)
+    for name, expected in sizes.items():
+        file = Path(path, name)
+        if not file.is_file():
+            raise UserError(f'{path}: damaged token store: {name} is missing; {REMEDY}')
+        size = file.stat().st_size
+        if size != (size if expected is None else expected):
+            raise UserError(f'{path}: damaged token store: {name} has {size} bytes, not {expected}; {REMEDY}')
+
+
+def _parts_of_format_1(path: str) -> dict[str, int | None]:
+    """Names of the files of tokens; the other arrays are read whole and their checksums verified on opening."""
+    size = _open_array(path, 'tokens').shape[0]
+    shard = _open_array(path, 'tokens').chunk_layout.write_chunk.shape[0]
+    return {f'tokens/c/{number}': None for number in range(-(-size // shard))}
 
 
 class TokenStore:
@@ -176,6 +224,7 @@ class TokenStore:
       num_documents, num_tokens, num_bytes: Documents, their tokens without end-of-text, bytes of their original text.
       num_targets: Tokens to predict: n + 1 of each document, its tokens and end-of-text.
       eot_id, tokenizer_fingerprint: Of the tokenizer that made the tokens.
+      round_trip: Share of the original bytes that decoding the tokens gives back; None if it was never measured.
     """
 
     def __init__(
@@ -187,10 +236,12 @@ class TokenStore:
         eot_id: int,
         tokenizer_fingerprint: str = '',
         path: str = 'memory',
+        round_trip: float | None = None,
     ) -> None:
         self._tokens = tokens  # an array in memory, or a TensorStore
         self.starts, self.lengths, self.num_bytes = starts, lengths, num_bytes
         self.eot_id, self.tokenizer_fingerprint, self.path = eot_id, tokenizer_fingerprint, path
+        self.round_trip = round_trip
         self.num_documents, self.num_tokens = int(lengths.size), int(lengths.sum())
         self.num_targets = self.num_tokens + self.num_documents
 
@@ -199,7 +250,9 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], split: str, memory_limit: int = MEMORY_LIMIT) -> 'TokenStore':
-        """Opens a split of a store; the checksums of everything that is read into memory are verified.
+        """Opens a split of a store, all of whose files must be there.
+
+        The checksums of everything that is read into memory are verified.
 
         Args:
           path: Folder or URL of the store.
@@ -212,27 +265,35 @@ class TokenStore:
         path = os.fspath(path)
         metadata = read_metadata(path)
         try:
+            require_parts(path, metadata)
             side, eot_id, fingerprint = SPLITS.index(split), metadata['eot_id'], metadata['tokenizer']
-            offsets, num_bytes, sides = (_load(path, name, metadata) for name in ('offsets', 'bytes', 'split'))
+            offsets, num_bytes, sides = (read_array(path, name, metadata) for name in ('offsets', 'bytes', 'split'))
             tokens = _open_array(path, 'tokens')
             if not offsets.size == num_bytes.size + 1 == sides.size + 1 or tokens.shape[0] != offsets[-1]:
                 raise UserError(f'{path}: damaged token store: its arrays disagree in length; prepare it again')
         except KeyError as error:
             raise UserError(f'{path}: damaged token store: metadata.json lacks {error}; prepare it again') from error
         if tokens.shape[0] * tokens.dtype.numpy_dtype.itemsize <= memory_limit:
-            tokens = _load(path, 'tokens', metadata)
+            tokens = read_array(path, 'tokens', metadata)
         mine = sides == side
         starts, lengths = offsets[:-1][mine], np.diff(offsets)[mine]
-        return cls(tokens, starts, lengths, int(num_bytes[mine].sum()), eot_id, fingerprint, path)
+        share = metadata.get('round_trip', {}).get(split)
+        return cls(tokens, starts, lengths, int(num_bytes[mine].sum()), eot_id, fingerprint, path, share)
 
     @classmethod
     def from_documents(
-        cls, documents: Sequence[Integer[np.ndarray, '_']], num_bytes: int, eot_id: int, fingerprint: str = ''
+        cls,
+        documents: Sequence[Integer[np.ndarray, '_']],
+        num_bytes: int,
+        eot_id: int,
+        fingerprint: str = '',
+        round_trip: float | None = None,
     ) -> 'TokenStore':
         """A store in memory of documents given as token ids."""
         lengths = np.array([len(document) for document in documents], np.int64)
         tokens = np.concatenate([np.zeros(0, np.uint32), *documents]).astype(np.uint32)
-        return cls(tokens, np.cumsum(lengths) - lengths, lengths, num_bytes, eot_id, fingerprint)
+        starts = np.cumsum(lengths) - lengths
+        return cls(tokens, starts, lengths, num_bytes, eot_id, fingerprint, round_trip=round_trip)
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, 'n']:
         """Tokens [start, stop) of the store; documents lie at ``starts`` and are ``lengths`` long."""
@@ -256,13 +317,15 @@ def _open_array(path: str, name: str) -> Any:
     kvstore = f'{kvstore}{name}/' if isinstance(kvstore, str) else {**kvstore, 'path': f'{kvstore["path"]}{name}/'}
     context = ts.Context({'cache_pool': {'total_bytes_limit': MEMORY_LIMIT}})
     spec = {'driver': 'zarr3', 'kvstore': kvstore, 'recheck_cached_data': False}
+    if name == 'tokens':  # checksums of the other arrays are verified; format 1 left out their chunks of zeros
+        spec['fill_missing_data_reads'] = False
     try:
         return ts.open(spec, open=True, read=True, context=context).result()
     except Exception as error:
         raise _damaged(path, name, error) from error
 
 
-def _load(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
+def read_array(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
     """A whole array of a store, its checksum verified."""
     array = _open_array(path, name)
     try:
@@ -270,14 +333,21 @@ def _load(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
     except Exception as error:
         raise _damaged(path, name, error) from error
     if hashlib.sha256(_little(values)).hexdigest() != metadata['sha256'][name]:
-        raise UserError(
-            f'{path}: damaged token store: {name} differs from its checksum; delete the folder and prepare again'
-        )
+        raise UserError(f'{path}: damaged token store: {name} differs from its checksum; {REMEDY}')
     return values
 
 
 def _damaged(path: str, name: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f'{path}: damaged token store: {name} cannot be read ({reason}); delete the folder and prepare again'
-    )
+    return UserError(f'{path}: damaged token store: {name} cannot be read ({reason}); {REMEDY}')
+
+
+def hash_array(path: str, name: str) -> str:
+    """sha256 of an array of a store, as its metadata states it; reads ``SHARD`` values at a time."""
+    array, digest = _open_array(path, name), hashlib.sha256()
+    try:
+        for start in range(0, array.shape[0], SHARD):
+            digest.update(_little(array[start : min(start + SHARD, array.shape[0])].read().result()))
+    except Exception as error:
+        raise _damaged(path, name, error) from error
+    return digest.hexdigest()

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import tokenizers
 from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mixcon_jax.data.background import Background, until
 from mixcon_jax.errors import UserError
 from mixcon_jax.paths import expand
 
@@ -28,6 +32,8 @@ END_OF_TEXT_NAMES = (
 )
 SAMPLE_BYTES = 64 << 20  # a tokenizer learns little more from further text
 PIECE = 1 << 20  # characters encoded at once
+GROUP = 2  # pieces a call of the library: what cannot be interrupted
+WORD = 256  # characters of the longest word that training sees
 
 
 class Tokenizer:
@@ -69,23 +75,67 @@ class Tokenizer:
         """Token ids of ``text``, without end-of-text; special tokens in it are plain text."""
         return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, '_']]:
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether any text comes back whole by construction: byte-level, all bytes known, nothing normalised."""
+        parts = json.loads(self._json)
+        model, before = parts['model'], parts['pre_tokenizer'] or {}
+        steps = before.get('pretokenizers', [before])
+        return (
+            parts['normalizer'] is None
+            and model['type'] == 'BPE'
+            and (parts['decoder'] or {}).get('type') == 'ByteLevel'
+            and any(step.get('type') == 'ByteLevel' for step in steps)
+            and all(
+                step['type'] in ('ByteLevel', 'Digits', 'Split')
+                and not step.get('add_prefix_space')
+                and step.get('behavior') != 'Removed'
+                for step in steps
+            )
+            and not any(token['lstrip'] or token['rstrip'] or token['normalized'] for token in parts['added_tokens'])
+            and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model['vocab'])
+        )
+
+    def round_trip(self, texts: Sequence[str], encoded: Sequence[Integer[np.ndarray, '_']]) -> int:
+        """How many UTF-8 bytes of ``texts`` decoding what they were encoded to gives back; see ``came_back``."""
+        decoded = self._backend.decode_batch([ids.tolist() for ids in encoded], skip_special_tokens=False)
+        return sum(came_back(text, other) for text, other in zip(texts, decoded, strict=True))
+
+    def encode_batch(
+        self, texts: Sequence[str], stopped: Callable[[], bool] = lambda: False
+    ) -> list[Integer[np.ndarray, '_']]:
         """Encodes texts on all cores.
 
         A text longer than about a million characters is encoded in pieces, cut before line ends where there are any,
         which bounds memory and spreads one long document over the cores.
+
+        Args:
+          texts: What to encode.
+          stopped: Asked every few million characters; once it is true, what is returned is of no use.
         """
         pieces, counts = [], []
         for text in texts:
             cut = list(split_long(text))
             pieces += cut
             counts.append(len(cut))
-        encoded = iter(self._backend.encode_batch_fast(pieces, add_special_tokens=False))
+        encoded = self._encode_pieces(pieces, stopped)
         result = []
         for count in counts:
-            parts = [np.array(next(encoded).ids, self.dtype) for _ in range(count)]
+            parts = [next(encoded) for _ in range(count)]
             result.append(parts[0] if count == 1 else np.concatenate([np.zeros(0, self.dtype), *parts]))
         return result
+
+    def _encode_pieces(self, pieces: list[str], stopped: Callable[[], bool]) -> Iterator[Integer[np.ndarray, '_']]:
+        start = size = 0
+        for end, piece in enumerate(pieces, 1):
+            size += len(piece)
+            if size >= GROUP * PIECE or end == len(pieces):
+                if stopped():
+                    yield from (np.zeros(0, self.dtype) for _ in pieces[start:])
+                    return
+                for one in self._backend.encode_batch_fast(pieces[start:end], add_special_tokens=False):
+                    yield np.array(one.ids, self.dtype)
+                start, size = end, 0
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, 'n'], skip_special: bool = False) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -149,6 +199,38 @@ class StreamDecoder:
         return decode(self._context + self._pending, self._skip_special)[len(before) :]
 
 
+def came_back(text: str, decoded: str) -> int:
+    """UTF-8 bytes of ``text`` that are in ``decoded``: all when they are equal, else the words and spaces of both.
+
+    Of unequal texts at least one byte is missing, though their words be the same in another order.
+    """
+    size = len(text.encode())
+    if text == decoded:
+        return size
+    both = Counter(_WORDS.findall(text)) & Counter(_WORDS.findall(decoded))
+    return max(min(sum(len(word.encode()) * count for word, count in both.items()), size - 1), 0)
+
+
+_WORDS = re.compile(r'\s+|\S+')
+_LONG = re.compile(rf'[^ \n]{{{WORD}}}|\s{{{WORD}}}')
+_SPACE = re.compile(rf'(?<!\s)\s{{{WORD}}}')
+
+
+def bounded_words(text: str) -> Iterator[str]:
+    """Cuts a text wherever it goes on for ``WORD`` characters without a space, or with nothing but space.
+
+    Training takes time in the square of the length of a word, and the words of text without spaces have no end.
+    """
+    start = 0
+    longest = max(map(len, text.replace('\n', ' ').split(' ')))  # many times faster than to search for _LONG
+    if longest >= WORD or _SPACE.search(text):
+        for found in _LONG.finditer(text):
+            yield text[start : found.end()]
+            start = found.end()
+    if start < len(text):
+        yield text[start:]
+
+
 def split_long(text: str, limit: int = PIECE) -> Iterator[str]:
     """Yields pieces of at most ``limit`` characters, cut before a line end where one is in the second half."""
     start = 0
@@ -160,7 +242,7 @@ def split_long(text: str, limit: int = PIECE) -> Iterator[str]:
     yield text[start:]
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, still: Callable[[float], None] = lambda seconds: None) -> Tokenizer:
     """Trains a byte-level BPE: any text round-trips, every digit is a token of its own, '<|endoftext|>' is id 0.
 
     The same texts in the same order give the same tokenizer. Pass a sample (``SAMPLE_BYTES``): counts of distinct words
@@ -169,6 +251,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Args:
       texts: Text to learn from.
       vocab_size: Tokens, at least 257; a small corpus may support fewer.
+      still: Called every few seconds with the seconds that have passed.
     """
     if vocab_size < 257:
         raise UserError(f'data.tokenizer_vocab_size: {vocab_size} is too few; 256 bytes and {END_OF_TEXT} take 257')
@@ -184,7 +267,9 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator((piece for text in texts for piece in split_long(text)), trainer)
+    pieces = (word for text in texts for piece in split_long(text) for word in bounded_words(piece))
+    with Background(lambda stopped: backend.train_from_iterator(until(stopped, pieces), trainer)) as training:
+        training.result(still)
     return Tokenizer(backend)
 
 

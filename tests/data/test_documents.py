@@ -1,5 +1,7 @@
 """The split: by the text alone, a document on either side whatever the corpus, nothing lost."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,12 +24,13 @@ def placed(texts: list[str], fraction: float) -> list[tuple[str, bool]]:
 def test_both_sides_have_a_document_and_nothing_is_lost(texts, fraction):
     got = placed(texts, fraction)
     assert {heldout for _, heldout in got} == {False, True}
-    if len(set(filter(None, texts))) == 1:
-        assert ''.join(text for text, _ in got) == next(filter(None, texts))
-    else:
-        assert [text for text, _ in got] == [text for text in texts if text]
-        sides = dict(got)
-        assert all(sides[text] == heldout for text, heldout in got)  # copies fall on the same side
+    assert ''.join(text for text, _ in got) == ''.join(texts)
+    by_hash = {text: text_hash(text.encode()) / 2**64 < fraction for text in texts if text}
+    if len(set(by_hash.values())) == 2:
+        assert dict(got) == by_hash and len(got) == sum(map(bool, texts))
+    else:  # every document is cut
+        assert [heldout for _, heldout in got] == [False, True] * (len(got) // 2)
+        assert [a + b for (a, _), (b, _) in itertools.batched(got, 2)] == [text for text in texts if text]
 
 
 def test_the_split_is_the_hash_and_does_not_depend_on_the_rest():
@@ -60,8 +63,21 @@ def test_one_document_is_cut_at_a_line(fraction):
 
 def test_tiny_and_empty_corpora():
     assert placed(['ab'], 0.01) == [('a', False), ('b', True)]
+    assert placed(['x', 'ab', 'x'], 1e-9) == [('x', False), ('a', False), ('b', True), ('x', False)]
     with pytest.raises(UserError, match='one document of 1 character cannot be split'):
         placed(['a', 'a'], 0.5)
     for texts in ([], ['', '']):
         with pytest.raises(UserError, match=f"'corpus' is empty: {len(texts)} documents, none of them with text"):
             placed(texts, 0.5)
+
+
+def test_a_split_of_a_mixture_does_not_depend_on_the_source():
+    """A source too small to have both sides follows the hash as the others do, as long as the mixture has both."""
+    texts = make_texts(60)
+    few = [Document(text, 'x') for text in texts[:3]]
+    split = Split([*few, *(Document(text, 'y') for text in texts)], 0.2)
+    assert not split.cuts
+    sides = {place.text: place.heldout for place in split.place(Document(text, 'y') for text in texts)}
+    assert {place.text: place.heldout for place in split.place(few)} == {text: sides[text] for text in texts[:3]}
+    assert sides == {place.text: place.heldout for place in Split(None, 0.2).place(Document(t, '') for t in texts)}
+    assert Split(few[:1], 0.2).cuts

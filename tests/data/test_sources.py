@@ -122,7 +122,7 @@ BAD_FILES = [
     ('a.txt.gz', gzip.compress(b'ab\0'), 'a.txt.gz: binary, not text: a NUL byte at byte offset 2'),
     ('a.txt.gz', b'plain text', 'a.txt.gz: not a valid .gz file'),
     ('a.txt.zst', b'plain text', 'a.txt.zst: not a valid .zst file'),
-    ('a.jsonl', b'{"text": "a"}\n{"text": "b\xff"}\n', 'a.jsonl: not UTF-8 text: byte 0xff at byte offset 25'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "b\xff"}\n', 'a.jsonl:2: not UTF-8 text: byte 0xff at byte offset 25'),
     ('a.jsonl', b'{"text": "a"}\n\n{"text": "b', 'a.jsonl:3: not valid JSON'),
     ('a.jsonl', b'{"text": "a"}\n{"text": "b', 'is the file truncated?'),
     ('a.jsonl', b'{"text": "a"}\n{text: "b"}\n{}', 'a.jsonl:2: not valid JSON (Expecting property name'),
@@ -223,3 +223,38 @@ def test_huggingface_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(UserError, match='needs the package datasets: pip install datasets'):
         open_source('huggingface:a')
+
+
+def test_parquet_that_is_not_utf8_is_named_with_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, 'ROWS', 2)
+    values = pyarrow.array([b'a', b'b', b'caf\xe9', b'c']).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({'text': values}), tmp_path / 'x.parquet')
+    with pytest.raises(UserError) as error:
+        texts_of(f'files:{tmp_path}/*.parquet')
+    assert "x.parquet: row 2: field 'text' is not UTF-8 text: byte 0xe9 at byte offset 3" in one_line(error)
+    assert texts_of(f'files:{tmp_path}/*.parquet', skip=True) == ['a', 'b', 'c']
+
+
+def test_bad_records_are_left_out_and_counted(tmp_path):
+    lines = [b'{"text": "a"}', b'{"text": "cut', b'{"body": "b"}', b'{"text": 3}', b'{"text": "\xff"}', b'', b'[1]']
+    (tmp_path / 'a.jsonl').write_bytes(b'\n'.join([*lines, b'{"text": "\\ud800"}', b'{"text": "z"}']))
+    (tmp_path / 'b.txt').write_bytes(b'caf\xe9')
+    source = open_source(f'files:{tmp_path}/*', skip=True)
+    for _ in range(2):  # counted anew each time
+        assert [document.text for document in source] == ['a', 'z']
+        assert source.skipped.count == 7 and 'a.jsonl:2: not valid JSON' in source.skipped.first
+    assert source.fingerprint() != open_source(f'files:{tmp_path}/*').fingerprint()
+    # A file that ends too early is no bad record: nobody knows what else is missing.
+    (tmp_path / 'c.txt.gz').write_bytes(gzip.compress(b'text' * 99)[:-9])
+    with pytest.raises(UserError, match='truncated'):
+        list(source.__class__(f'files:{tmp_path}/*', skip=True))
+
+
+def test_zst_with_a_long_window(tmp_path):
+    """As `zstd --long=31` writes it: more than the 128 MiB that decompressors allow unless told."""
+    window = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(
+        compression_params=window
+    ).compressobj()  # without the size, the window counts
+    (tmp_path / 'a.txt.zst').write_bytes(compressor.compress(b'text') + compressor.flush())
+    assert texts_of(f'files:{tmp_path}/*.zst') == ['text']

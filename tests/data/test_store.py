@@ -110,7 +110,7 @@ def test_missing_parts_are_noticed(tmp_path):
     for name in ('c', 'zarr.json'):
         part = tmp_path / 's' / 'tokens' / name
         part.rename(tmp_path / 'aside')
-        refused('damaged token store: tokens')
+        refused(f'damaged token store: tokens/{name}.* is missing')
         (tmp_path / 'aside').rename(part)
     metadata = tmp_path / 's' / 'metadata.json'
     record = json.loads(metadata.read_text())
@@ -122,3 +122,65 @@ def test_missing_parts_are_noticed(tmp_path):
     refused('metadata.json is not readable')
     with pytest.raises(UserError, match='cannot be read'):
         TokenStore.open('nosuch://bucket/x', 'train')
+
+
+def refused(path: Path, words: str, memory_limit: int = 0) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        TokenStore.open(path, 'train', memory_limit)
+    assert '\n' not in str(error.value) and 'restore it, or delete the folder and prepare the text again' in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_every_part_must_be_there_before_anything_is_read(tmp_path, monkeypatch, version):
+    """Tokens that are not held in memory: a missing file would read as zeros, which are tokens."""
+    monkeypatch.setattr(store_lib, 'SHARD', 128)
+    monkeypatch.setattr(store_lib, 'CHUNK', 16)
+    path = tmp_path / 's'
+    write(path)
+    record = json.loads((path / 'metadata.json').read_text())
+    names = sorted(record['files'])
+    assert names == sorted(
+        file.relative_to(path).as_posix() for file in path.rglob('*') if file.parent != path and file.is_file()
+    )
+    if version == 1:  # without sizes; the small arrays are read whole and compared with their checksums
+        del record['files']
+        (path / 'metadata.json').write_text(json.dumps({**record, 'version': 1}))
+    TokenStore.open(path, 'train', 0)
+    for name in names:
+        (path / name).rename(tmp_path / 'aside')
+        refused(path, f'damaged token store: {name}' if version == 2 else 'damaged token store: ')
+        (tmp_path / 'aside').rename(path / name)
+        if version == 2:
+            whole = (path / name).read_bytes()
+            (path / name).write_bytes(whole[:-1])
+            refused(path, f'{name} has {len(whole) - 1} bytes, not {len(whole)}')
+            (path / name).write_bytes(whole)
+    TokenStore.open(path, 'train', 0)
+
+
+def test_a_part_that_goes_missing_later_is_no_zeros(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_lib, 'SHARD', 128)
+    monkeypatch.setattr(store_lib, 'CHUNK', 16)
+    write(tmp_path / 's')
+    store = TokenStore.open(tmp_path / 's', 'train', 0)
+    (tmp_path / 's' / 'tokens' / 'c' / '3').unlink()
+    store.read(0, 384)
+    with pytest.raises(UserError, match='damaged token store: tokens cannot be read'):
+        store.read(380, 390)
+
+
+@pytest.mark.parametrize('memory_limit', [0, 1 << 20])
+def test_tokens_that_are_zero_are_no_missing_ones(tmp_path, monkeypatch, memory_limit):
+    monkeypatch.setattr(store_lib, 'SHARD', 64)
+    monkeypatch.setattr(store_lib, 'CHUNK', 16)
+    writer = StoreWriter(tmp_path / 's', np.dtype(np.uint16))
+    writer.add(np.zeros(200, np.uint16), 1, False)
+    writer.finish(METADATA)
+    assert TokenStore.open(tmp_path / 's', 'train', memory_limit).read(0, 200).tolist() == [0] * 200
+
+
+def test_folders_whose_names_are_not_utf8_are_refused():
+    with pytest.raises(UserError, match='not UTF-8'):
+        TokenStore.open('/tmp/caf\udce9', 'train')

@@ -2,6 +2,12 @@
 
 import hashlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixcon_jax.data import tokenizer as tokenizer_lib
-from mixcon_jax.data.tokenizer import Tokenizer, load, split_long, train
+from mixcon_jax.data.tokenizer import WORD, Tokenizer, bounded_words, came_back, load, split_long, train
 from mixcon_jax.errors import UserError
 from tests.data.cases import make_texts
 
@@ -140,3 +146,97 @@ def test_streams_of_word_tokenizers_keep_spaces():
     backend.decoder = tokenizers.decoders.Metaspace()
     stream = Tokenizer(backend).stream()
     assert [stream.push(token) for token in (0, 1, 0, 0)] == ['a', ' b', ' a', ' a']
+
+
+PARTS = st.sampled_from(
+    ['a', 'é', '漢', '_', '!', ' ', '\n', '\t', '\x1c', '\x85', '\u3000', '7', '́', '🙂', "'s", ' \t', 'a\x1c']
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(PARTS, st.sampled_from([1, 2, 255, 256, 257, 700])), max_size=6))
+def test_no_word_that_training_sees_is_longer_than_the_bound(runs):
+    text = ''.join(part * count for part, count in runs)
+    pieces = list(bounded_words(text))
+    assert ''.join(pieces) == text and all(pieces)
+    before = TOKENIZER._backend.pre_tokenizer
+    assert all(end - start <= WORD + 1 for piece in pieces for _, (start, end) in before.pre_tokenize_str(piece))
+
+
+def test_ordinary_text_is_not_cut():
+    for text in ['', *make_texts(30), 'x' * (WORD - 1) + '\n' + 'y' * (WORD - 1), 'a' + ' ' * (WORD - 1) + 'b']:
+        assert list(bounded_words(text)) == [text] * bool(text)
+
+
+def test_training_on_text_without_spaces_takes_time_in_proportion_to_it():
+    dna = ''.join(random.Random(2).choices('ACGT', k=1_000_000))
+    begin = time.monotonic()
+    trained = train([dna], 600)  # unbounded, minutes
+    assert time.monotonic() - begin < 20
+    assert trained.vocab_size == 600 and trained.decode(trained.encode(dna)) == dna
+
+
+INTERRUPTED = """
+import random, sys, time
+from mixcon_jax.data.tokenizer import train
+said = []
+def still(seconds):
+    print('still', flush=True)
+print('begin', flush=True)
+train([''.join(random.choices('ACGT', k=4_000_000))], 8000, still)
+"""
+
+
+def test_training_is_interrupted_within_two_seconds():
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = os.environ | {'PYTHONPATH': root}
+    process = subprocess.Popen(
+        [sys.executable, '-c', INTERRUPTED], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ['begin\n', 'still\n']  # in the library, and it says so
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 2.5 and err.splitlines()[-1] == 'KeyboardInterrupt', err
+
+
+def test_encoding_stops_when_asked(monkeypatch):
+    monkeypatch.setattr(tokenizer_lib, 'GROUP', 0)  # ask before every piece
+    texts = make_texts(5)
+    asked = iter([False, False, True])
+    got = TOKENIZER.encode_batch(texts, lambda: next(asked))
+    assert [len(ids) > 0 for ids in got] == [True, True, False, False, False]
+
+
+@settings(deadline=None)
+@given(TEXT, TEXT)
+def test_what_comes_back_is_all_only_of_equal_texts(text, other):
+    size = len(text.encode())
+    assert came_back(text, text) == size
+    assert text == other or 0 <= came_back(text, other) < max(size, 1)
+    assert came_back('a bb\nccc', 'a [UNK] ccc') == 5  # two words, and the space that there still is once
+
+
+def word_tokenizer(words: str, **options) -> Tokenizer:
+    vocab = {word: i for i, word in enumerate(['</s>', '[UNK]', *words.split()])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '[UNK]'))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return Tokenizer(backend)
+
+
+def test_tokenizers_that_lose_text_are_told_from_those_that_cannot():
+    assert TOKENIZER.lossless
+    texts = make_texts(20)
+    encoded = TOKENIZER.encode_batch(texts)
+    assert TOKENIZER.round_trip(texts, encoded) == sum(len(text.encode()) for text in texts)
+    lossy = word_tokenizer('the state of')
+    assert not lossy.lossless
+    assert lossy.round_trip(['the state of gains'], lossy.encode_batch(['the state of gains'])) < 18
+    # A normaliser loses what the vocabulary would keep.
+    record = json.loads(TOKENIZER.to_json())
+    for change in (
+        {'normalizer': {'type': 'Lowercase'}},
+        {'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}},
+        {'decoder': None},
+    ):
+        assert not tokenizer_lib.from_json(json.dumps(record | change)).lossless

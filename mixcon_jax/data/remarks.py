@@ -1,0 +1,81 @@
+"""What a person should know about stores before training on them."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from mixcon_jax.data.cache import split_is_the_hash
+from mixcon_jax.data.documents import SPLITS
+from mixcon_jax.data.prepared import PreparedStore
+
+FAR = 3.0  # how many times the share of text that was asked for, or this part of it, is worth a word
+
+
+def percent(share: float) -> str:
+    """A share in percent, rounded down: only what is whole is 100 %."""
+    return f'{math.floor(share * 1e4) / 100:g} %'
+
+
+def round_trip(store: PreparedStore) -> dict[str, float | None]:
+    """The share of the bytes of each split that decoding its tokens gives back; None if that was never measured."""
+    known = store.metadata.get('round_trip')
+    if known is None:
+        return dict.fromkeys(SPLITS, 1.0 if store.load_tokenizer().lossless else None)
+    return known
+
+
+def remarks(stores: Sequence[PreparedStore], fraction: float) -> Iterator[str]:
+    """A line on everything that makes scores mean less than they seem to."""
+    yield from _lost(stores)
+    yield from _split(stores)
+    yield from _shares(stores, fraction)
+
+
+def _lost(stores: Sequence[PreparedStore]) -> Iterator[str]:
+    """Text that tokens do not give back: what it costs to predict it is not known."""
+    for store in stores:
+        shares = round_trip(store)
+        if None in shares.values():
+            yield (
+                f'{store.spec}: how much of the text its tokens give back was never measured, so there will be no bits'
+                f' per byte; to measure it, delete {store.path} and prepare the text again'
+            )
+        elif min(share for share in shares.values() if share is not None) < 1:
+            words = ', '.join(
+                f'{percent(share)} of {split} text' for split, share in shares.items() if share is not None
+            )
+            yield (
+                f'{store.spec}: the tokenizer loses text: of the bytes come back {words}; so there will be no bits per '
+                'byte; a byte-level tokenizer (data.tokenizer=bpe) keeps everything'
+            )
+
+
+def _split(stores: Sequence[PreparedStore]) -> Iterator[str]:
+    """Splits that other mixtures, or the other sources of this one, do not share."""
+    made = [store for store in stores if store.spec.startswith('store:')]
+    if len(stores) > 1:
+        for store in made:
+            fractions = {other.metadata.get('heldout_fraction') for other in stores}
+            if len(fractions) > 1 or not split_is_the_hash(store):
+                yield (
+                    f'{store.spec}: its split is its own: text that it holds out may be trained on through another'
+                    ' source; prepare all from their text'
+                )
+    cut = [store.spec for store in stores if store not in made and store.metadata.get('split') == 'cut']
+    if cut:
+        yield (
+            f'{", ".join(cut)}: too few documents to hold some out whole, so the end of each is held out; a mixture'
+            ' with other text beside them may train on it'
+        )
+
+
+def _shares(stores: Sequence[PreparedStore], fraction: float) -> Iterator[str]:
+    """Documents are held out whole, so a share of documents may be quite another share of the text."""
+    counts = [store.metadata['counts'] for store in stores]
+    train, heldout = (sum(count[split]['bytes'] for count in counts) for split in SPLITS)
+    share = heldout / max(train + heldout, 1)
+    if share > FAR * fraction or share < fraction / FAR or 1 - share < (1 - fraction) / FAR:
+        yield (
+            f'{heldout:,} of {train + heldout:,} bytes are held out, {percent(share)}, where data.heldout_fraction is'
+            f' {percent(fraction)}: documents are held out whole, however long; cut long ones into several files or '
+            'records, or add documents'
+        )

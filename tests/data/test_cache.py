@@ -1,0 +1,154 @@
+"""The cache when something is missing: half-gone stores, text that is gone, no locks; and stores of format 1."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mixcon_jax.data import open_dataset, prepare
+from mixcon_jax.data import store as store_lib
+from mixcon_jax.errors import UserError
+from tests.data.cases import make_texts, write_jsonl
+
+
+def contents(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.name != '.locks')
+
+
+def parts(store) -> list[str]:
+    return ['metadata.json', 'tokenizer.json', *store.metadata['files']]
+
+
+def test_a_store_that_lost_a_part_is_prepared_again(make_config, corpus, tmp_path):
+    config = make_config(corpus[1])
+    [store] = prepare(config.data, progress=False)
+    before = store.metadata
+    for name in dict.fromkeys(parts(store)):
+        Path(store.path, name).unlink()
+        said = []
+        [again] = prepare(config.data, progress=said.append)
+        assert again == store and store.metadata == before
+        assert any('preparing it again' in line for line in said)
+    assert len(contents(tmp_path / 'cache')) == 2  # and nothing is left over
+    # Of the tokenizer likewise.
+    [tokenizer] = (tmp_path / 'cache').glob('tokenizer-*.json')
+    tokenizer.write_text(tokenizer.read_text()[:99])
+    said = []
+    assert prepare(config.data, progress=said.append) == [store]
+    assert any('training it again' in line for line in said) and prepare(config.data, progress=False) == [store]
+
+
+def test_text_that_is_gone_is_not_needed_where_its_tokens_are(make_config, corpus, tmp_path):
+    config = make_config(corpus[1])
+    [store] = prepare(config.data, progress=False)
+    (tmp_path / 'corpus.jsonl').rename(tmp_path / 'moved.jsonl')
+    said = []
+    assert prepare(config.data, progress=said.append) == [store]
+    assert 'the files are gone; going on with the tokens' in said[0]
+    # Not where anything would have to be made of the text, and the message names the remedy.
+    for options in ({'tokenizer_vocab_size': 310}, {'heldout_fraction': 0.3}):
+        with pytest.raises(UserError, match=r'no file matches .*restore one of them'):
+            prepare(make_config(corpus[1], **options).data, progress=False)
+    with pytest.raises(UserError, match='no file matches'):
+        prepare(make_config(corpus[1], text_field='body').data, progress=False)
+    with pytest.raises(UserError, match='no file matches'):
+        prepare(make_config(f'files:{tmp_path}/other.jsonl').data, progress=False)
+    lost = Path(store.path) / 'tokens' / 'c' / '0'
+    lost.unlink()
+    with pytest.raises(UserError, match=r'no file matches .*restore one of them'):
+        prepare(config.data, progress=False)
+    assert Path(store.path).exists()
+
+
+def test_relative_names_are_compared_from_the_root(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / 'a.jsonl', make_texts(20))
+    config = make_config('files:a.jsonl')
+    stores = prepare(config.data, progress=False)
+    (tmp_path / 'a.jsonl').unlink()
+    assert prepare(config.data, progress=False) == stores
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match='no file matches'):
+        prepare(config.data, progress=False)
+
+
+def test_a_run_finds_its_data_by_the_hash(make_config, corpus, tmp_path):
+    config = make_config(corpus[1], f'files:{write_jsonl(tmp_path / "b.jsonl", make_texts(20, seed=1))}')
+    dataset = open_dataset(config)
+    write_jsonl(tmp_path / 'corpus.jsonl', make_texts(30, seed=2))  # changed
+    (tmp_path / 'b.jsonl').unlink()  # and gone
+    assert open_dataset(config, dataset.identity).stores == dataset.stores
+    other = make_config(corpus[1])
+    assert open_dataset(other, dataset.identity).identity != dataset.identity
+    # A damaged store is not the data, whatever its metadata say.
+    shutil.rmtree(Path(dataset.stores[1].path) / 'tokens')
+    with pytest.raises(UserError, match='no file matches'):
+        open_dataset(config, dataset.identity)
+
+
+@pytest.mark.parametrize('code', [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_file_systems_without_locks(make_config, corpus, tmp_path, monkeypatch, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    [expected] = prepare(make_config(corpus[1], cache_dir=str(tmp_path / 'locks')).data, progress=False)
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    config = make_config(corpus[1])
+    working = tmp_path / 'cache' / f'{Path(expected.path).name}.tmp-1-x'  # another process may be at work there
+    working.mkdir(parents=True)
+    said = []
+    [store] = prepare(config.data, progress=said.append)
+    assert store.fingerprint == expected.fingerprint and working.is_dir()
+    assert any('no locks in' in line for line in said)
+
+
+def test_without_locks_the_faster_process_wins(make_config, corpus, monkeypatch):
+    config = make_config(corpus[1])
+    [store] = prepare(config.data, progress=False)
+    shutil.move(store.path, store.path + '.faster')
+    finish = store_lib.StoreWriter.finish
+
+    def slow(writer, metadata):
+        finish(writer, metadata)
+        shutil.move(store.path + '.faster', store.path)
+
+    monkeypatch.setattr(store_lib.StoreWriter, 'finish', slow)
+    assert prepare(config.data, progress=False) == [store]
+    assert not [name for name in contents(Path(store.path).parent) if '.tmp' in name]
+
+
+def as_format_1(store, cache: Path, key: str) -> None:
+    """Puts a store where the version before left it, as it wrote it."""
+    path = cache / key
+    shutil.move(store.path, path)
+    record = json.loads((path / 'metadata.json').read_text())
+    for name in ('round_trip', 'files', 'split', 'skipped'):
+        del record[name]
+    record['source'] = {key: record['source'][key] for key in ('spec', 'fingerprint')}
+    (path / 'metadata.json').write_text(json.dumps(record | {'version': 1}))
+
+
+@pytest.mark.parametrize('count', [1, 40])
+def test_stores_of_format_1_are_found(make_config, tmp_path, count):
+    from mixcon_jax.data.cache import names, split_is_the_hash
+    from mixcon_jax.data.sources import open_source
+
+    spec = f'files:{write_jsonl(tmp_path / "a.jsonl", make_texts(count))}'
+    other = f'files:{write_jsonl(tmp_path / "b.jsonl", make_texts(40, seed=1))}'
+    config = make_config(spec)
+    [store] = prepare(config.data, progress=False)
+    identity, tokenizer = store.fingerprint, store.load_tokenizer()
+    as_format_1(store, tmp_path / 'cache', names(open_source(spec), tokenizer, config.data, [])[2])
+    said = []
+    [found] = prepare(config.data, progress=said.append)
+    assert found.fingerprint == identity and found.metadata['version'] == 1
+    assert split_is_the_hash(found) == (count > 1)
+    # In a mixture only where the hash alone made its split.
+    mixture = make_config(spec, other, tokenizer=found.tokenizer)
+    versions = [store.metadata['version'] for store in prepare(mixture.data, progress=False)]
+    assert versions == [1 if count > 1 else 2, 2]

@@ -1,0 +1,43 @@
+"""`mixcon data verify`: every byte of a store is read, and what differs is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mixcon_jax import cli
+from mixcon_jax.data import prepare
+from mixcon_jax.data.integrity import verify
+from mixcon_jax.errors import UserError
+from tests.data.test_store import damage
+
+
+@pytest.fixture
+def store(make_config, corpus) -> Path:
+    [prepared] = prepare(make_config(corpus[1]).data, progress=False)
+    return Path(prepared.path)
+
+
+def test_whole_stores_pass_and_damage_is_named(store, tmp_path, capsys):
+    def run(*paths) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(['data', 'verify', *map(str, paths)])
+        return end.value.code, capsys.readouterr().out
+
+    assert verify(str(store))['documents'] == 40
+    assert run(store) == run(store.parent) and run(store)[0] == 0
+    bad = tmp_path / 'bad'
+    shutil.copytree(store, bad)
+    damage(bad, 'tokens')  # its size stays
+    code, out = run(store, bad)
+    assert code == 1 and f'{store}: whole, 40 documents' in out and f'{bad}: damaged token store: tokens' in out
+    shutil.rmtree(bad)
+    shutil.copytree(store, bad)
+    tokenizer = json.loads((bad / 'tokenizer.json').read_text())
+    text = json.dumps(tokenizer | {'version': '9.9'})
+    (bad / 'tokenizer.json').write_text(text)
+    assert run(bad)[0] == 1
+    for path in (tmp_path / 'nowhere', tmp_path):
+        with pytest.raises(UserError, match='token store'):
+            verify(str(path))

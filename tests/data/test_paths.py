@@ -1,0 +1,67 @@
+"""Patterns: as Python's glob expands them, but each file once, whatever leads to it, and literal names as they are."""
+
+import glob
+import os
+import random
+
+import pytest
+
+from mixcon_jax.data.paths import match, once
+from mixcon_jax.data.sources import open_source
+from mixcon_jax.errors import UserError
+
+
+@pytest.mark.parametrize('pattern', ['*', '*.txt', 'a/*', '**/*.txt', '**', 'a/**/b/*', '?/[ab].*', '.*', 'a/a/a.txt'])
+def test_without_links_it_is_glob(tmp_path, pattern, monkeypatch):
+    draw = random.Random(3)
+    for _ in range(60):
+        folder = tmp_path.joinpath(*draw.choices(['a', 'b', '.c'], k=draw.randrange(4)))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / draw.choice(['a.txt', 'b.txt', '.d.txt', 'e.md'])).touch()
+    (tmp_path / 'a' / 'a').mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'a' / 'a' / 'a.txt').touch()
+    monkeypatch.chdir(tmp_path)
+    for spelled in (pattern, f'{tmp_path}/{pattern}'):
+        expected = sorted(path for path in glob.glob(spelled, recursive=True) if os.path.isfile(path))
+        if expected:
+            assert match(spelled) == expected
+        else:
+            with pytest.raises(UserError, match='no file matches'):
+                match(spelled)
+
+
+def test_each_file_is_found_once_whatever_leads_to_it(tmp_path):
+    (tmp_path / 'deep').mkdir()
+    for name in ('x.txt', 'deep/y.txt'):
+        (tmp_path / name).write_text(name)
+    (tmp_path / '0again').symlink_to('.')
+    (tmp_path / 'deep' / 'up').symlink_to('..')  # two loops: the ways through them have no end
+    (tmp_path / 'deep' / 'twin.txt').symlink_to('../x.txt')
+    (tmp_path / 'z.txt').hardlink_to(tmp_path / 'deep' / 'y.txt')
+    (tmp_path / 'broken.txt').symlink_to('nowhere')
+    assert match(f'{tmp_path}/**/*.txt') == [f'{tmp_path}/x.txt', f'{tmp_path}/z.txt']
+    assert [document.text for document in open_source(f'files:{tmp_path}/**/*.txt')] == ['x.txt', 'deep/y.txt']
+    twice = [f'{tmp_path}/deep/twin.txt', f'{tmp_path}/z.txt', f'{tmp_path}/x.txt', f'{tmp_path}/0again/x.txt']
+    assert once(twice) == [f'{tmp_path}/x.txt', f'{tmp_path}/z.txt']
+
+
+@pytest.mark.parametrize('folder', ['a[1]', 'a,b', 'a b', "it's", '[x', 'ä'])
+def test_what_exists_as_it_is_spelled_is_meant_literally(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    for name in ('c[2].txt', 'c2.txt'):
+        (tmp_path / folder / name).touch()
+    assert match(f'{tmp_path}/{folder}/c[2].txt') == [f'{tmp_path}/{folder}/c[2].txt']
+    assert len(match(f'{tmp_path}/{folder}/*.txt')) == 2
+    assert match(f'{tmp_path}/{folder}/c[23].txt') == [f'{tmp_path}/{folder}/c2.txt']
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsencode(tmp_path) + b'/caf\xe9.txt'
+    try:
+        with open(name, 'w') as file:
+            file.write('text')
+    except OSError:
+        pytest.skip('this file system wants UTF-8')
+    source = open_source(f'files:{tmp_path}/*.txt')
+    assert [document.text for document in source] == ['text']
+    assert [document.text for document in source.sample(10)] == ['text'] and source.fingerprint()

@@ -36,6 +36,8 @@ def another(key: str, option: Option):
     if option.check and option.check.words.startswith('one of '):
         choices = option.check.words.removeprefix('one of ').split(', ')
         return next(choice for choice in choices if choice != value and choice)
+    if key == 'data.sources':
+        return 'stdlib', 'stdlib'  # only before a source does a comma end one
     if isinstance(value, tuple):
         return {int: (2, 3), float: (0.5, 0.25), str: ('conba', 'mamba')}[option.element]
     if isinstance(value, str):

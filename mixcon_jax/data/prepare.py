@@ -181,7 +181,9 @@ def _stores_of_texts(
             require_tokenizer([store], tokenizer, 'the one in use')
             counts = store.metadata['counts'].values()
             documents, tokens = (sum(count[name] for count in counts) for name in ('documents', 'tokens'))
-            say(f'{source.spec}: already prepared, {documents:,} documents, {tokens:,} tokens in {store.path}')
+            skipped = store.metadata.get('skipped')
+            without = f', without {skipped:,} records that cannot be used,' if skipped else ''
+            say(f'{source.spec}: already prepared, {documents:,} documents, {tokens:,} tokens{without} in {store.path}')
         result.append(store)
     return result
 

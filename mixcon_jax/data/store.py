@@ -164,10 +164,13 @@ def read_file(path: str, name: str) -> str:
     try:
         result = ts.KvStore.open(_kvstore(path)).result().read(name).result()
     except Exception as error:  # TensorStore maps every kind of failure of every kind of storage to some exception
-        raise UserError(f'{path}: cannot be read ({str(error).splitlines()[0]})') from error
+        raise UserError(f'{path}: cannot be read ({_first_line(error)})') from error
     if result.state != 'value':
         raise UserError(f'{path}: not a token store: it has no {name}')
-    return result.value.decode()
+    try:
+        return result.value.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: damaged token store: {name} is not UTF-8; {REMEDY}') from error
 
 
 def read_metadata(path: str) -> dict[str, Any]:
@@ -183,6 +186,9 @@ def read_metadata(path: str) -> dict[str, Any]:
         raise UserError(f'{path}: damaged token store: metadata.json is not readable; prepare it again') from error
     if version not in READABLE:
         raise UserError(f'{path}: token store of format {version}; this version reads {READABLE}; prepare it again')
+    for key in ('tokenizer', 'eot_id', 'counts', 'sha256', *(('files',) if version > 1 else ())):
+        if key not in metadata:
+            raise UserError(f'{path}: damaged token store: metadata.json lacks {key!r}; {REMEDY}')
     return metadata
 
 
@@ -198,7 +204,7 @@ def require_parts(path: str, metadata: Mapping[str, Any]) -> None:
     path = path.removeprefix('file://')
     if '://' in path:
         return
-    sizes: Mapping[str, int | None] = metadata.get('files') or _parts_of_format_1(path)
+    sizes: Mapping[str, int | None] = metadata['files'] if metadata['version'] > 1 else _parts_of_format_1(path)
     for name, expected in sizes.items():
         file = Path(path, name)
         if not file.is_file():
@@ -338,8 +344,11 @@ def read_array(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
 
 
 def _damaged(path: str, name: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f'{path}: damaged token store: {name} cannot be read ({reason}); {REMEDY}')
+    return UserError(f'{path}: damaged token store: {name} cannot be read ({_first_line(error)}); {REMEDY}')
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def hash_array(path: str, name: str) -> str:

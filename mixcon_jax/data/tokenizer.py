@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -152,7 +153,7 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, atomically."""
         path = Path(path)
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
         try:
             with open(temporary, 'w', encoding='utf-8') as file:
                 file.write(self._json)
@@ -295,5 +296,6 @@ def from_json(data: str, name: str = 'tokenizer.json') -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(data)
     except Exception as error:  # the Rust library raises bare Exception
-        raise UserError(f'data.tokenizer: {name}: not a tokenizer.json ({str(error).splitlines()[0]})') from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f'data.tokenizer: {name}: not a tokenizer.json ({reason})') from error
     return Tokenizer(backend, f'data.tokenizer: {name}')

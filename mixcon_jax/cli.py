@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mixcon_jax.ending import exit_with
+from mixcon_jax.ending import FAILED, exit_with
 from mixcon_jax.errors import UserError
 from mixcon_jax.options import beyond
 from mixcon_jax.output import go_on, use_utf8

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.options import OPTIONS, UINT32, Option, beyond, float32, leaves
-from mixcon_jax.paths import foreign
+from mixcon_jax.paths import expand, foreign
 
 
 class ConfigError(UserError):
@@ -48,6 +48,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: the file is missing or fails, or a key or value is wrong.
     """
+    path = expand(path, '--config')
     file = path.split(':')[0]
     if not os.path.isfile(file):
         raise ConfigError(f'experiment file {file} does not exist; give the path of a Python file with get_config()')

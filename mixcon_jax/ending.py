@@ -27,7 +27,7 @@ def exit_with(run: Callable[[], int]) -> NoReturn:
         try:
             code = run()
             sys.stdout.flush()
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, OutputLost) as error:
             code = failed(error)
     sys.exit(code)
 

@@ -10,8 +10,11 @@ from typing import Any
 STREAMS = (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'))  # by file descriptor
 
 
-class OutputLost(Exception):
-    """Standard output cannot be written: its reader has gone, or its disk is full."""
+class OutputLost(BaseException):
+    """Standard output cannot be written: its reader has gone, or its disk is full.
+
+    As an interruption, it passes by whoever handles every kind of error.
+    """
 
 
 class Output:

@@ -10,6 +10,7 @@ import ml_collections
 
 from mixcon_jax import config as configs
 from mixcon_jax.config import ConfigError
+from mixcon_jax.paths import expand
 
 NAME_LENGTH = 80  # letters of a folder's name
 
@@ -41,6 +42,7 @@ def cases(path: str, overrides: Sequence[str] = ()) -> list[Case]:
     Raises:
       ConfigError: the file defines no ``sweep()``, or a case cannot run or occurs twice.
     """
+    path = expand(path, '--config')
     configs.load(path, overrides)  # its errors are clearer than those of what follows
     file, _, argument = path.partition(':')
     try:

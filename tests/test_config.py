@@ -133,6 +133,12 @@ def test_a_broken_experiment_file_is_named(tmp_path, content, message):
     assert 'broken.py' in str(error.value)
 
 
+def test_an_experiment_file_in_the_home_folder(experiment, monkeypatch, tmp_path):
+    """As in --config=~/experiment.py, where no shell replaces the ~."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert configs.load('~/experiment.py:hello').name == 'hello'
+
+
 def test_missing_experiment_file():
     with pytest.raises(ConfigError, match=r'nothing\.py does not exist'):
         configs.load('nothing.py')

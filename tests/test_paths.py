@@ -71,6 +71,8 @@ DOORS = {
     'watch': (cli.main, ['watch', 'PATH']),
     'local': (local.main, ['--processes', '1', *QUICKSTART, '--workdir', 'PATH']),
     'sweep': (sweep.main, [*QUICKSTART, '--workdir', 'PATH']),
+    '--config': (cli.main, ['config', '--config', 'PATH.py:argument']),
+    'sweep --config': (sweep.main, ['--config', 'PATH.py', '--workdir', 'WORKDIR', '--list']),
 }
 
 

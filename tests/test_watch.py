@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import pty
 import select
@@ -21,6 +22,7 @@ from mixcon_jax import cli
 from mixcon_jax import watch as watching
 from mixcon_jax.errors import UserError
 from mixcon_jax.records import RecordLog, keep_until
+from mixcon_jax.reports import runs
 from mixcon_jax.watching import cells, charts, follow
 from mixcon_jax.watching.details import details
 from mixcon_jax.watching.follow import Curve, Run, Runs
@@ -538,3 +540,8 @@ def test_on_a_terminal_it_waits_for_a_run_shows_it_and_leaves_the_terminal_clean
         b'\x1b[?25l'
     )
     assert b'Traceback' not in seen
+
+
+def test_numbers_that_no_float_holds_are_none():
+    """Of a file that something else has written to: they count as damaged, and the run is shown."""
+    assert math.isnan(follow.number(10**400)) and math.isnan(runs.number({'loss': 10**400}, 'loss'))

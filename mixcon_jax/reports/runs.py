@@ -124,7 +124,10 @@ class Run:
 def number(record: Record | None, key: str) -> float:
     """A field as a number; NaN where it is missing, null or something else."""
     value = (record or {}).get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
 
 
 def find(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:

@@ -26,7 +26,10 @@ HEAD = 256  # bytes that tell a file from another in its place
 
 def number(value: Any) -> float:
     """A number of a record; what is null there, or is none, counts as NaN."""
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
 
 
 class Curve:
@@ -124,7 +127,7 @@ class Run:
         try:
             record = json.loads(line)
             kind, step = record['kind'], int(record['step'])
-        except (ValueError, TypeError, KeyError):  # torn by a kill
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # torn by a kill
             return
         now = number(record.get('time'))
         if kind == 'run':

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -18,6 +19,8 @@ FAILED, USER_ERROR, FAULT, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE
 LESS_MEMORY = 'take a smaller batch, sequence or model (train.accum_steps and model.remat save memory in training)'
 # Of the machine, wherever they come from. Others are the user's to mend where they name a file.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS, errno.ESTALE)
+# What JAX says of the processes that it trains with when one of them has gone.
+OTHERS = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|Gloo|[Cc]oordination ?[Ss]ervice')
 
 
 def exit_with(run: Callable[[], int]) -> NoReturn:
@@ -50,6 +53,8 @@ def failed(error: BaseException) -> int:
             print(f'error: the output cannot be written ({error})', file=sys.stderr)
         return FAILED
     line, code = users(error), USER_ERROR
+    if line is None and type(error).__name__ == 'JaxRuntimeError' and OTHERS.search(str(error)):
+        line, code = f'another process of this run cannot be reached: {named(error)}', FAILED
     if line is None:
         line, code = f'this is a fault of MixCon: {named(error)}; please report it, with {_kept(error)}', FAULT
     print(f'error: {one_line(line)}', file=sys.stderr)

@@ -46,6 +46,11 @@ FAILURES = [
     (ValueError('RESOURCE_EXHAUSTED: "/a" [OS error 28: No space left on device]'), 2, '"/a" [OS error 28: No space'),
     (RuntimeError(NO_BACKEND), 2, 'it is not here; '),
     (ValueError("invalid truth value 'x' for environment 'JAX_NO'"), 2, 'error: JAX cannot read JAX_NO='),
+    (
+        jax.errors.JaxRuntimeError('UNKNOWN: Gloo AllReduce failed: closed'),
+        1,
+        'error: another process of this run cannot',
+    ),
     (KeyboardInterrupt(), 130, 'interrupted'),
     (KeyError('a key'), 70, "this is a fault of MixCon: KeyError: 'a key'; please report it, with its traceback in /"),
     (AssertionError(), 70, 'this is a fault of MixCon: AssertionError; '),

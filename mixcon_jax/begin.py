@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mixcon_jax import goodput
 from mixcon_jax.checkpoints import Meta, load_params
@@ -92,6 +94,7 @@ def with_weights_of(
             f'train.init_from={source} was trained with another tokenizer; set data.tokenizer to'
             f' {os.path.join(folder, "tokenizer.json")}'
         )
+    require_same_everywhere(source, meta.step)
     origin = {'source': source, 'step': meta.step, 'fingerprint': fingerprint(loaded['params'])}
     if known and known.get('fingerprint') != origin['fingerprint']:
         raise UserError(
@@ -105,6 +108,17 @@ def with_weights_of(
         state, buffers=map_named(lambda name, old: buffers[name] if same(name, old) else old, state.buffers)
     )
     return state, origin
+
+
+def require_same_everywhere(source: str, step: int) -> None:
+    """Of several processes, none may have found a newer checkpoint of a run that goes on meanwhile."""
+    if jax.process_count() > 1:
+        found = sorted({int(each) for each in np.ravel(multihost_utils.process_allgather(np.int32(step)))})
+        if len(found) > 1:
+            raise UserError(
+                f'train.init_from={source} goes on meanwhile: processes found checkpoints {found}; name one of them,'
+                f' {source.rpartition(":")[0] or source}:{found[0]}'
+            )
 
 
 def say_extended(

@@ -59,7 +59,7 @@ class _Stopped(Exception):
 
 
 class _NotFinite(Exception):
-    """Too many steps in a row had a loss or gradient that was not finite, or one update left a state that is not."""
+    """Too many steps in a row had a loss or gradient that was not finite, or an update left such parameters."""
 
     def __init__(self, step: int, bad_steps: int) -> None:
         super().__init__(step)
@@ -306,7 +306,7 @@ def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints) -> Res
     if bad_steps:
         what = f'loss or gradient was not finite in {bad_steps} steps in a row, {first} to {step}'
     else:
-        what = f'the update of step {step} left parameters or an optimizer that are not finite'
+        what = f'the update of step {step} left parameters that are not finite'
     metrics.say(
         f'error: {what}; '
         + (f'the newest checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet')

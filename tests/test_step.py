@@ -264,6 +264,17 @@ def test_sums_are_ordered_on_gpus_that_are_here(monkeypatch):
     assert step.ordered_sums(types.SimpleNamespace(platform='cpu')) is None
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(value):
+    tree = {'a': np.zeros((3, 70), np.float32), 'b': np.full((), -3e38, np.float32), 'c': np.zeros((5,), jnp.bfloat16)}
+    tree |= {'step': np.int32(2**31 - 1), 'none': np.zeros((0, 4), np.float32)}
+    assert jax.jit(step.all_finite)(tree)
+    for name, place in (('a', (0, 0)), ('a', (2, 69)), ('b', ()), ('c', (4,))):
+        spoilt = {key: np.array(leaf) for key, leaf in tree.items()}
+        spoilt[name][place] = value
+        assert not jax.jit(step.all_finite)(spoilt)
+
+
 @pytest.mark.parametrize('optimizer', ['adamw', 'lion'])
 def test_an_update_that_is_not_finite_is_told_though_its_gradient_is(optimizer):
     """A rate that float32 cannot hold becomes infinite only when parameters are updated."""

@@ -1,11 +1,20 @@
 """Signals that stop a run, and those that must not."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
+import time
 
 import pytest
 
+from mixcon_jax.records import last, read
 from mixcon_jax.stop import STOPPING, StopRequest
+from tests.tiny import ROOT, tiny_config, write_experiment
 
 
 @pytest.mark.parametrize('number', STOPPING)
@@ -37,3 +46,33 @@ def test_a_terminal_that_is_gone_does_not_keep_it_from_stopping(monkeypatch):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.requested
+
+
+def test_a_terminal_that_closes_loses_nothing(tmp_path):
+    """A real one: the system sends SIGHUP, and whatever is printed from then on fails."""
+    config = tiny_config(tmp_path, model__pattern=('attention+mlp',), train__steps=100_000, checkpoint__every=90_000)
+    config.eval.every = 0
+    command = [sys.executable, '-m', 'mixcon_jax.cli', 'train', f'--workdir={tmp_path / "run"}']
+    command.append(f'--config={write_experiment(tmp_path / "experiment.py", config)}')
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        os.set_blocking(ours, False)
+        deadline = time.monotonic() + 120
+        while not any(record['step'] > 20 for record in read(tmp_path / 'run' / 'metrics.jsonl')):
+            assert process.poll() is None and time.monotonic() < deadline
+            with contextlib.suppress(BlockingIOError):
+                os.read(ours, 1 << 16)
+            time.sleep(0.05)
+        os.close(ours)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+        process.wait()
+    stopped = last(read(tmp_path / 'run' / 'metrics.jsonl'), kind='run')
+    assert stopped['event'] == 'stopped'
+    assert (tmp_path / 'run' / 'checkpoints' / str(stopped['step'])).is_dir()

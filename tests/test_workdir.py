@@ -1,5 +1,6 @@
 """Run directories: whose they are, what they are made of, and what goes on in them."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixcon_jax import begin, mark, optim, saved, step
 from mixcon_jax import config as configs
-from mixcon_jax import mark, optim, saved, step
 from mixcon_jax import train as train_module
 from mixcon_jax.checkpoints import load_params
+from mixcon_jax.cli import _step
 from mixcon_jax.errors import UserError
 from mixcon_jax.fingerprint import fingerprint
 from mixcon_jax.inference import load_model
 from mixcon_jax.metrics import Metrics
 from mixcon_jax.records import last, read
+from mixcon_jax.reports import runs
 from mixcon_jax.train import ABORTED, DONE, train
 from mixcon_jax.workdir import Workdir, same_schedule
 from tests.test_train import contents
@@ -74,11 +77,12 @@ def test_a_path_with_letters_of_patterns_is_a_path_like_any_other(folder, tmp_pa
     assert measured(workdir) == measured(folder / 'whole')
 
 
-@pytest.mark.parametrize('take', [Workdir, load_params, load_model])
-def test_an_empty_path_is_refused(take):
-    for path in ('', ' '):
-        with pytest.raises(UserError, match='empty'):
-            take(path)
+@pytest.mark.parametrize('take', [Workdir, load_params, load_model, _step])
+def test_an_empty_argument_is_refused(take):
+    """That of a variable that is not set would be the current folder, or the newest checkpoint."""
+    for text in ('', ' '):
+        with pytest.raises(UserError, match=r'empty|must be'):
+            take(text)
 
 
 def test_folders_of_a_run_may_be_links(folder, tmp_path):
@@ -194,6 +198,14 @@ def test_an_update_that_leaves_no_numbers_ends_the_run_and_is_not_saved(folder, 
     assert (aborted['event'], aborted['first_bad_step'], aborted['last_bad_step']) == ('aborted', 3, 3)
 
 
+def test_a_report_reads_the_configuration_in_the_checkpoint_where_the_file_is_lost(folder, tmp_path):
+    workdir = copy_of(folder, tmp_path)
+    whole = runs.read(workdir)[0]
+    (workdir / 'config.json').unlink()
+    lost = runs.read(workdir)[0]
+    assert lost.config.to_dict() == whole.config.to_dict() and lost.final == whole.final is not None
+
+
 # ----- more steps -----
 
 
@@ -268,3 +280,11 @@ def test_init_from_means_what_it_meant_when_the_run_began(folder, tmp_path, monk
     shutil.rmtree(source / 'checkpoints' / '2')
     with pytest.raises(UserError, match=r'no checkpoint 2 .*this run began with it'):
         train(config, tmp_path / 'other')
+
+
+def test_processes_that_found_different_weights_do_not_begin(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    for found in ([4, 4], [6, 4]):
+        monkeypatch.setattr(begin.multihost_utils, 'process_allgather', lambda _, found=found: np.array(found))
+        with pytest.raises(UserError, match=r'\[4, 6\].*runs/a:4') if found[0] == 6 else contextlib.nullcontext():
+            begin.require_same_everywhere('runs/a', found[0])

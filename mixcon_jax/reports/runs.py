@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax import config as configs
-from mixcon_jax import records
+from mixcon_jax import records, saved
 from mixcon_jax.errors import UserError
 from mixcon_jax.mark import path_of
 from mixcon_jax.records import Record
@@ -185,7 +185,9 @@ def read(folder: Path) -> tuple[Run, str]:
     """
     path = folder / 'config.json'
     try:
-        config = configs.validate(configs.read(path))
+        # The file has what may change from start to start; without it, the checkpoint has the rest.
+        kept = None if path.exists() else saved.newest(folder / 'checkpoints')
+        config = configs.validate(configs.from_dict(kept['config']) if kept else configs.read(path))
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f'{path}: {error}') from error
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # JSON, but no configuration

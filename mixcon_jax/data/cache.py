@@ -89,15 +89,15 @@ def absolute(spec: str) -> str:
 
 def prepared_from(spec: str, data: ml_collections.ConfigDict) -> PreparedStore | None:
     """The newest store of files that were at ``spec``, with the same field of text; None if there is none."""
-    found = []
+    found, wanted = [], (absolute(spec), data.text_field)
     for store in _stores(data):
         try:
             source = store.metadata['source']
+            # Format 1 has the pattern as it was given, which says little if it was relative.
+            pattern = source.get('pattern') or expand(source.get('spec', '').removeprefix('files:'))
         except (UserError, KeyError):  # another one's folder, or damaged beyond recognition
             continue
-        # Format 1 has the pattern as it was given, which says little if it was relative.
-        pattern = source.get('pattern') or source.get('spec', '').removeprefix('files:')
-        if expand(pattern) == absolute(spec) and source.get('text_field', data.text_field) == data.text_field:
+        if (pattern, source.get('text_field', data.text_field)) == wanted:
             found.append(store)
     return max(found, key=lambda store: os.path.getmtime(f'{store.path}/metadata.json'), default=None)
 

@@ -23,7 +23,7 @@ def match(pattern: str) -> list[str]:
       NothingThereError: Nothing matches.
       UserError: A folder cannot be read.
     """
-    expanded = expand(pattern)
+    expanded = expand(pattern, 'data.sources')
     try:
         top = '/' if expanded.startswith('/') else ''
         found = sorted(once([path for path in _expand(top, expanded.lstrip('/').split('/')) if os.path.isfile(path)]))

@@ -83,6 +83,7 @@ class _Mixture:
     def __init__(self, texts: list[Source], made: list[PreparedStore], fraction: float) -> None:
         self.texts, self.made, self.fraction = texts, made, fraction
         self.fingerprints = [source.fingerprint() for source in texts]
+        self.is_one_text = len(texts) == 1 and not made
 
     @cached_property
     def split(self) -> Split:
@@ -157,10 +158,9 @@ def _stores_of_texts(
     for source in mixture.texts:
         names = stores_in_cache.names(source, tokenizer, data, mixture.fingerprints)
         first, second, old = (PreparedStore(str(cache / name), source.spec) for name in names)
-        plain = stores_in_cache.whole(old) and stores_in_cache.split_is_the_hash(old)
-        alone = stores_in_cache.whole(old) and len(mixture.texts) == 1 and not mixture.made
-        by_hash.append([first, *([old] if plain else [])])
-        by_mixture.append([second, *([old] if alone and not plain else [])])
+        fits = stores_in_cache.whole(old) and (mixture.is_one_text or stores_in_cache.split_is_the_hash(old))
+        by_hash.append([first, *([old] if fits else [])])
+        by_mixture.append([second])
 
     def found(places: list[list[PreparedStore]]) -> list[PreparedStore | None]:
         return [next(filter(stores_in_cache.whole, candidates), None) for candidates in places]

@@ -65,3 +65,9 @@ def test_names_that_are_not_utf8(tmp_path):
     source = open_source(f'files:{tmp_path}/*.txt')
     assert [document.text for document in source] == ['text']
     assert [document.text for document in source.sample(10)] == ['text'] and source.fingerprint()
+
+
+@pytest.mark.parametrize('spec', ['~nobody-of-this-name/*.txt', '~nobody-of-this-name/a.txt'])
+def test_homes_that_do_not_exist(spec):
+    with pytest.raises(UserError, match='~nobody-of-this-name'):
+        match(spec)

@@ -95,7 +95,7 @@ def test_config_prints_json_and_options(trained, capsys):
 def test_data_prepare_prints_the_splits_and_baselines(trained, capsys):
     code, out, _ = run(capsys, 'data', 'prepare', '--config', trained / 'experiment.py')
     assert code == 0
-    assert 'heldout' in out and 'gzip -9' in out
+    assert 'heldout' in out and 'gzip -9' in out and 'of the text come back 100 %, 100 %' in out
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,16 @@ def test_stores_of_format_1_are_found(make_config, tmp_path, count):
     mixture = make_config(spec, other, tokenizer=found.tokenizer)
     versions = [store.metadata['version'] for store in prepare(mixture.data, progress=False)]
     assert versions == [1 if count > 1 else 2, 2]
+
+
+def test_an_interrupted_preparation_leaves_nothing(make_config, corpus, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    config = make_config(corpus[1])
+    with monkeypatch.context() as patch:
+        patch.setattr('mixcon_jax.data.statistics.Statistics.add', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config.data, progress=False)
+    assert [name.rpartition('-')[0] for name in contents(tmp_path / 'cache')] == ['tokenizer']
+    assert prepare(config.data, progress=False)

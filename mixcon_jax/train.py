@@ -26,6 +26,7 @@ from mixcon_jax.goodput import Clock
 from mixcon_jax.metrics import Metrics
 from mixcon_jax.models import accounting
 from mixcon_jax.records import Record, last, read
+from mixcon_jax.saved import newest as newest_contents
 from mixcon_jax.sharding import make_mesh
 from mixcon_jax.step import make_steps
 from mixcon_jax.stop import StopRequest
@@ -97,7 +98,8 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
 
     # ----- Data, model, files ----------------------------------------------------------------------------------------
     with clock.spend('startup'):
-        dataset = open_dataset(config)
+        begun = newest_contents(folder.checkpoints)  # whose tokens it goes on with, if they are there
+        dataset = open_dataset(config, tuple(begun['data']) if begun else ())
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         begin.require_vocabulary(config, tokenizer)
         share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}

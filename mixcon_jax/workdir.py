@@ -236,10 +236,10 @@ def describe(values: Mapping[str, Any]) -> str:
     if not values['bytes']:  # a task
         lengths = ', '.join(f'{length}: {part["accuracy"]:.3f}' for length, part in values.get('by_length', {}).items())
         return f'loss {numbers["loss"]:.4f} · accuracy {numbers["accuracy"]:.4f}' + (f' ({lengths})' if lengths else '')
-    return (
-        f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f}'
-        f' · {numbers["bits_per_byte"]:.4f} bits per byte'
-    )
+    per_byte = f'{numbers["bits_per_byte"]:.4f} bits per byte'
+    if values.get('bits_per_byte') is None:
+        per_byte = 'no bits per byte: the tokens lose text'
+    return f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f} · {per_byte}'
 
 
 def summary(step: int, record: Mapping[str, Any]) -> str:

@@ -237,16 +237,20 @@ def test_bad_input_is_one_line_and_leaves_no_run(folder, tmp_path, overrides, me
         assert not (tmp_path / 'run').exists()
 
 
-def test_changed_text_is_refused(folder, tmp_path):
+def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(folder, tmp_path):
+    """Whatever becomes of the text: what counts is the hash of the tokens that were prepared."""
     config = small_config(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 2, signal.SIGTERM)
         train(config, tmp_path / 'run')
-    before = contents(tmp_path / 'run')
     write_corpus(tmp_path / 'corpus', seed=1)
+    shutil.copytree(tmp_path / 'run', tmp_path / 'other')
+    assert train(config, tmp_path / 'run').exit_code == DONE
+    shutil.rmtree(config.data.cache_dir)
+    before = contents(tmp_path / 'other')
     with pytest.raises(UserError, match='data'):
-        train(config, tmp_path / 'run')
-    assert contents(tmp_path / 'run') == before
+        train(config, tmp_path / 'other')
+    assert contents(tmp_path / 'other') == before
 
 
 def test_text_that_was_copied_but_not_changed_goes_on(folder, tmp_path):

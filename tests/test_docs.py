@@ -305,3 +305,10 @@ def test_page_runs_as_printed(name, tmp_path, home):
             )
             print(f'{step.where}: exit code {result.returncode}\n{step.text}\n{result.stdout}\n{result.stderr}')
             assert result.returncode == 0, f'{step.where}: {step.text}\n{result.stderr[-2000:]}'
+
+
+def test_every_test_that_the_reliability_page_names_exists():
+    tests = '\n'.join(path.read_text() for path in (ROOT / 'tests').rglob('test_*.py'))
+    named = set(re.findall(r'`(test_\w+)`', PAGES['reliability.md']))
+    assert len(named) > 40
+    assert not {name for name in named if f'def {name}(' not in tests}

@@ -28,6 +28,7 @@ from mixcon_jax import mark, readback, records, saved
 from mixcon_jax.checksums import checksums
 from mixcon_jax.errors import UserError
 from mixcon_jax.hush import hush_orbax
+from mixcon_jax.paths import expand_folder
 from mixcon_jax.saved import MODEL, UNFINISHED, Damaged
 from mixcon_jax.trees import Tree, named_leaves
 
@@ -393,7 +394,7 @@ def load_params(
     Raises:
       UserError: the folder is no run, or holds no such intact checkpoint.
     """
-    folder = mark.path_of(workdir) / 'checkpoints'
+    folder = expand_folder(mark.path_of(workdir)) / 'checkpoints'
     if not folder.is_dir():
         raise UserError(f'{workdir} holds no checkpoints; give the workdir of a run')
     checkpoints = Checkpoints(folder, say=say, read_only=True)

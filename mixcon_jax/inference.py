@@ -14,6 +14,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.mark import path_of
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer
+from mixcon_jax.paths import expand_folder
 from mixcon_jax.trees import named_leaves, to_state
 
 
@@ -38,7 +39,7 @@ def load_model(workdir: str | Path, step: int | str | None = None) -> TrainedMod
     Raises:
       UserError: no such run or checkpoint, or one whose arrays don't fit its configuration.
     """
-    workdir = path_of(workdir)
+    workdir = expand_folder(path_of(workdir))
     if not workdir.is_dir():
         raise UserError(f'workdir {workdir} does not exist; give the folder that `mixcon train --workdir` wrote')
     trees, meta = load_params(workdir, step)

@@ -216,7 +216,7 @@ class Progress:
             self._stream.flush()
         except OSError:  # the terminal or the reader has gone, or the disk is full: what was shown is recorded too
             gone: Any = self._stream
-            self._stream = open(os.devnull, 'w')  # noqa: SIM115 (open as long as the run)
+            self._stream = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
             with contextlib.suppress(AttributeError, OSError, ValueError):  # else Python complains when it ends
                 os.dup2(self._stream.fileno(), gone.fileno())
 

@@ -131,10 +131,12 @@ def test_what_jax_cannot_read_is_named(monkeypatch):
 
 @pytest.mark.skipif(any(map(os.path.exists, DRIVERS)), reason='there is a GPU')
 @pytest.mark.parametrize('platform', ['cuda', pytest.param('nosuch', marks=pytest.mark.slow)])
-def test_a_platform_that_is_not_here_is_one_line(platform):
+def test_a_platform_that_is_not_here_is_one_line(platform, tmp_path):
     """With a setting beside it that JAX could not even read."""
     settings = os.environ | {'JAX_PLATFORMS': platform, 'JAX_ENABLE_X64': 'maybe', 'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, '-m', 'mixcon_jax.cli', 'doctor']
+    options = ['--config.data.sources=synthetic:induction', '--config.data.seq_len=16', f'--workdir={tmp_path}']
+    experiment = str(ROOT / 'experiments' / 'quickstart.py')
+    command = [sys.executable, '-m', 'mixcon_jax.cli', 'train', '--config', experiment, *options]
     done = subprocess.run(command, env=settings, capture_output=True, text=True)
     note, line = done.stderr.splitlines()
     assert note.startswith('note: JAX_ENABLE_X64=maybe is left out')

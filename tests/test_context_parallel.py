@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from mixcon_jax import step
 from mixcon_jax.trees import named_leaves
@@ -42,6 +43,7 @@ def two_steps(devices, **mesh):
     return jax.device_get(state), metrics, jax.device_get(scores)
 
 
+@pytest.mark.slow  # of every mixer by itself, tests/models/test_context_parallel.py asks the same
 def test_a_step_on_shared_sequences_equals_one_device():
     """Rows over data, tokens over context; two microbatches, experts, attention, rematerialised."""
     want, got = named_leaves(two_steps(1)), named_leaves(two_steps(4, data=2, context=2))

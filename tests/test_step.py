@@ -87,7 +87,13 @@ def want_two_steps(**options):
     return two_steps(tiny_config(**LINEAR, **options), 1)
 
 
-@pytest.mark.parametrize('axes', [{'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+AXES = [
+    *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ('data', 'fsdp')),
+    {'data': 2, 'fsdp': 2, 'tensor': 2},
+]
+
+
+@pytest.mark.parametrize('axes', AXES)
 def test_devices_share_a_batch_as_if_it_were_one(axes):
     """Auxiliary losses included: their statistics are over the whole mesh."""
     options = {'model__moe__router_z_coef': 0.01, 'train__z_loss_coef': 0.001}
@@ -98,7 +104,7 @@ def test_devices_share_a_batch_as_if_it_were_one(axes):
     assert_same(state, want_state)
 
 
-@pytest.mark.parametrize('accum, devices', [(2, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize('accum, devices', [(2, 1), pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)])
 def test_accumulation_is_one_big_batch(accum, devices):
     """Balance coefficients are 0: that loss is a mean over microbatches, each with its own statistics."""
     options = {'model__moe__balance': 'none', 'train__z_loss_coef': 0.001}

@@ -9,7 +9,12 @@ from kernels_pallas.adaptive_gain import mosaic_gpu, reference
 from tests.kernels_pallas import interpreted
 
 # batch, tokens, heads, channels, reset: lengths off the tiles (16, 8) and on them, heads that fill no block, one token
-CASES = [(1, 21, 4, 32, True), (2, 7, 3, 16, True), (1, 1, 5, 32, False), (1, 16, 4, 16, False), (1, 33, 2, 32, True)]
+CASES = [
+    (1, 21, 4, 32, True),
+    (2, 7, 3, 16, True),
+    (1, 1, 5, 32, False),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ((1, 16, 4, 16, False), (1, 33, 2, 32, True))),
+]
 
 
 def draw(batch, length, heads, width, reset):

@@ -48,7 +48,7 @@ def test_scanned_blocks_equal_the_blocks_one_after_another():
     np.testing.assert_allclose(hidden, m.final_norm(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('remat', ['block', 'dots'])
+@pytest.mark.parametrize('remat', ['block', pytest.param('dots', marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_gradient(remat):
     ids = tokens(1)
 
@@ -87,9 +87,9 @@ def test_every_parameter_names_its_axes():
 LENGTHS = [5, 1, 6]
 
 
-# The one with most parts is always run; of every layer by itself, test_invariants.py asks the same.
+# The released code's is always run; of every layer by itself, test_invariants.py asks the same.
 PACKED = [
-    name if name == 'conba_paper' else pytest.param(name, marks=pytest.mark.slow) for name in presets.CONBA_PRESETS
+    name if name == 'conba_code' else pytest.param(name, marks=pytest.mark.slow) for name in presets.CONBA_PRESETS
 ]
 
 

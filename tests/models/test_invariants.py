@@ -46,8 +46,11 @@ def test_causality(name):
         assert jnp.abs(before[:, t] - after[:, t]).max() > 1e-3
 
 
+SPLITS = [[1] * T, [9, 9], pytest.param([1, 17], marks=pytest.mark.slow), [9, 1, 8]]
+
+
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('sizes', [[1] * T, [9, 9], [1, 17], [9, 1, 8]], ids=str)
+@pytest.mark.parametrize('sizes', SPLITS, ids=str)
 def test_any_split_of_prefill_and_decode_equals_the_whole(name, sizes):
     x = tokens(2)
     np.testing.assert_allclose(in_pieces(name, x, sizes), whole(name, x), **TOLERANCE)

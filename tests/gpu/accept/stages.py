@@ -19,7 +19,7 @@ LAYERS = (  # of tests/models/cases.py, a process a group
     ('conba_companion', 'conba_feedback_companion'),
     ('conba_paper',),
 )
-TINY_LAYERS = (('attention', 'mamba', 'moe_grouped'),)
+TINY_LAYERS = (('mamba', 'moe_grouped'),)
 TRAINED = (('conba', 'float32'), ('conba', 'bfloat16'), ('conba_paper', 'float32'), ('conba_code', 'float32'))
 
 
@@ -137,7 +137,7 @@ def _run(rest: str, cpu: bool, say: Say) -> None:
         else:
             small = ['train.steps=3', 'optim.warmup_steps=1', 'model.dim=32', 'data.seq_len=32', 'train.loss_chunk=32']
             small += [f'data.sources={write_corpus(folder / "corpus")}', 'data.tokenizer_vocab_size=300']
-            small += ['model.pattern=conba+mlp,attention+mlp']
+            small += ['model.pattern=conba+mlp']
             runs.quickstart(folder, say, [f'--config.{option}' for option in small] if cpu else [])
 
 

@@ -17,6 +17,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.hush import DRIVERS
 from mixcon_jax.models.accounting import parameter_count
+from mixcon_jax.paths import expand_path
 from mixcon_jax.sharding import make_mesh
 from mixcon_jax.step import BATCH_KEYS, make_steps
 
@@ -71,10 +72,10 @@ def machine() -> Iterator[str]:
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     yield f'machine    {cores} cores, {memory:.0f} GiB of memory, Python {sys.version.split()[0]}'
-    cache = Path(configs.default().data.cache_dir)
+    cache = configs.default().data.cache_dir
     try:
-        folders = [Path.cwd(), cache.expanduser()]
-    except RuntimeError:
+        folders = [Path.cwd(), expand_path(cache)]
+    except UserError:
         yield f'           no home folder: set data.cache_dir, which is {cache}'
         folders = [Path.cwd()]
     for folder in folders:
@@ -124,11 +125,11 @@ def kernels() -> Iterator[str]:
         yield f"{head:11}without a GPU, XLA's forms of them run; GPUs that have verified the kernels:"
         head = ''
         for kernel in cards.kernels():
-            good = {card.device for card in cards.shipped(kernel) if card.outcome == cards.VERIFIED and card.current}
+            good = {card.device for card in cards.shipped(kernel) if card.counts}
             yield f'{head:11}{kernel:15} {", ".join(sorted(good)) or "none"}'
         return
     device = platform.device().device_kind
-    for part in _parts():
+    for part, _ in verify.standing():
         reason = cards.uncovered(part.kernel, [part.variant], capability[0], device)
         standing = "verified, runs by default where a layer's call has it" if reason is None else f'by XLA: {reason}'
         if refused := verify.refusal(part):
@@ -137,10 +138,6 @@ def kernels() -> Iterator[str]:
             standing = f'runs, unverified, as {cards.TRUST} is set: {reason}'
         yield f'{head:11}{part.kernel:15} {part.variant:8} {standing}'
         head = ''
-
-
-def _parts() -> list[verify.Part]:
-    return sorted(verify.parts(cards.kernels()), key=str)
 
 
 def train(say: Callable[[str], None]) -> int:
@@ -196,7 +193,7 @@ def offer(verify_now: bool, say: Callable[[str], None]) -> int:
     device = platform.device().device_kind
     missing = [
         part.kernel
-        for part in _parts()
+        for part, _ in verify.standing()
         if cards.uncovered(part.kernel, [part.variant], capability[0], device) and not verify.refusal(part)
     ]
     names, folder = sorted(set(missing)), cards.local_folder()

@@ -204,7 +204,7 @@ def _doctor(known: argparse.Namespace, overrides: list[str]) -> int:
 def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax import config as configs
     from mixcon_jax.data.prepare import baselines, prepare
-    from mixcon_jax.data.remarks import percent, round_trip
+    from mixcon_jax.data.remarks import percent
     from mixcon_jax.data.synthetic import is_synthetic
 
     go_on()
@@ -219,7 +219,7 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
             part = store.open(split)
             counts = f'{part.num_documents:,} documents, {part.num_tokens:,} tokens, {part.num_bytes:,} bytes'
             print(f'  {split:8} {counts}')
-        back = round_trip(store).values()
+        back = store.round_trip().values()
         print('  of the text come back', ', '.join('unknown' if share is None else percent(share) for share in back))
     values = baselines(stores)
     print(f'held-out text: {values["unigram"]:.3f} bits per byte by byte unigrams, {values["gzip"]:.3f} by gzip -9')

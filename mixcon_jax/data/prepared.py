@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mixcon_jax.data import tokenizer as tokenizer_lib
+from mixcon_jax.data.documents import SPLITS
 from mixcon_jax.data.store import TokenStore, read_file, read_metadata
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
@@ -49,9 +50,16 @@ class PreparedStore:
     def open(self, split: str) -> TokenStore:
         """Opens split 'train' or 'heldout'."""
         store = TokenStore.open(self.path, split)
-        if store.round_trip is None and self.load_tokenizer().lossless:
-            store.round_trip = 1.0  # it needs no measuring
+        if store.round_trip is None:
+            store.round_trip = self.round_trip().get(split)
         return store
+
+    def round_trip(self) -> dict[str, float | None]:
+        """The share of the bytes of each split that decoding its tokens gives back; None if that was never measured."""
+        known = self.metadata.get('round_trip')
+        if known is None:  # where nothing can be lost, nothing needs measuring
+            return dict.fromkeys(SPLITS, 1.0 if self.load_tokenizer().lossless else None)
+        return known
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the store.

@@ -15,14 +15,6 @@ def percent(share: float) -> str:
     return f'{math.floor(share * 1e4) / 100:g} %'
 
 
-def round_trip(store: PreparedStore) -> dict[str, float | None]:
-    """The share of the bytes of each split that decoding its tokens gives back; None if that was never measured."""
-    known = store.metadata.get('round_trip')
-    if known is None:
-        return dict.fromkeys(SPLITS, 1.0 if store.load_tokenizer().lossless else None)
-    return known
-
-
 def remarks(stores: Sequence[PreparedStore], fraction: float) -> Iterator[str]:
     """A line on everything that makes scores mean less than they seem to."""
     yield from _lost(stores)
@@ -33,7 +25,7 @@ def remarks(stores: Sequence[PreparedStore], fraction: float) -> Iterator[str]:
 def _lost(stores: Sequence[PreparedStore]) -> Iterator[str]:
     """Text that tokens do not give back: what it costs to predict it is not known."""
     for store in stores:
-        shares = round_trip(store)
+        shares = store.round_trip()
         if None in shares.values():
             yield (
                 f'{store.spec}: how much of the text its tokens give back was never measured, so there will be no bits'

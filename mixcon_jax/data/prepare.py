@@ -4,15 +4,13 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 import tokenizers
-from jaxtyping import Integer
-from numpy import ndarray
 
 from mixcon_jax.data import cache as stores_in_cache
 from mixcon_jax.data import tokenizer as tokenizer_lib
@@ -225,7 +223,7 @@ def _write_store(
         raise UserError(f"data.sources: '{source.spec}' is empty: no document has text")
     # A thread encodes this batch on all cores while this one reads, splits and counts.
     while batch:
-        with Background(_encoding(tokenizer, batch, round_trip)) as encoding:
+        with Background(partial(round_trip.encode, batch)) as encoding:
             following = _take(placed)
             statistics.add(batch)
             for document, tokens in zip(batch, encoding.result(progress.still), strict=True):
@@ -248,18 +246,6 @@ def _write_store(
         'baselines': statistics.record(),
     })  # fmt: skip
     progress.done(writer.num_tokens)
-
-
-def _encoding(
-    tokenizer: Tokenizer, batch: Sequence[Placed], round_trip: RoundTrip
-) -> Callable[[Callable[[], bool]], list[Integer[ndarray, '_']]]:
-    def work(stopped: Callable[[], bool]) -> list[Integer[ndarray, '_']]:
-        tokens = tokenizer.encode_batch([document.text for document in batch], stopped)
-        if not stopped():
-            round_trip.add(batch, tokens)
-        return tokens
-
-    return work
 
 
 def _described(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -49,8 +49,10 @@ def whole(store: PreparedStore) -> bool:
     return '://' in store.path or os.path.exists(store.tokenizer)
 
 
-def names(source: Source, tokenizer: Tokenizer, data: ml_collections.ConfigDict, mixture: Sequence[str]) -> list[str]:
-    """What the store of a source is called: split by the hash, cut in this mixture, and in format 1.
+def names(
+    source: Source, tokenizer: Tokenizer, data: ml_collections.ConfigDict, mixture: Sequence[str]
+) -> dict[str, str]:
+    """What the store of a source is called by each ``Split.kind``, and with the hash's in format 1 ('old').
 
     Args:
       source: Of the store.
@@ -59,8 +61,13 @@ def names(source: Source, tokenizer: Tokenizer, data: ml_collections.ConfigDict,
       mixture: Fingerprints of all sources of text.
     """
     parts = (source.fingerprint(), tokenizer.fingerprint, data.heldout_fraction)
-    keys = key_of('store', VERSION, *parts), key_of('store', VERSION, *parts, list(mixture)), key_of('store', 1, *parts)
-    return [f'{source.slug}-{key}' for key in keys]
+    keys = {
+        'hash': key_of('store', VERSION, *parts),
+        'cut': key_of('store', VERSION, *parts, list(mixture)),
+        'rank': key_of('store', VERSION, *parts, list(mixture), 'rank'),
+        'old': key_of('store', 1, *parts),
+    }
+    return {kind: f'{source.slug}-{key}' for kind, key in keys.items()}
 
 
 def split_is_the_hash(store: PreparedStore) -> bool:

@@ -151,29 +151,29 @@ def _stores_of_texts(
     mixture: _Mixture, tokenizer: Tokenizer, data: ml_collections.ConfigDict, cache: Path, say: Say
 ) -> list[PreparedStore]:
     """Finds the stores of the mixture's texts, or makes those that are not there."""
-    by_hash: list[list[PreparedStore]] = []  # where the store of each text may lie, if the hash decides the split
-    by_mixture: list[list[PreparedStore]] = []
+    places: dict[str, list[PreparedStore]] = {'hash': [], 'cut': [], 'rank': []}  # where each text's may lie
     for source in mixture.texts:
         names = stores_in_cache.names(source, tokenizer, data, mixture.fingerprints)
-        first, second, old = (PreparedStore(str(cache / name), source.spec) for name in names)
-        fits = stores_in_cache.whole(old) and (mixture.is_one_text or stores_in_cache.split_is_the_hash(old))
-        by_hash.append([first, *([old] if fits else [])])
-        by_mixture.append([second])
+        at = {kind: PreparedStore(str(cache / name), source.spec) for kind, name in names.items()}
+        old_fits = stores_in_cache.whole(at['old']) and (
+            mixture.is_one_text or stores_in_cache.split_is_the_hash(at['old'])
+        )
+        if old_fits and not stores_in_cache.whole(at['hash']):
+            at['hash'] = at['old']
+        for kind, stores in places.items():
+            stores.append(at[kind])
 
-    def found(places: list[list[PreparedStore]]) -> list[PreparedStore | None]:
-        return [next(filter(stores_in_cache.whole, candidates), None) for candidates in places]
+    # How documents have to be split takes reading text, unless stores tell.
+    def tells(kind: str) -> bool:
+        stores = places[kind]
+        if not all(map(stores_in_cache.whole, stores)):
+            return False
+        return kind != 'hash' or bool(mixture.made) or stores_in_cache.has_both_sides(stores)
 
-    # Whether documents have to be cut takes reading text, unless stores tell.
-    places, stores = by_hash, found(by_hash)
-    there = [store for store in stores if store is not None]
-    if len(there) < len(stores) or not (mixture.made or stores_in_cache.has_both_sides(there)):
-        places, stores = by_mixture, found(by_mixture)
-        if None in stores and not mixture.split.cuts:
-            places, stores = by_hash, found(by_hash)
-    result = []
-    for source, candidates, store in zip(mixture.texts, places, stores, strict=True):
-        if store is None:
-            store = candidates[0]
+    kind = next(filter(tells, places), None) or mixture.split.kind
+    result: list[PreparedStore] = []
+    for source, store in zip(mixture.texts, places[kind], strict=True):
+        if not stores_in_cache.whole(store):
             _prepare_source(source, mixture.split, tokenizer, data, store, say)
         else:
             require_tokenizer([store], tokenizer, 'the one in use')
@@ -240,7 +240,7 @@ def _write_store(
         'vocab_size': tokenizer.vocab_size,
         'source': _described(source, data),
         'heldout_fraction': data.heldout_fraction,
-        'split': 'cut' if split.cuts else 'hash',
+        'split': split.kind,
         'skipped': skipped,
         'round_trip': round_trip.record(),
         'baselines': statistics.record(),

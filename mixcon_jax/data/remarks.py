@@ -7,6 +7,8 @@ from mixcon_jax.data.cache import split_is_the_hash
 from mixcon_jax.data.documents import SPLITS
 from mixcon_jax.data.prepared import PreparedStore
 
+# How the documents of a small mixture are split.
+FEW = {'cut': 'the end of each long one is held out', 'rank': 'those whose hashes are the smallest are held out'}
 FAR = 3.0  # how many times the share of text that was asked for, or this part of it, is worth a word
 
 
@@ -52,12 +54,13 @@ def _split(stores: Sequence[PreparedStore]) -> Iterator[str]:
                     f'{store.spec}: its split is its own: text that it holds out may be trained on through another'
                     ' source; prepare all from their text'
                 )
-    cut = [store.spec for store in stores if store not in made and store.metadata.get('split') == 'cut']
-    if cut:
-        yield (
-            f'{", ".join(cut)}: too few documents to hold some out whole, so the end of each is held out; a mixture'
-            ' with other text beside them may train on it'
-        )
+    for kind, what in FEW.items():
+        few = [store.spec for store in stores if store not in made and store.metadata.get('split') == kind]
+        if few:
+            yield (
+                f'{", ".join(few)}: too few documents for the hash to hold some out, so {what}; a mixture with other'
+                ' text beside them may train on that'
+            )
 
 
 def _shares(stores: Sequence[PreparedStore], fraction: float) -> Iterator[str]:

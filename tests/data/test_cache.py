@@ -143,7 +143,7 @@ def test_stores_of_format_1_are_found(make_config, tmp_path, count):
     config = make_config(spec)
     [store] = prepare(config.data, progress=False)
     identity, tokenizer = store.fingerprint, store.load_tokenizer()
-    as_format_1(store, tmp_path / 'cache', names(open_source(spec), tokenizer, config.data, [])[2])
+    as_format_1(store, tmp_path / 'cache', names(open_source(spec), tokenizer, config.data, [])['old'])
     said = []
     [found] = prepare(config.data, progress=said.append)
     assert found.fingerprint == identity and found.metadata['version'] == 1

@@ -61,7 +61,8 @@ def test_a_mixture_too_small_for_the_hash_says_so(make_config, overlapping):
     stores = prepare(make_config(*overlapping[1:3]).data, progress=lines.append)
     found = sides(stores)
     assert found['train'] and found['heldout'] and not found['train'] & found['heldout']
-    assert any('too few documents to hold some out whole' in line for line in lines)
+    assert any('too few documents for the hash' in line for line in lines)
+    assert {store.metadata['split'] for store in stores} == {'rank'}
     # These stores are not taken for those of a mixture that the hash splits, nor the other way round.
     more = sides(prepare(make_config(*overlapping).data, progress=False))
     assert not more['train'] & more['heldout']

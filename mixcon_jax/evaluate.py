@@ -99,7 +99,7 @@ def _documents(patterns: Sequence[str], config: ml_collections.ConfigDict) -> li
     skipped = files.Skipped() if config.data.bad_records == 'skip' else None
     documents = [document for file in found for document in files.read(file, config.data.text_field, skipped)]
     if skipped and skipped.count:
-        print(f'{skipped.count:,} records are left out; the first: {skipped.first}', file=sys.stderr)
+        print(skipped, file=sys.stderr)
     return documents
 
 

@@ -33,6 +33,10 @@ class Skipped:
         self.first = self.first or str(error)
         self.count += 1
 
+    def __str__(self) -> str:
+        """What is left out, in words; empty if nothing is."""
+        return f'{self.count:,} records are left out; the first: {self.first}' if self.count else ''
+
 
 def match(pattern: str) -> list[str]:
     """``paths.match``; every file must be of a known format.

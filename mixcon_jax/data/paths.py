@@ -42,12 +42,15 @@ def once(paths: Iterable[str]) -> list[str]:
     """Each file once, by device and inode, under its shortest name; in the order that they are given in."""
     found: dict[tuple[int, int, str], str] = {}
     for path in paths:
-        status = os.stat(path)
-        # Some file systems number nothing.
-        identity = (status.st_dev, status.st_ino, '' if status.st_ino else path)
-        known = found.get(identity, path)
-        found[identity] = min(known, path, key=lambda name: (name.count('/'), name))
+        key = identity(path)
+        found[key] = min(found.get(key, path), path, key=lambda name: (name.count('/'), name))
     return list(found.values())
+
+
+def identity(path: str) -> tuple[int, int, str]:
+    """What is the same for all names of a file: its device and inode, or where file systems number nothing its path."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, '' if status.st_ino else os.path.abspath(path)
 
 
 def _expand(base: str, parts: list[str]) -> Iterator[str]:

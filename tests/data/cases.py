@@ -5,6 +5,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import tokenizers
+
 WORDS = (
     'the state',
     'a',
@@ -36,3 +38,11 @@ def make_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
 def write_jsonl(path: Path, texts: Sequence[str], field: str = 'text') -> Path:
     path.write_text(''.join(json.dumps({field: text, 'id': i}) + '\n' for i, text in enumerate(texts)))
     return path
+
+
+def lossy_tokenizer(path: Path) -> str:
+    vocab = {word: i for i, word in enumerate(['</s>', '[UNK]', 'the', 'state', 'a', 'gain'])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '[UNK]'))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(path))
+    return str(path)

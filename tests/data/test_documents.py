@@ -11,7 +11,6 @@ from mixcon_jax.data.documents import TAIL, Document, Split, cut, text_hash
 from mixcon_jax.errors import UserError
 from tests.data.cases import make_texts
 
-
 LONG = ['x' * 700 + '\n' + 'y' * 100, 'z' * 900]
 
 

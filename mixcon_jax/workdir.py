@@ -229,7 +229,7 @@ def describe(values: Mapping[str, Any]) -> str:
         return f'loss {numbers["loss"]:.4f} · accuracy {numbers["accuracy"]:.4f}' + (f' ({lengths})' if lengths else '')
     per_byte = f'{numbers["bits_per_byte"]:.4f} bits per byte'
     if values.get('bits_per_byte') is None:
-        per_byte = 'no bits per byte: the tokens lose text'
+        per_byte = 'no bits per byte: the tokens are not known to hold all of the text'
     return f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f} · {per_byte}'
 
 

@@ -75,7 +75,7 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
         prepared = iter(_stores_of_texts(mixture, tokenizer, data, cache, say))
         result = [source if isinstance(source, PreparedStore) else next(prepared) for source in sources]
         stores_in_cache.require_both_sides(result)
-        for remark in remarks(result, data.heldout_fraction):
+        for remark in remarks(result):
             say(remark)
         return result
 

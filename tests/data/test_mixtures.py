@@ -8,6 +8,7 @@ import pytest
 
 from mixcon_jax.data import HeldoutBatches, TokenStore, TrainBatches, prepare
 from mixcon_jax.data.documents import text_hash
+from mixcon_jax.data.remarks import percent
 from mixcon_jax.data.statistics import Statistics
 from mixcon_jax.errors import UserError
 from tests.data.cases import lossy_tokenizer, make_texts, write_jsonl
@@ -72,6 +73,22 @@ def hash_of(text: str) -> int:
     return text_hash(text.encode())
 
 
+@pytest.mark.parametrize(
+    'share, words',
+    [
+        (0, '0 %'),
+        (0.57, '57 %'),
+        (0.29, '29 %'),
+        (0.12345, '12.35 %'),
+        (0.999999, '99.99 %'),
+        (1, '100 %'),
+        (1 - 2**-53, '99.99 %'),
+    ],
+)
+def test_shares_are_rounded_and_only_the_whole_is_a_hundred(share, words):
+    assert percent(share) == words
+
+
 def test_a_share_of_documents_that_is_no_share_of_text_is_said(make_config, tmp_path):
     notes = [f'note {i}' for i in range(60)]
     books = [f'{i} ' + 'word ' * 40_000 for i in range(200)]
@@ -91,6 +108,10 @@ def test_a_share_of_documents_that_is_no_share_of_text_is_said(make_config, tmp_
     write_jsonl(tmp_path / 'even.jsonl', ['word ' * 50 + str(i) for i in range(60)])
     said.clear()
     prepare(make_config(f'files:{tmp_path}/even.jsonl').data, progress=said.append)
+    assert not any('bytes are held out' in line for line in said)
+    # A store is compared with the fraction that it was prepared with.
+    [half] = prepare(make_config(f'files:{tmp_path}/even.jsonl', heldout_fraction=0.5).data, progress=False)
+    prepare(make_config(f'store:{half.path}', heldout_fraction=0.05).data, progress=said.append)
     assert not any('bytes are held out' in line for line in said)
 
 

@@ -177,7 +177,7 @@ def prepared_from(spec: str, data: ml_collections.ConfigDict) -> list[PreparedSt
             source = store.metadata['source']
             # Format 1 has the pattern as it was given, which says little if it was relative.
             pattern = source.get('pattern') or expand(source.get('spec', '').removeprefix('files:'))
-        except (UserError, KeyError):  # another one's folder, or damaged beyond recognition
+        except UserError:  # another one's folder, or damaged beyond recognition
             continue
         if (pattern, source.get('text_field', data.text_field)) == wanted:
             found.append(store)

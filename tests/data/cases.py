@@ -28,6 +28,13 @@ WORDS = (
     '🙂',
 )
 
+# What a store's metadata.json must have, and StoreWriter does not know.
+METADATA = {
+    'tokenizer': 'f', 'eot_id': 3, 'vocab_size': 9, 'source': {'spec': 'stdlib', 'fingerprint': 'x'},
+    'heldout_fraction': 0.3, 'split': 'hash', 'skipped': 0, 'round_trip': {'train': 1.0, 'heldout': 1.0},
+    'baselines': {'train_bytes': [1] * 256, 'heldout_bytes': [1] * 256, 'gzip_in': 1, 'gzip_out': 1},
+}  # fmt: skip
+
 
 def make_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     """Texts of one to ``longest`` words, all different."""

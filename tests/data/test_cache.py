@@ -196,7 +196,7 @@ def as_format_1(store, cache: Path, key: str) -> None:
     path = cache / key
     shutil.move(store.path, path)
     record = json.loads((path / 'metadata.json').read_text())
-    for name in ('round_trip', 'files', 'split', 'skipped'):
+    for name in ('round_trip', 'files', 'split', 'skipped', 'checksum'):
         del record[name]
     record['source'] = {key: record['source'][key] for key in ('spec', 'fingerprint')}
     (path / 'metadata.json').write_text(json.dumps(record | {'version': 1}))

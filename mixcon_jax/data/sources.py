@@ -215,7 +215,7 @@ class HuggingFaceSource:
 def in_common(sources: Sequence[Source]) -> Iterator[str]:
     """A line on sources that have text in common: it counts in each of them, as weights may be meant to have it."""
     seen: dict[object, str] = {}  # what was read first by which source
-    for source in sources:
+    for source in sources if len(sources) > 1 else ():
         parts = list(map(paths.identity, source.paths)) if isinstance(source, FilesSource) else [source.spec]
         for other, count in Counter(seen[part] for part in parts if part in seen).items():
             if count == len(parts) and other == source.spec:

@@ -28,7 +28,7 @@ API = {
         'Training',
         ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim', 'mixcon_jax.checkpoints'],
     ),
-    'devices': ('Devices', ['mixcon_jax.sharding', 'mixcon_jax.mesh']),
+    'devices': ('Devices', ['mixcon_jax.parallel.layout', 'mixcon_jax.parallel.split']),
     'inference': ('Inference', ['mixcon_jax.inference', 'mixcon_jax.generate', 'mixcon_jax.evaluate']),
     'records': (
         'Records and reports',

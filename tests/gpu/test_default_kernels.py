@@ -76,8 +76,8 @@ def main() -> None:
 
     from kernels_pallas import choice
     from mixcon_jax import config as configs
+    from mixcon_jax.parallel.layout import batch_sharding, make_mesh
     from mixcon_jax.planning import targets
-    from mixcon_jax.sharding import batch_sharding, make_mesh
     from mixcon_jax.step import BATCH_KEYS, make_steps
 
     device = targets.devices('h100')[0]

@@ -8,10 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
-from mixcon_jax.mesh import by_rows
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.mlp import mlp_hidden_dim
 from mixcon_jax.models.layers import Aux, Buffer, Parameters, State, masked_mean, normal, output_std
+from mixcon_jax.parallel.split import by_rows
 
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
 

@@ -28,7 +28,7 @@ API = {
         'Training',
         ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim', 'mixcon_jax.checkpoints'],
     ),
-    'devices': ('Devices', ['mixcon_jax.sharding', 'mixcon_jax.mesh']),
+    'devices': ('Devices', ['mixcon_jax.parallel.*']),
     'inference': ('Inference', ['mixcon_jax.inference', 'mixcon_jax.generate', 'mixcon_jax.evaluate']),
     'records': (
         'Records and reports',
@@ -36,14 +36,11 @@ API = {
     ),
     'models': (
         'Models',
-        [
-            f'mixcon_jax.models.{name}'
-            for name in ('decoder', 'block', 'layers', 'sequence', 'context', 'presets', 'accounting')
-        ],
+        [f'mixcon_jax.models.{name}' for name in ('decoder', 'block', 'layers', 'context', 'presets', 'accounting')],
     ),
     'mixers': ('Mixers and FFNs', ['mixcon_jax.models.mixers.*', 'mixcon_jax.models.ffns.*']),
     'data': ('Data', ['mixcon_jax.data.*']),
-    'kernels': ('Kernels', ['kernels_pallas.*.api']),
+    'kernels': ('Kernels', ['kernels_pallas.*.api', 'kernels_pallas.*.context_parallel']),
     'launch': ('Launchers', ['launch.sweep', 'launch.local', 'launch.processes']),
 }
 

@@ -17,13 +17,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from mixcon_jax import optim, sharding
+from mixcon_jax import optim
 from mixcon_jax.config import ConfigError
 from mixcon_jax.errors import UserError
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
+from mixcon_jax.parallel import layout
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state
 
 BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
@@ -89,13 +90,13 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
 
     Args:
       config: the experiment.
-      mesh: from ``sharding.make_mesh``.
+      mesh: from ``layout.make_mesh``.
       create: ``(config.model, seed) -> model``, the Decoder unless a test wants another.
 
     Raises:
       ConfigError: the batch does not split evenly over devices and microbatches.
     """
-    shards, accum = sharding.batch_shards(mesh), config.train.accum_steps
+    shards, accum = layout.batch_shards(mesh), config.train.accum_steps
     if config.train.batch_size % (shards * accum):
         raise ConfigError(
             f'train.batch_size {config.train.batch_size} must be a multiple of mesh.data * mesh.fsdp *'
@@ -120,12 +121,12 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
 
     # ----- where everything lies -----
     abstract = jax.eval_shape(init_state)
-    everywhere, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    param_shardings = sharding.param_shardings(abstract.params, axes, mesh)
-    layout = dataclasses.replace(
+    everywhere, by_row = layout.replicated(mesh), layout.batch_sharding(mesh)
+    param_shardings = layout.param_shardings(abstract.params, axes, mesh)
+    shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
         params=param_shardings,
-        opt_state=sharding.opt_state_shardings(abstract.opt_state, abstract.params, param_shardings, mesh),
+        opt_state=layout.opt_state_shardings(abstract.opt_state, abstract.params, param_shardings, mesh),
     )
 
     # XLA:CPU spends many seconds optimizing random-number code that runs once, and what its vectorizer makes of an
@@ -153,18 +154,20 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     return Steps(
         mesh=mesh,
         graphdef=graphdef,
-        abstract_state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout),
+        abstract_state=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        ),
         logical_axes=axes,
         groups=optim.describe_groups(config.optim.name, axes),
-        init_state=jax.jit(init_state, out_shardings=layout, compiler_options=init_options),
+        init_state=jax.jit(init_state, out_shardings=shardings, compiler_options=init_options),
         train_step=jax.jit(
             train,
-            in_shardings=(layout, by_row),
-            out_shardings=(layout, everywhere),
+            in_shardings=(shardings, by_row),
+            out_shardings=(shardings, everywhere),
             donate_argnums=0,
             compiler_options=ordered_sums(mesh.devices.flat[0]) if config.train.deterministic else None,
         ),
-        eval_step=jax.jit(evaluate, in_shardings=(layout, by_row), out_shardings=everywhere),
+        eval_step=jax.jit(evaluate, in_shardings=(shardings, by_row), out_shardings=everywhere),
         put=put,
         model=lambda state: build(state.params, state.buffers),
     )
@@ -237,7 +240,7 @@ def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_ste
     Microbatch i holds rows i, i + accum_steps, ...: every device cuts its own rows, none move.
     """
     split = {
-        key: sharding.constrain(jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0), None, 'batch', 'sequence')
+        key: layout.constrain(jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0), None, 'batch', 'sequence')
         for key, x in batch.items()
     }
     if accum_steps == 1:
@@ -355,7 +358,7 @@ def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tr
 
 def eval_step(config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch) -> dict[str, Array]:
     """Sums over a batch's scored tokens: ``nll`` in nats, those predicted right, ``correct``, and all, ``tokens``."""
-    batch = {key: sharding.constrain(x, 'batch', 'sequence') for key, x in batch.items()}
+    batch = {key: layout.constrain(x, 'batch', 'sequence') for key, x in batch.items()}
     context = Context(batch['segment_ids'], batch['positions'], train=False)
     hidden, _, _ = model(batch['tokens'], context)
     mask = batch['loss_mask']

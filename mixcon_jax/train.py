@@ -25,9 +25,9 @@ from mixcon_jax.fingerprint import fingerprint
 from mixcon_jax.goodput import Clock
 from mixcon_jax.metrics import Metrics
 from mixcon_jax.models import accounting
+from mixcon_jax.parallel.layout import make_mesh
 from mixcon_jax.records import Record, last, read
 from mixcon_jax.saved import newest as newest_contents
-from mixcon_jax.sharding import make_mesh
 from mixcon_jax.step import make_steps
 from mixcon_jax.stop import StopRequest
 from mixcon_jax.units import duration

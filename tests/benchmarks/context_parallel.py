@@ -19,11 +19,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixcon_jax import config as configs
-from mixcon_jax import sharding
 from mixcon_jax.models import presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.mixers import MIXERS
+from mixcon_jax.parallel import layout
 from tests.benchmarks.hlo_bytes import array_bytes, kernels
 
 COLLECTIVES = ('collective-permute', 'all-gather', 'reduce-scatter', 'all-reduce')
@@ -67,7 +67,7 @@ def layer_gradient(
     config.data.seq_len = length
     config = configs.validate(config)
     used = (devices or jax.devices())[: data * shards]
-    mesh = sharding.make_mesh(config.mesh, used)
+    mesh = layout.make_mesh(config.mesh, used)
     mixer = nnx.eval_shape(lambda: MIXERS[LAYERS[name]](config.model, Parameters(jax.random.key(0)), 1))
     graphdef, params = nnx.split(mixer)
     everywhere = NamedSharding(mesh, PartitionSpec())

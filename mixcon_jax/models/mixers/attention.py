@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
-from mixcon_jax.models.sequence import attention
+from mixcon_jax.parallel.kernels import attention
 
 
 class Attention(nnx.Module):

@@ -24,7 +24,7 @@ from mixcon_jax.models.layers import (
     zeros,
 )
 from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
-from mixcon_jax.models.sequence import causal_conv1d, diagonal_gain, matrix_gain, selective_scan
+from mixcon_jax.parallel.kernels import causal_conv1d, diagonal_gain, matrix_gain, selective_scan
 
 UNIT_SWISH = 1.2784645427610738  # swish(1 + W(1/e)) = 1: a scaling that starts as the identity
 

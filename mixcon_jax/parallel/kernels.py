@@ -1,0 +1,13 @@
+"""The kernels as layers call them: each device computes its own rows, tokens and heads of what the mesh shares out."""
+
+from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
+from kernels_pallas.attention.context_parallel import CALL as ATTENTION
+from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
+from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
+from mixcon_jax.parallel.split import split
+
+attention = split(ATTENTION)
+causal_conv1d = split(CAUSAL_CONV1D)
+diagonal_gain = split(DIAGONAL)
+matrix_gain = split(MATRIX)
+selective_scan = split(SELECTIVE_SCAN)

@@ -26,7 +26,6 @@ from mixcon_jax.goodput import Clock
 from mixcon_jax.metrics import Metrics
 from mixcon_jax.models import accounting
 from mixcon_jax.records import Record, last, read
-from mixcon_jax.saved import newest as newest_contents
 from mixcon_jax.sharding import make_mesh
 from mixcon_jax.step import make_steps
 from mixcon_jax.stop import StopRequest
@@ -73,7 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     Args:
       config: an experiment's; it need not be validated.
       workdir: the run's folder. If a run is there, it goes on from its newest intact checkpoint; options that change
-        the updates must be the same then (``workdir.FREE`` lists those that need not).
+        the updates must be the same then (``options.FREE`` lists those that need not).
 
     Raises:
       UserError: one line on what the user can mend: configuration, data, workdir, a full disk.
@@ -86,20 +85,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     begin.set_up_jax(config)
     configs.validate(config, jax.device_count())
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
-        folder.require_same(config)
+        begun = folder.require_same(config)
         with contextlib.ExitStack() as stack:
-            return _train(config, folder, stack)
+            return _train(config, folder, begin.tokens_of(begun, config), stack)
 
 
-def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib.ExitStack) -> Result:
-    """``train`` on devices; what it opens is closed with ``stack``."""
+def _train(
+    config: ml_collections.ConfigDict, folder: Workdir, tokens: tuple[str, ...], stack: contextlib.ExitStack
+) -> Result:
+    """``train`` on devices, with these token stores if they are there; what it opens is closed with ``stack``."""
     clock, first_process = Clock(), jax.process_index() == 0
     log, last_step = config.log, config.train.steps
 
     # ----- Data, model, files ----------------------------------------------------------------------------------------
     with clock.spend('startup'):
-        begun = newest_contents(folder.checkpoints)  # whose tokens it goes on with, if they are there
-        dataset = open_dataset(config, tuple(begun['data']) if begun else ())
+        dataset = open_dataset(config, tokens)
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         begin.require_vocabulary(config, tokenizer)
         share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
@@ -128,7 +128,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             state, meta = restored
             before = configs.from_dict(meta.config)
             folder.require_updates_of(before, meta.step, config)
-            begin.require_same_data(meta, dataset.identity, tokenizer)
+            begin.require_same_data(meta, dataset.identity, tokenizer, config)
             metrics.say(f'going on after step {meta.step} of {last_step}')
             begin.say_extended(metrics.say, before, config, meta.step)
         else:

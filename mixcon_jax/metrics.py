@@ -21,6 +21,7 @@ import numpy as np
 from mixcon_jax import mark
 from mixcon_jax.errors import UserError
 from mixcon_jax.goodput import Clock
+from mixcon_jax.parsing import number
 from mixcon_jax.records import Record, RecordLog, keep_until, plain, read
 from mixcon_jax.units import duration, short
 from mixcon_jax.workdir import explained
@@ -294,21 +295,30 @@ def scalars(record: Record) -> dict[str, float]:
     """
     if record['kind'] not in ('train', 'eval', 'final'):
         return {}
-    values = {}
+    values: dict[str, float] = {}
     for key, value in record.items():
         if key in ('kind', 'step', 'time'):
             continue
         if key in ('stats', 'time_shares'):
             for name, item in value.items():
-                array = np.array(item, np.float64)
-                values[f'{key}/{name}'] = float(array.max(axis=-1).mean() if array.ndim > 1 else array.mean())
-                if array.ndim > 1:
-                    values[f'{key}/{name}_min'] = float(array.min(axis=-1).mean())
-        elif key == 'by_length':
-            values |= {f'{record["kind"]}/accuracy_{length}': part['accuracy'] for length, part in value.items()}
-        elif isinstance(value, int | float):
+                values |= _of_blocks(f'{key}/{name}', item)
+        elif key == 'by_length' and isinstance(value, dict):
+            table = {length: part.get('accuracy') for length, part in value.items() if isinstance(part, dict)}
+            values |= {f'{record["kind"]}/accuracy_{length}': number(share) for length, share in table.items()}
+        elif isinstance(value, bool) or not math.isnan(number(value)):
             values[f'{record["kind"]}/{key}'] = float(value)
     return values
+
+
+def _of_blocks(name: str, item: Any) -> dict[str, float]:
+    """What ``scalars`` gives of a statistic; nothing of what is none, as in a damaged record."""
+    try:
+        array = np.array(item, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return {}
+    if array.ndim < 2 or not array.size:
+        return {name: float(array.mean())} if array.size else {}
+    return {name: float(array.max(axis=-1).mean()), f'{name}_min': float(array.min(axis=-1).mean())}
 
 
 def round_down(number: float) -> int:

@@ -13,7 +13,8 @@ Record = dict[str, Any]
 STEP_DIGITS = 18  # of the largest step that anything here counts to
 MAPPINGS = ('stats', 'time_shares', 'baselines')  # of a record, where it has them
 NUMBERS = ('time', 'loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes', 'tokens_seen', 'seconds')
-SCORED = ('train', 'eval', 'final')  # kinds whose records have a loss
+SCORES = ('loss', 'tokens', 'bytes')
+NEEDED = {'train': ('loss',), 'eval': SCORES, 'final': SCORES}  # by kind, of a record
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def json_file(path: str | Path) -> dict[str, Any] | None:
 def record(line: bytes) -> Record | None:
     """The record that a line of metrics.jsonl is, or None: it was cut short, or is something else.
 
-    A record has a kind, and a step that is an integer of at least 0; those of scores have a loss. What it has under
-    the names of NUMBERS is a number or null, and an object under those of MAPPINGS.
+    A record has a kind, a step that is an integer of at least 0, and what is NEEDED of its kind. Under the names of
+    NUMBERS it has numbers or null, under those of MAPPINGS objects.
     """
     try:
         found = json_object(line)
@@ -54,7 +55,7 @@ def record(line: bytes) -> Record | None:
         isinstance(kind, str)
         and type(step) is int
         and 0 <= step < 10**STEP_DIGITS
-        and (kind not in SCORED or 'loss' in found)
+        and all(name in found for name in NEEDED.get(kind, ()))
         and all(_is_number(found[name]) for name in NUMBERS if found.get(name) is not None)
         and all(isinstance(found[name], dict) for name in MAPPINGS if name in found)
     )

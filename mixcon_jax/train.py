@@ -285,7 +285,7 @@ def _train(
 # ---------------------------------------------------------------------------------------------------------------------
 def _covers(scores: Record | None, step: int, rows: Any) -> bool:
     """Whether these scores are of this step and of all these rows."""
-    return scores is not None and scores['step'] == step and scores['tokens'] == rows.num_tokens
+    return scores is not None and scores['step'] == step and scores.get('tokens') == rows.num_tokens
 
 
 def _end_trace() -> None:

@@ -229,7 +229,10 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.data.integrity import verify_all
+    from mixcon_jax.mark import path_of
 
+    for store in known.stores:
+        path_of(store, 'STORE')
     return FAILED if verify_all(known.stores, print) else 0
 
 

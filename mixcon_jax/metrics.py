@@ -21,6 +21,7 @@ import numpy as np
 from mixcon_jax import mark
 from mixcon_jax.errors import UserError
 from mixcon_jax.goodput import Clock
+from mixcon_jax.output import lasting
 from mixcon_jax.parsing import number
 from mixcon_jax.records import Record, RecordLog, keep_until, plain, read
 from mixcon_jax.units import duration, short
@@ -175,7 +176,7 @@ class Progress:
     """One line that rewrites itself on a terminal; elsewhere a few dozen lines a run."""
 
     def __init__(self, steps: int, stream: Stream, active: bool = True) -> None:
-        self._steps, self._stream, self._active = steps, stream, active
+        self._steps, self._stream, self._active = steps, lasting(stream), active
         self._terminal = stream.isatty()
         self._every = round_down(steps / LINES)
         self._first: tuple[int, int, float] | None = None  # step, tokens and seconds after the first step
@@ -212,14 +213,8 @@ class Progress:
             self._width = 0
 
     def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:  # the terminal or the reader has gone, or the disk is full: what was shown is recorded too
-            gone: Any = self._stream
-            self._stream = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # else Python complains when it ends
-                os.dup2(self._stream.fileno(), gone.fileno())
+        self._stream.write(text)
+        self._stream.flush()
 
 
 class TensorBoard:

@@ -29,6 +29,7 @@ from mixcon_jax.records import Record, last, read
 from mixcon_jax.sharding import make_mesh
 from mixcon_jax.step import make_steps
 from mixcon_jax.stop import StopRequest
+from mixcon_jax.trace import Trace
 from mixcon_jax.units import duration
 from mixcon_jax.workdir import SCORES, Workdir, describe, is_finite, report_if_finished, summary
 
@@ -95,7 +96,7 @@ def _train(
 ) -> Result:
     """``train`` on devices, with these token stores if they are there; what it opens is closed with ``stack``."""
     clock, first_process = Clock(), jax.process_index() == 0
-    log, last_step = config.log, config.train.steps
+    last_step = config.train.steps
 
     # ----- Data, model, files ----------------------------------------------------------------------------------------
     with clock.spend('startup'):
@@ -138,6 +139,8 @@ def _train(
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
         records = metrics.start(meta.step, meta.tokens_seen)
+        trace = Trace(config.log, folder.path / 'profile', metrics.say)
+        stack.callback(trace.end)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
         batches = train_batches.iterate(meta.step)
         stack.callback(batches.close)
@@ -146,7 +149,7 @@ def _train(
     stop = stack.enter_context(StopRequest(alone=jax.process_count() == 1))
     compiled: set[str] = set()
     pending: tuple[int, Any] | None = None  # a dispatched step and its metrics, not read yet
-    bad_steps, tracing = 0, False
+    bad_steps = 0
 
     @contextlib.contextmanager
     def running(name: str) -> Iterator[None]:
@@ -210,13 +213,10 @@ def _train(
             at_end, stopping = step == last_step, should_stop(step)
             score_due = _due(step, config.eval.every, at_end) and not _covers(scored, step, watched)
             save_due = _due(step, config.checkpoint.every, at_end) and step != saved
-            trace_ends = log.profile_start > 0 and step == log.profile_start + log.profile_steps - 1
-            if score_due or save_due or at_end or stopping or trace_ends:
+            if score_due or save_due or at_end or stopping or trace.ends_after(step):
                 read_pending()
-            if trace_ends and tracing:
-                jax.profiler.stop_trace()
-                tracing = False
-                metrics.say(f'profile of {log.profile_steps} steps in {folder.path / "profile"}')
+            if trace.ends_after(step):
+                trace.end()
             try:
                 if score_due and not stopping:
                     scored = evaluate('eval', watched, step)
@@ -237,11 +237,9 @@ def _train(
                 break
 
             # One step: dispatch it, then read the one before.
-            if step + 1 == log.profile_start:
+            if trace.begins_after(step):
                 read_pending()
-                jax.profiler.start_trace(str(folder.path / 'profile'))
-                tracing = True
-                stack.callback(_end_trace)
+                trace.begin()
             with clock.spend('data'):
                 batch = next(batches)
             with running('train_step'):
@@ -254,13 +252,15 @@ def _train(
         return _abort(error, metrics, checkpoints)
 
     # ----- The end ---------------------------------------------------------------------------------------------------
-    if tracing:
-        jax.profiler.stop_trace()
+    trace.end()
     with clock.spend('checkpoint'):
         note(checkpoints.wait())
     if stopping:
         metrics.record('run', step, event='stopped', **_spent(clock))
-        metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
+        if step == 0:
+            metrics.say('stopped before the first step: nothing is saved, and the same command begins again')
+        else:
+            metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
         return Result(STOPPED, step)
     assert final is not None  # the loop ends with it
     if not is_finite(final):
@@ -286,12 +286,6 @@ def _train(
 def _covers(scores: Record | None, step: int, rows: Any) -> bool:
     """Whether these scores are of this step and of all these rows."""
     return scores is not None and scores['step'] == step and scores.get('tokens') == rows.num_tokens
-
-
-def _end_trace() -> None:
-    """Writes a trace that is still open, however the run ends."""
-    with contextlib.suppress(RuntimeError):  # it has ended
-        jax.profiler.stop_trace()
 
 
 def _due(step: int, every: int, at_end: bool) -> bool:

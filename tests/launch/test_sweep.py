@@ -147,6 +147,7 @@ def written(case: Case, workdir, step: int, event: str = 'stopped', speed: float
     run = workdir / case.folder
     for item in (*saved.ARRAYS, 'meta'):
         (run / 'checkpoints' / str(step) / item).mkdir(parents=True)
+        (run / 'checkpoints' / str(step) / item / 'manifest.ocdbt').write_text('x')
     contents = {'step': step, 'config': case.config.to_dict()}
     text = json.dumps({'sha256': saved.digest(contents), 'contents': contents})
     (run / 'checkpoints' / str(step) / 'meta' / 'metadata').write_text(text)

@@ -13,6 +13,7 @@ Record = dict[str, Any]
 STEP_DIGITS = 18  # of the largest step that anything here counts to
 MAPPINGS = ('stats', 'time_shares', 'baselines')  # of a record, where it has them
 NUMBERS = ('time', 'loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes', 'tokens_seen', 'seconds')
+YEAR_10000 = 253_402_300_800  # in seconds since 1970: later times no clock shows
 SCORES = ('loss', 'tokens', 'bytes')
 NEEDED = {'train': ('loss',), 'eval': SCORES, 'final': SCORES}  # by kind, of a record
 
@@ -44,7 +45,7 @@ def record(line: bytes) -> Record | None:
     """The record that a line of metrics.jsonl is, or None: it was cut short, or is something else.
 
     A record has a kind, a step that is an integer of at least 0, and what is NEEDED of its kind. Under the names of
-    NUMBERS it has numbers or null, under those of MAPPINGS objects.
+    NUMBERS it has numbers or null, under those of MAPPINGS objects; its time is one that clocks show.
     """
     try:
         found = json_object(line)
@@ -58,6 +59,7 @@ def record(line: bytes) -> Record | None:
         and all(name in found for name in NEEDED.get(kind, ()))
         and all(_is_number(found[name]) for name in NUMBERS if found.get(name) is not None)
         and all(isinstance(found[name], dict) for name in MAPPINGS if name in found)
+        and 0 <= (found.get('time') or 0) < YEAR_10000
     )
     return found if good else None
 

@@ -48,14 +48,18 @@ class PlainPath:
         if not PLAIN.fullmatch(scratch):
             os.rmdir(scratch)
             raise UserError(f'neither {folder} nor {scratch} is a path that can be saved to; set TMPDIR to a plain one')
-        self.mend()
+        self.path.symlink_to(folder)
 
     def mend(self) -> None:
-        """Makes the link if it is not there: temporary folders are cleared out, and a library would make another."""
+        """Makes the link anew if it is gone: temporary folders are cleared out, and a library would make a folder there.
+
+        Raises:
+          OSError: it cannot be made, as where someone else has taken its place.
+        """
         if self.path == self._folder or (self.path.is_symlink() and self.path.readlink() == self._folder):
             return
         self._remove()
-        self.path.parent.mkdir(mode=0o700, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700)
         self.path.symlink_to(self._folder)
 
     def _remove(self) -> None:

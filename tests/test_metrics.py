@@ -87,6 +87,7 @@ NO_RECORDS = [
     b'{"kind": "run", "step": -1}', b'{"kind": "run", "step": 1.0}', b'{"kind": "run", "step": 1' + b'0' * 400 + b'}',
     b'{"kind": "train", "step": 1}', b'{"kind": "eval", "step": 1, "loss": 1.0}', b'{"kind": "final", "step": 1}',
     b'{"kind": "train", "step": 1, "loss": "x"}', b'{"kind": "train", "step": 1, "loss": 1, "time": {}}',
+    b'{"kind": "run", "step": 1, "time": 1e300}', b'{"kind": "run", "step": 1, "time": -1}',
     b'{"kind": "train", "step": 1, "loss": 1, "stats": 3}', b'{"kind": "run", "step": 1, "baselines": null}',
 ]  # fmt: skip
 

@@ -234,6 +234,15 @@ def test_a_report_reads_the_configuration_in_the_checkpoint_where_the_file_is_lo
     assert lost.config.to_dict() == whole.config.to_dict() and lost.final == whole.final is not None
 
 
+def test_of_a_file_that_is_another_runs_a_report_takes_what_may_change_alone(folder, tmp_path):
+    workdir = copy_of(folder, tmp_path)
+    whole = runs.read(workdir)[0].config
+    other = configs.validate(small(folder, optim__learning_rate=0.1, seed=5, eval__every=9, name='new', train__steps=6))
+    (workdir / 'config.json').write_text(configs.to_json(other))
+    changed = configs.differences(whole, runs.read(workdir)[0].config)
+    assert changed == {'eval.every': (2, 9), 'name': ('', 'new'), 'train.steps': (4, 6)}
+
+
 # ----- more steps -----
 
 

@@ -48,7 +48,7 @@ def contents(folder: str | Path, step: int) -> dict[str, Any]:
         found = saved['contents']
         if saved['sha256'] != digest(found) or found['step'] != step:
             raise Damaged('its metadata does not match its checksum')
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise Damaged(f'its metadata lacks {error}') from error
     return found
 

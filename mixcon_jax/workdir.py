@@ -65,10 +65,8 @@ class Workdir:
         except configs.ConfigError:  # which whoever goes on with it says
             return None
         begun = self.require_same(config)
-        if begun is None or renamed(
-            configs.from_dict(begun['config']), config
-        ):  # whether it is the same text, data tell
-            return None
+        if begun is None or renamed(configs.from_dict(begun['config']), config):
+            return None  # whether it is the same text is for the tokens to say
         return record if saved.is_whole(self.checkpoints, record['step']) else None
 
     def require_same(self, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
@@ -100,8 +98,8 @@ class Workdir:
           UserError: lists what differs.
         """
         differences = configs.differences(configs.resolve(was), configs.resolve(config))
-        free = (*FREE, *THROUGH_TOKENS) if made else FREE
-        changed = {key: values for key, values in differences.items() if not key.startswith(free)}
+        free = lambda key: key.startswith(FREE) or (made > 0 and key in THROUGH_TOKENS)
+        changed = {key: values for key, values in differences.items() if not free(key)}
         steps, hint = config.train.steps, ''
         if set(changed) == {'train.steps'}:
             if steps < made:
@@ -206,8 +204,11 @@ def is_finite(scores: Mapping[str, Any]) -> bool:
 
 def is_done(record: Mapping[str, Any]) -> bool:
     """Whether a record says that a run is done, with everything that is shown of it then."""
-    whole = all(key in record for key in ('bytes', 'tokens')) and isinstance(record.get('fingerprint'), str)
-    return record.get('event') == 'done' and whole and is_finite(record)
+    try:
+        summary(0, record)
+    except (KeyError, TypeError, ValueError, AttributeError):  # it was written by something else
+        return False
+    return record.get('event') == 'done' and isinstance(record['fingerprint'], str) and is_finite(record)
 
 
 def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> Record | None:
@@ -250,7 +251,7 @@ def describe(values: Mapping[str, Any]) -> str:
     numbers = {key: number(values.get(key)) for key in SCORES}
     if not values['bytes']:  # a task
         table = values.get('by_length', {})
-        lengths = ', '.join(f'{length}: {number(part.get("accuracy")):.3f}' for length, part in table.items())
+        lengths = ', '.join(f'{length}: {part["accuracy"]:.3f}' for length, part in table.items())
         return f'loss {numbers["loss"]:.4f} · accuracy {numbers["accuracy"]:.4f}' + (f' ({lengths})' if lengths else '')
     per_byte = f'{numbers["bits_per_byte"]:.4f} bits per byte'
     if values.get('bits_per_byte') is None:
@@ -261,7 +262,7 @@ def describe(values: Mapping[str, Any]) -> str:
 def summary(step: int, record: Mapping[str, Any]) -> str:
     """How a run ended: its scores beside what simpler models reach, and the fingerprint of its parameters."""
     floors = record.get('baselines', {})
-    beside = ', '.join(f'{name} {number(floors[key]):.4f}' for key, name in BASELINES.items() if key in floors)
+    beside = ', '.join(f'{name} {floors[key]:.4f}' for key, name in BASELINES.items() if key in floors)
     return (
         f'done after {step} steps · held out: {describe(record)}'
         + (f' ({beside})' if beside else '')

@@ -186,6 +186,7 @@ def test_a_run_whose_last_checkpoint_is_half_gone_is_not_done(folder, tmp_path):
 @pytest.mark.parametrize('damage', [
     {'loss': None}, {'loss': '3'}, {'loss': 10**400}, {'step': '4'}, {'step': None}, {'step': True}, {'bytes': ...},
     {'fingerprint': ...}, {'fingerprint': 3}, {'kind': None}, {'baselines': None}, {'tokens': [1]}, {'perplexity': '1'},
+    {'baselines': {'gzip': 'x'}}, {'bytes': 0, 'by_length': 3}, {'bytes': 0, 'by_length': {'8': {}}},
 ])  # fmt: skip
 def test_a_damaged_record_of_the_end_makes_no_run_done(folder, tmp_path, damage):
     workdir = copy_of(folder, tmp_path)
@@ -319,6 +320,8 @@ def test_a_run_goes_on_with_its_text_wherever_it_is_now(folder, tmp_path, capsys
     with pytest.raises(UserError, match=r'checkpoint 4 .*other text.*data\.sources .*corpus.* -> .*moved') as error:
         train(config, again)
     assert '\n' not in str(error.value) and contents(again) == before
+    with pytest.raises(UserError, match=r'data\.tokenizer_vocab_size 300 -> 301\)'):
+        train(small(folder, data__tokenizer_vocab_size=301), again)
     own = small(folder, data__tokenizer=str(folder / 'whole' / 'tokenizer.json'))
     capsys.readouterr()
     assert train(own, again).exit_code == DONE

@@ -78,7 +78,20 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         raise ConfigError(f'{_place(file, error)}: {type(error).__name__}: {_first_line(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f'experiment file {path}: get_config() must return a ConfigDict, not {type(config).__name__}')
-    return canonical(config)
+    return canonical(_with_elements(config, [override.split('=')[0] for override in overrides]))
+
+
+def _with_elements(config: ml_collections.ConfigDict, overridden: Sequence[str]) -> ml_collections.ConfigDict:
+    """Splits tuples of text that the command line gave as one element; those of an experiment file are as they are."""
+    for key in overridden:
+        value, option = get(config, key, None), _option(key)
+        if option.element is str and isinstance(value, tuple) and len(value) == 1:
+            put(config, key, _split(str(value[0]), option))
+    return config
+
+
+def _split(text: str, option: Option) -> tuple[str, ...]:
+    return tuple(part.strip() for part in re.split(option.between, text) if part.strip())
 
 
 def _place(file: str, error: BaseException) -> str:
@@ -106,10 +119,8 @@ def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         if isinstance(option.default, float) and type(value) is int:
             group[name] = _float(value)
         elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
-            items = [value] if isinstance(value, str) else list(value)
+            items = list(_split(value, option) if isinstance(value, str) else value)
             items = [] if items == [''] else items
-            if option.element is str and len(items) == 1:  # as the command line gives it
-                items = [part.strip() for part in re.split(option.between, str(items[0])) if part.strip()]
             if option.element is float:
                 items = [_float(item) if type(item) is int else item for item in items]
             group[name] = tuple(items)

@@ -84,8 +84,8 @@ def one_of(*choices: str) -> Check:
 
 POSITIVE, COUNT, FRACTION = at_least(1), at_least(0), between(0.0, 1.0)
 PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), 'two numbers in [0, 1)')
-# A comma ends a source where the next one begins; other commas are of a path.
-SOURCES = r',\s*(?=[a-z]+:|stdlib\s*(?:,|$))'
+# A comma ends a source where the next one of a known kind begins; other commas are of a path.
+SOURCES = r',\s*(?=(?:files|huggingface|store|synthetic):|stdlib\s*(?:,|$))'
 DTYPE = one_of('float32', 'bfloat16')
 
 OPTIONS: dict[str, Any] = {

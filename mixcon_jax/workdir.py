@@ -10,8 +10,6 @@ profile/         traces, when log.profile_start asks for them
 """
 
 import contextlib
-import errno
-import fcntl
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +19,7 @@ from typing import IO, Any
 import ml_collections
 
 from mixcon_jax import config as configs
-from mixcon_jax import mark, saved
+from mixcon_jax import locks, mark, saved
 from mixcon_jax.errors import UserError
 from mixcon_jax.options import FREE, THROUGH_TOKENS
 from mixcon_jax.parsing import number
@@ -227,14 +225,7 @@ def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> R
 
 def take_lock(file: IO[Any]) -> bool:
     """Whether this process, and those that inherit the file, now hold its lock; also where there are no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network file systems
-            raise
-    return True
+    return locks.take(file) is not False
 
 
 @contextlib.contextmanager
@@ -255,7 +246,7 @@ def describe(values: Mapping[str, Any]) -> str:
         return f'loss {numbers["loss"]:.4f} · accuracy {numbers["accuracy"]:.4f}' + (f' ({lengths})' if lengths else '')
     per_byte = f'{numbers["bits_per_byte"]:.4f} bits per byte'
     if values.get('bits_per_byte') is None:
-        per_byte = 'no bits per byte: the tokens lose text'
+        per_byte = 'no bits per byte: the tokens are not known to hold all of the text'
     return f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f} · {per_byte}'
 
 

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('mixcon_jax', 'kernels_pallas', 'launch', 'experiments')
 
 # Whatever may be imported by everyone: they import nothing of ours but each other.
-FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'paths', 'options', 'config', 'mesh')}
+FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'paths', 'locks', 'options', 'config', 'mesh')}
 # What starts runs; only launchers and one another may import it.
 TOP = {'mixcon_jax.train', 'mixcon_jax.cli', 'mixcon_jax.__main__', 'launch'}
 

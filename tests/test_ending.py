@@ -30,6 +30,7 @@ COMMANDS = {
     'watch': ('mixcon_jax.watch.watch', cli.main, ['watch', 'run']),
     'doctor': ('mixcon_jax.doctor.doctor', cli.main, ['doctor']),
     'prepare': ('mixcon_jax.data.prepare.prepare', cli.main, ['data', 'prepare', '--config', EXPERIMENT]),
+    'verify': ('mixcon_jax.data.integrity.verify_all', cli.main, ['data', 'verify', 'run']),
     'local': ('launch.local.load', local.main, ['--processes', '1', '--config', EXPERIMENT, '--workdir', 'run']),
     'sweep': ('launch.sweep.cases', sweep.main, ['--config', EXPERIMENT, '--workdir', 'run']),
 }
@@ -151,5 +152,5 @@ def test_a_platform_that_is_not_here_is_one_line(platform, tmp_path):
 
 def test_the_exit_codes_stand_in_the_docs():
     page = Path(ROOT, 'docs', 'run-directory.md').read_text(encoding='utf-8')
-    for code in (ending.USER_ERROR, ending.FAULT, ending.INTERRUPTED):
+    for code in (ending.FAILED, ending.USER_ERROR, ending.FAULT, ending.INTERRUPTED):
         assert f'\n| {code} | ' in page

@@ -16,6 +16,11 @@ from tests.tiny import ROOT
 
 QUICKSTART = ['--config', 'experiments/quickstart.py']
 TINY = [*QUICKSTART, '--workdir', 'WORKDIR', '--config.train.batch_size=8']
+# No text to prepare, and a model that compiles in no time.
+TASK = [
+    *TINY, '--config.data.sources=synthetic:induction', '--config.data.seq_len=16', '--config.model.dim=8',
+    '--config.model.pattern=mamba', '--config.model.vocab_size=64', '--config.log.tensorboard=false',
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -71,6 +76,9 @@ DOORS = {
     'files:': (cli.main, ['data', 'prepare', *QUICKSTART, '--config.data.sources=files:PATH']),
     'store:': (cli.main, ['data', 'prepare', *QUICKSTART, '--config.data.sources=store:PATH']),
     'eval': (cli.main, ['eval', '--workdir', 'PATH']),
+    'eval FILE': (cli.main, ['eval', '--workdir', 'WORKDIR', 'PATH']),
+    'data verify': (cli.main, ['data', 'verify', 'PATH']),
+    'train.init_from': (cli.main, ['train', *TASK, '--config.train.init_from=PATH']),
     'generate': (cli.main, ['generate', '--workdir', 'PATH']),
     'report': (cli.main, ['report', 'PATH']),
     'report --out': (cli.main, ['report', 'WORKDIR', '--out', 'PATH']),

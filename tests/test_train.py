@@ -250,7 +250,7 @@ def test_bad_input_is_one_line_and_leaves_no_run(folder, tmp_path, overrides, me
         assert not (tmp_path / 'run').exists()
 
 
-def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(folder, tmp_path):
+def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(folder, tmp_path, capsys):
     """Whatever becomes of the text: what counts is the hash of the tokens that were prepared."""
     config = small_config(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
@@ -258,7 +258,9 @@ def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(f
         train(config, tmp_path / 'run')
     write_corpus(tmp_path / 'corpus', seed=1)
     shutil.copytree(tmp_path / 'run', tmp_path / 'other')
+    capsys.readouterr()
     assert train(config, tmp_path / 'run').exit_code == DONE
+    assert 'corpus/*.txt: changed since' in capsys.readouterr().err
     shutil.rmtree(config.data.cache_dir)
     before = contents(tmp_path / 'other')
     with pytest.raises(UserError, match='data'):
@@ -273,6 +275,7 @@ def test_text_that_was_copied_but_not_changed_goes_on(folder, tmp_path):
         train(config, tmp_path / 'run')
     for path in (tmp_path / 'corpus').iterdir():
         path.touch()
+    shutil.rmtree(config.data.cache_dir)  # it is prepared anew, and is the data of the run all the same
     assert train(config, tmp_path / 'run').exit_code == DONE
 
 

@@ -26,6 +26,7 @@ from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.ending import FAILED, INTERRUPTED, exit_with
 from mixcon_jax.errors import UserError
 from mixcon_jax.output import go_on, use_utf8
+from mixcon_jax.parsing import number
 from mixcon_jax.records import read
 from mixcon_jax.stop import STOPPING
 from mixcon_jax.sweeps import Case, cases
@@ -240,7 +241,7 @@ class Sweep:
         if code == 0 and stand.state == DONE:
             self._ended[case.folder] = 'done'
             name, value = standing.measure(stand.scores)
-            scores = f'loss {standing.number(stand.scores["loss"]):.4f} · {value:.4f} {name}'
+            scores = f'loss {number(stand.scores["loss"]):.4f} · {value:.4f} {name}'
             counted = f'{self._done()} of {len(self._cases)} done{self._left(case)}'
             self._screen.say(f'{case.folder} done in {took} · {scores} · {counted}')
         elif code == STOPPED or -code in STOPPING or (self._signals.kill and code < 0):
@@ -303,7 +304,7 @@ class Sweep:
             if stand.state == DONE:
                 name, value = standing.measure(stand.scores)
                 measures.add(name)
-                row[2:4] = f'{standing.number(stand.scores["loss"]):.4f}', f'{value:.4f}'
+                row[2:4] = f'{number(stand.scores["loss"]):.4f}', f'{value:.4f}'
             if stand.state not in (NEW, REFUSED):
                 speed = standing.steps_speed(read(Workdir(self._workdir / case.folder).metrics))
                 row[4] = short(speed) if speed else ''

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.options import OPTIONS, UINT32, Option, beyond, float32, leaves
+from mixcon_jax.parsing import json_object
 from mixcon_jax.paths import expand, foreign
 
 
@@ -208,11 +209,8 @@ def read(path: str | Path) -> ml_collections.ConfigDict:
       ConfigError: it is missing, or not what ``to_json`` writes.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding='utf-8'))
-        if not isinstance(values, dict):
-            raise ValueError('it holds no options')
-        return from_dict(values)
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON or of UTF-8
+        return from_dict(json_object(Path(path).read_bytes()))
+    except (OSError, ValueError) as error:
         raise ConfigError(f'{path} is not a readable configuration: {_first_line(error)}') from error
 
 
@@ -238,11 +236,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     Raises:
       ConfigError: names the key and says what would be right.
     """
-    config = canonical(config)
-    for key in flatten(config):
-        _option(key)
-    for key, option in leaves():
-        _check_leaf(key, get(config, key), option)
+    config = check_each(config)
     _check_model(config.model)
     _check_data(config.data)
     if config.optim.warmup_steps > config.train.steps:
@@ -254,6 +248,20 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         raise ConfigError(f'seed + train.seed_noise={noise} {beyond(noise, UINT32)}')
     _check_mesh(config, num_devices)
     return resolve(config)
+
+
+def check_each(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Checks names, types and ranges, each option by itself; returns what ``canonical`` does. Loads no JAX.
+
+    Raises:
+      ConfigError: names the key and says what would be right.
+    """
+    config = canonical(config)
+    for key in flatten(config):
+        _option(key)
+    for key, option in leaves():
+        _check_leaf(key, get(config, key), option)
+    return config
 
 
 def _check_leaf(key: str, value: Any, option: Option) -> None:
@@ -268,6 +276,8 @@ def _check_leaf(key: str, value: Any, option: Option) -> None:
             raise ConfigError(f'{key}={item!r} {words}')
         if isinstance(item, str):
             _check_text(key, item)
+    if option.path and not value.strip() and value != option.default:
+        raise ConfigError(f'{key}={value!r} is empty; name {option.path}')
     if option.check is None:
         return
     if not option.check.holds(value):

@@ -41,6 +41,11 @@ FAILURES = [
     (UserError('no file a\nb\x1b[2J'), 2, r'error: no file a\nb\x1b[2J'),
     (MemoryError(), 2, 'error: there is not enough memory; take a smaller batch'),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore'), 2, 'memory (Out of'),
+    (
+        jax.errors.JaxRuntimeError('INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes.'),
+        2,
+        'not enough memory (Error dispatching computation: Out of memory allocating 9 bytes.); take a smaller',
+    ),
     (OSError(errno.ENOMEM, 'Cannot allocate memory'), 2, 'there is not enough memory'),
     (PermissionError(errno.EACCES, 'Permission denied', '/some/file'), 2, 'error: /some/file: Permission denied'),
     (OSError(errno.ENOSPC, 'No space left on device'), 2, 'error: No space left on device'),

@@ -23,17 +23,12 @@ from mixcon_jax.options import OPTIONS, Option  # noqa: E402
 
 # Page of the API reference: its title, and its modules; a * stands for all modules there.
 API = {
-    'config': ('Configuration', ['mixcon_jax.config', 'mixcon_jax.options', 'mixcon_jax.sweeps', 'mixcon_jax.errors']),
-    'training': (
-        'Training',
-        ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim', 'mixcon_jax.checkpoints'],
-    ),
+    'config': ('Configuration', ['mixcon_jax.config', 'mixcon_jax.options', 'mixcon_jax.errors']),
+    'training': ('Training', ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim']),
     'devices': ('Devices', ['mixcon_jax.parallel.*']),
-    'inference': ('Inference', ['mixcon_jax.inference', 'mixcon_jax.generate', 'mixcon_jax.evaluate']),
-    'records': (
-        'Records and reports',
-        ['mixcon_jax.records', 'mixcon_jax.metrics', 'mixcon_jax.report', 'mixcon_jax.reports.*', 'mixcon_jax.watch'],
-    ),
+    'runs': ('Run directories', ['mixcon_jax.runs.*']),
+    'inference': ('Inference', ['mixcon_jax.inference.*', 'mixcon_jax.evaluate']),
+    'reports': ('Reports', ['mixcon_jax.reports.*', 'mixcon_jax.watching.watch']),
     'models': (
         'Models',
         [f'mixcon_jax.models.{name}' for name in ('decoder', 'block', 'layers', 'context', 'presets', 'accounting')],
@@ -41,7 +36,8 @@ API = {
     'mixers': ('Mixers and FFNs', ['mixcon_jax.models.mixers.*', 'mixcon_jax.models.ffns.*']),
     'data': ('Data', ['mixcon_jax.data.*']),
     'kernels': ('Kernels', ['kernels_pallas.*.api', 'kernels_pallas.*.context_parallel']),
-    'launch': ('Launchers', ['launch.sweep', 'launch.local', 'launch.processes']),
+    'planning': ('Planning', ['mixcon_jax.planning.*']),
+    'launch': ('Launchers', ['launch.sweep.*', 'launch.local', 'launch.processes']),
 }
 
 

@@ -19,9 +19,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.paths import expand, foreign
 from mixcon_jax.options import OPTIONS, UINT32, Option, beyond, float32, leaves
 from mixcon_jax.parsing import json_object
-from mixcon_jax.paths import expand, foreign
 
 
 class ConfigError(UserError):

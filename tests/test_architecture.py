@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('mixcon_jax', 'kernels_pallas', 'launch', 'experiments')
 
 # Whatever may be imported by everyone: they import nothing of ours but each other.
-FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'paths', 'locks', 'options', 'config', 'parallel')}
+FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'host', 'options', 'config', 'parallel')}
 # What starts runs; only launchers and one another may import it.
 TOP = {'mixcon_jax.train', 'mixcon_jax.cli', 'mixcon_jax.__main__', 'launch'}
 
@@ -110,7 +110,12 @@ def test_only_the_command_line_and_launchers_import_train():
 @pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'mixcon_jax.step')])
 def test_step_knows_neither_data_nor_files(name: str):
     """loss, train_step and eval_step are pure functions of arrays."""
-    forbidden = {'mixcon_jax.data', 'mixcon_jax.checkpoints', 'mixcon_jax.metrics', 'mixcon_jax.generate'}
+    forbidden = {
+        'mixcon_jax.data',
+        'mixcon_jax.runs.checkpoints',
+        'mixcon_jax.runs.metrics',
+        'mixcon_jax.inference.generate',
+    }
     wrong = {other for other in ours(name) if any_within(other, forbidden)}
     assert not wrong, f'{name} imports {sorted(wrong)}'
 

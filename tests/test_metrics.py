@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import standing
+from launch.sweep import standing
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
-from mixcon_jax.goodput import KINDS, Clock, peak_flops
-from mixcon_jax.metrics import Metrics, Progress, TensorBoard, round_down, scalars
-from mixcon_jax.records import RecordLog, keep_until, last, plain, read
+from mixcon_jax.planning.hardware import peak_flops
+from mixcon_jax.runs.goodput import KINDS, Clock
+from mixcon_jax.runs.metrics import Metrics, Progress, TensorBoard, round_down, scalars
+from mixcon_jax.runs.records import RecordLog, keep_until, last, plain, read
 from mixcon_jax.units import duration, short
 from mixcon_jax.watching import follow
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, sweep
+from launch import local
+from launch.sweep import sweep
 from mixcon_jax import cli
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.paths import expand, expand_folder, expand_path, foreign
 from mixcon_jax.options import leaves
-from mixcon_jax.paths import expand, expand_folder, expand_path, foreign
 from tests.tiny import ROOT
 
 QUICKSTART = ['--config', 'experiments/quickstart.py']

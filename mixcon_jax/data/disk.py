@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mixcon_jax import locks
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import locks
 
 
 @contextlib.contextmanager

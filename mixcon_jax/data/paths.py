@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand
+from mixcon_jax.host.paths import expand
 
 NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # there is nothing of this name
 

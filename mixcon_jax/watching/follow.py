@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax import parsing, saved
-from mixcon_jax.folders import walk
+from mixcon_jax import parsing
+from mixcon_jax.host.folders import walk
+from mixcon_jax.host.paths import expand_path
 from mixcon_jax.parsing import Record, number
-from mixcon_jax.paths import expand_path
+from mixcon_jax.runs import saved
 
 RUN_FILES = {'config.json', 'metrics.jsonl'}
 ENDED = ('stopped', 'aborted', 'done')

@@ -15,7 +15,7 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.mixers.conba import Conba
 from mixcon_jax.parallel import layout
-from tests.benchmarks.context_parallel import collectives, of_sequence
+from mixcon_jax.planning.collectives import collectives, of_sequence
 from tests.models.cases import DIM, layer, model_config, packed_context
 
 T = 32

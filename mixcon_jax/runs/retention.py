@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mixcon_jax import saved
-from mixcon_jax.saved import UNFINISHED
+from mixcon_jax.runs import saved
+from mixcon_jax.runs.saved import UNFINISHED
 
 
 def best_steps(steps: Sequence[int], losses: Mapping[int, float | None]) -> list[int]:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from typing import TextIO
 
-from mixcon_jax.output import lasting
+from mixcon_jax.host.output import lasting
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from mixcon_jax import mark
-from mixcon_jax.workdir import explained
+from mixcon_jax.runs import mark
+from mixcon_jax.runs.workdir import explained
 
 
 class Trace:

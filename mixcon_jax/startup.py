@@ -13,19 +13,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixcon_jax import config as configs
-from mixcon_jax import goodput, parsing
-from mixcon_jax.checkpoints import Meta, load_params
-from mixcon_jax.compilation import keep_compiled
+from mixcon_jax import parsing
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
-from mixcon_jax.fingerprint import fingerprint
+from mixcon_jax.host.compilation import keep_compiled
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
+from mixcon_jax.planning import hardware
+from mixcon_jax.runs.checkpoints import Meta, load_params
+from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.workdir import Workdir, listed, renamed, same_schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
 from mixcon_jax.trees import map_named, named_leaves
 from mixcon_jax.units import short
-from mixcon_jax.workdir import Workdir, listed, renamed, same_schedule
 
 
 def set_up_jax(config: ml_collections.ConfigDict) -> None:
@@ -177,7 +178,7 @@ def say_extended(
 
 def peak_flops(config: ml_collections.ConfigDict) -> float | None:
     """Of all devices together."""
-    one = config.log.peak_flops or goodput.peak_flops(jax.devices()[0].device_kind)
+    one = config.log.peak_flops or hardware.peak_flops(jax.devices()[0].device_kind)
     return one * jax.device_count() if one else None
 
 

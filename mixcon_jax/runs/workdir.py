@@ -19,12 +19,14 @@ from typing import IO, Any
 import ml_collections
 
 from mixcon_jax import config as configs
-from mixcon_jax import locks, mark, saved
+from mixcon_jax.host import locks
+from mixcon_jax.runs import mark
+from mixcon_jax.runs import saved
 from mixcon_jax.errors import UserError
 from mixcon_jax.options import FREE, THROUGH_TOKENS
 from mixcon_jax.parsing import number
-from mixcon_jax.paths import expand_folder
-from mixcon_jax.records import Record, last, read
+from mixcon_jax.host.paths import expand_folder
+from mixcon_jax.runs.records import Record, last, read
 
 SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
 BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance', 'context': 'context alone'}

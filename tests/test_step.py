@@ -64,6 +64,9 @@ class Plain(nnx.Module):
     def head(self):
         return self.embedding[...].T
 
+    def update_buffers(self, buffers, stats):
+        return buffers
+
 
 # ----- one big batch, however it is cut -----
 # Adam divides by its second moment, which blows rounding up where gradients vanish: a large epsilon keeps the
@@ -125,7 +128,7 @@ def test_microbatches_are_strided_rows_and_auxiliary_losses_their_mean():
     for i in range(4):
         part = {key: jnp.asarray(value[i::4]) for key, value in batch.items()}
         aux = model(part['tokens'], Context(part['segment_ids'], part['positions'], train=True))[2]
-        balance.append(aux['losses']['balance'])
+        balance.append(aux['losses']['balance'].value)
         load.append(aux['stats']['layer_0/moe_load'])
     metrics = steps.train_step(state, steps.put(batch))[1]
     np.testing.assert_allclose(metrics['balance'], np.mean(balance), rtol=1e-5)
@@ -148,7 +151,8 @@ def test_gradient_of_the_loss_is_that_of_its_formula():
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), arrays['targets'][..., None], axis=-1)[..., 0]
         z = jax.nn.logsumexp(logits, axis=-1) ** 2
         mean = lambda x: jnp.where(arrays['loss_mask'], x, 0).sum() / arrays['loss_mask'].sum()
-        return mean(nll) + 0.05 * mean(z) + 0.3 * aux['losses']['balance'] + 0.2 * aux['losses']['router_z'], mean(nll)
+        balance, router_z = (aux['losses'][name].value for name in ('balance', 'router_z'))
+        return mean(nll) + 0.05 * mean(z) + 0.3 * balance + 0.2 * router_z, mean(nll)
 
     (_, nll), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
     norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))

@@ -20,10 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mixcon_jax import config as configs
 from mixcon_jax import sharding
-from mixcon_jax.models import presets
+from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import MIXERS
 from tests.benchmarks.hlo_bytes import array_bytes, kernels
 
 COLLECTIVES = ('collective-permute', 'all-gather', 'reduce-scatter', 'all-reduce')
@@ -68,7 +67,7 @@ def layer_gradient(
     config = configs.validate(config)
     used = (devices or jax.devices())[: data * shards]
     mesh = sharding.make_mesh(config.mesh, used)
-    mixer = nnx.eval_shape(lambda: MIXERS[LAYERS[name]](config.model, Parameters(jax.random.key(0)), 1))
+    mixer = nnx.eval_shape(lambda: kinds.load(LAYERS[name])(config.model, Parameters(jax.random.key(0)), 1))
     graphdef, params = nnx.split(mixer)
     everywhere = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec('data', 'context'))

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixcon_jax import config as configs
-from mixcon_jax.models import presets
+from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.ffns import FFNS
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import MIXERS
 
 DIM = 32
 
@@ -71,7 +69,7 @@ def layer(name, dtype='float32', seed=0):
     if dtype == 'bfloat16':  # the tests at 4096 tokens: tiles as in real runs
         options = options | {'attention.block_size': 256, 'conba.gain_chunk': 32, 'ssm.chunk': 0}
     config = model_config(options, dtype)
-    return perturbed((MIXERS | FFNS)[kind](config, Parameters(jax.random.key(seed)), 4), seed + 1)
+    return perturbed(kinds.load(kind)(config, Parameters(jax.random.key(seed)), 4), seed + 1)
 
 
 @functools.cache

@@ -41,13 +41,15 @@ class Statistic:
     Attributes:
       meaning: in words.
       title: of the table it stands in; statistics of one title stand together, in the order of their declaration.
-      form: ``number``, a column; ``shares``, one of each part of the layer, that add up to 1: a bar for each;
-        or, behind the bars, ``beside``: a number, or ``exception``: a share that is told where it is not 0.
+      form: ``number``, a column; ``shares`` that add up to 1, a bar each; and beside a title's bars ``aside``, a number,
+        or ``exception``, a share that is told where it is not 0.
+      label: its name there; that in the metrics, if left out.
     """
 
     meaning: str
-    title: str = 'layers'
+    title: str = 'statistics'
     form: str = 'number'
+    label: str = ''
 
 
 def float32(value: float) -> float:

@@ -198,7 +198,8 @@ def statistics(pattern: Any, layers: Any) -> dict[str, Statistic]:
       pattern: ``model.pattern`` as a run's config.json has it.
       layers: ``model.layers``, likewise.
     """
-    named = {name: given.get('kind') for name, given in dict(layers or {}).items() if isinstance(given, Mapping)}
+    groups = layers.items() if isinstance(layers, Mapping) else ()
+    named = {name: given.get('kind') for name, given in groups if isinstance(given, Mapping)}
     called = [name for text in pattern if isinstance(text, str) for name in text.replace('|', '+').split('+')]
     used = [kind for name in called if (kind := named.get(name, name)) in kinds.names()] or kinds.names()
     return {name: statistic for kind in used for name, statistic in kinds.describe(kind).statistics.items()}

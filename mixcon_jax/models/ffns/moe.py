@@ -56,8 +56,8 @@ class MoE(Layer):
     }
     STATISTICS = {
         'moe_load': Statistic('Share of the choices that went to each expert.', TITLE, 'shares'),
-        'moe_entropy': Statistic('Entropy of the router, in nats.', TITLE, 'beside'),
-        'moe_dropped': Statistic('Share of the choices that no expert took.', TITLE, 'exception'),
+        'moe_entropy': Statistic('Entropy of the router, in nats.', TITLE, 'aside', 'entropy'),
+        'moe_dropped': Statistic('Share of the choices that no expert took.', TITLE, 'exception', 'dropped'),
     }
 
     @staticmethod

@@ -127,6 +127,20 @@ def test_experiments_are_data(name: str):
     assert not {other for other in imports(name) if other.split('.')[0] in ('jax', 'flax', 'optax', 'orbax')}
 
 
+def test_a_configuration_is_read_without_jax():
+    """What mixcon_jax.config imports when it is imported, and what that imports, with the packages around them."""
+    seen: set[str] = set()
+    todo = ['mixcon_jax.config']
+    while todo:
+        name = todo.pop()
+        for other in imports(name, lazy=False):
+            assert other.split('.')[0] not in ('jax', 'flax', 'optax', 'orbax', 'numpy', 'kernels_pallas'), name
+            parts = other.split('.')
+            todo += {'.'.join(parts[:size]) for size in range(1, len(parts) + 1)} & MODULES.keys() - seen
+        seen.add(name)
+    assert {'mixcon_jax.checks', 'mixcon_jax.models.kinds', 'mixcon_jax.models.mixers'} <= seen
+
+
 def test_imports_have_no_circle():
     """Depth-first search over the imports, those inside functions included; a package stands for its __init__.py."""
     graph = {name: {other for other in ours(name) if other in MODULES and other != name} for name in MODULES}

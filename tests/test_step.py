@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mixcon_jax import config as configs
 from mixcon_jax import step
 from mixcon_jax.errors import UserError
 from mixcon_jax.fingerprint import fingerprint
@@ -335,6 +336,18 @@ def test_routing_bias_moves_towards_experts_below_their_share():
         assert set(named_leaves(state.buffers)) == {'blocks/layers/0/ffn/router_bias'}
         np.testing.assert_allclose(named_leaves(state.buffers)['blocks/layers/0/ffn/router_bias'], total, rtol=1e-6)
     assert total.shape == (2, 3) and np.any(total != 0)
+
+
+def test_named_experts_move_a_bias_of_their_own():
+    layers = {'big': {'kind': 'moe', 'balance': 'bias', 'bias_rate': 0.5, 'num_experts': 5}}
+    config = tiny_config(model__layers=layers, model__pattern=('attention+moe', 'attention+big'))
+    steps = steps_of(configs.validate(config))
+    state, metrics = steps.train_step(steps.init_state(), steps.put(random_batch(0, 8, LENGTH)))
+    load = np.asarray(metrics['stats']['layer_1/moe_load'])
+    assert load.shape == (2, 5) and metrics['stats']['layer_0/moe_load'].shape == (2, 3)
+    assert set(named_leaves(state.buffers)) == {'blocks/layers/1/ffn/router_bias'}
+    bias = named_leaves(state.buffers)['blocks/layers/1/ffn/router_bias']
+    np.testing.assert_allclose(bias, 0.5 * np.sign(1 / 5 - load), rtol=1e-6)
 
 
 # ----- evaluation -----

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State
-from mixcon_jax.models.pattern import parts
+from mixcon_jax.models.pattern import named_kinds, parse_layer, parts
 
 CLASH = 'ffn_'  # before the name of an FFN's statistic that the mixer has too
 
@@ -18,7 +18,7 @@ class Residual(nnx.Module):
     """Pre-norm residual layer: x += mixer(norm x); x += ffn(norm x). In parallel, both read the same normed x."""
 
     def __init__(self, config, spec: str, params: Parameters, num_layers: int) -> None:
-        self.parallel = '|' in spec
+        self.parallel = parse_layer(spec, named_kinds(config)).parallel
         self.mixer_norm = RMSNorm(config.dim, params.scope('mixer_norm'), config.norm_eps, axis='embed')
         made = {
             role: part.load()(part.model, params.scope(role), num_layers) for role, part in parts(config, spec).items()

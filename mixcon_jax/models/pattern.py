@@ -84,7 +84,7 @@ def _known(name: str, role: str, named: Mapping[str, str], text: str) -> None:
 
 def named_kinds(model) -> dict[str, str]:
     """``{name: kind}`` of the groups in ``model.layers``."""
-    return {name: options.kind for name, options in model.get('layers', {}).items()}
+    return {name: options.get('kind', '') for name, options in model.get('layers', {}).items()}
 
 
 def parts(model, text: str) -> dict[str, Part]:
@@ -100,10 +100,12 @@ def variant(model, name: str):
     if name not in named_kinds(model):
         return model
     values = model.to_dict()
-    description = kinds.describe(values['layers'][name]['kind'])
-    for option, value in values['layers'][name].items():
-        if option != 'kind':
-            values[description.group_of(option)][option] = value
+    description = kinds.describe(named_kinds(model)[name])
+    given = {option: value for option, value in values['layers'][name].items() if option != 'kind'}
+    for option, value in given.items():
+        if (group := description.group_of(option)) is None:
+            raise ConfigError(f'unknown option model.layers.{name}.{option}')
+        values[group][option] = value
     return type(model)(values)
 
 

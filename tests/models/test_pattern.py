@@ -101,6 +101,16 @@ def test_groups_that_cannot_be_are_refused_in_one_line(layers, message):
     assert message in str(error.value) and '\n' not in str(error.value)
 
 
+def test_counting_refuses_what_validation_would():
+    """A sweep() counts parameters of a configuration that nothing has checked yet."""
+    for layers, message in (
+        ({'kind': 'attention', 'ropes': True}, 'unknown option model.layers.local.ropes'),
+        ({}, "''"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parameter_count(named({'local': layers}, pattern=('local+mlp',)).model)
+
+
 def test_a_group_that_no_pattern_uses_passes():
     configs.validate(named(pattern=('mamba+mlp',)))
 

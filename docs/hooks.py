@@ -26,17 +26,23 @@ from mixcon_jax.options import Option  # noqa: E402
 API = {
     'config': (
         'Configuration',
-        ['mixcon_jax.config', 'mixcon_jax.options', 'mixcon_jax.checks', 'mixcon_jax.sweeps', 'mixcon_jax.errors'],
+        ['mixcon_jax.config', 'mixcon_jax.options', 'mixcon_jax.checks', 'launch.sweep.cases', 'mixcon_jax.errors'],
     ),
     'training': (
         'Training',
-        ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim', 'mixcon_jax.checkpoints'],
+        ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim', 'mixcon_jax.runs.checkpoints'],
     ),
-    'devices': ('Devices', ['mixcon_jax.sharding', 'mixcon_jax.mesh']),
-    'inference': ('Inference', ['mixcon_jax.inference', 'mixcon_jax.generate', 'mixcon_jax.evaluate']),
+    'devices': ('Devices', ['mixcon_jax.parallel.layout', 'mixcon_jax.parallel.split']),
+    'inference': ('Inference', ['mixcon_jax.inference.load', 'mixcon_jax.inference.generate', 'mixcon_jax.evaluate']),
     'records': (
         'Records and reports',
-        ['mixcon_jax.records', 'mixcon_jax.metrics', 'mixcon_jax.report', 'mixcon_jax.reports.*', 'mixcon_jax.watch'],
+        [
+            'mixcon_jax.runs.records',
+            'mixcon_jax.runs.metrics',
+            'mixcon_jax.reports.report',
+            'mixcon_jax.reports.*',
+            'mixcon_jax.watching.watch',
+        ],
     ),
     'models': (
         'Models',

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from mixcon_jax.records import last, read
+from mixcon_jax.runs.records import last, read
 
 mpl.use('Agg')
 import matplotlib.pyplot as plt

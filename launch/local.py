@@ -22,11 +22,11 @@ from launch import processes
 from launch.processes import STOPPED, Child, Signals
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.config import load
-from mixcon_jax.ending import FAILED, FAULT, INTERRUPTED, USER_ERROR, exit_with, failed, prepare
 from mixcon_jax.errors import UserError
-from mixcon_jax.output import go_on, guarded, use_utf8
-from mixcon_jax.stop import STOPPING
-from mixcon_jax.workdir import report_if_finished
+from mixcon_jax.host.ending import FAILED, FAULT, INTERRUPTED, USER_ERROR, exit_with, failed, prepare
+from mixcon_jax.host.output import go_on, guarded, use_utf8
+from mixcon_jax.host.signals import STOPPING
+from mixcon_jax.runs.workdir import report_if_finished
 
 PROGRAM = 'python -m launch.local'
 DESCRIPTION = (

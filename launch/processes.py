@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.stop import Handler
+from mixcon_jax.host.signals import Handler
 
 STOPPED = 75  # the exit code of `mixcon train` that means: start it again
 LAUNCHER = 'MIXCON_LAUNCHER'  # the environment variable in which a child finds its launcher's process id

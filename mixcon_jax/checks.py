@@ -6,8 +6,8 @@ Free of JAX, as are ``mixcon_jax.options`` and this: what a layer says of its op
 from typing import Any
 
 from mixcon_jax.errors import ConfigError
+from mixcon_jax.host.paths import foreign
 from mixcon_jax.options import Option, beyond, float32
-from mixcon_jax.paths import foreign
 
 __all__ = ['ConfigError', 'at_most', 'check_leaf', 'divides']
 

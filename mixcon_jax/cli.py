@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mixcon_jax.ending import FAILED, exit_with
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.ending import FAILED, exit_with
+from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.options import beyond
-from mixcon_jax.output import go_on, use_utf8
 
 if TYPE_CHECKING:
     from mixcon_jax.evaluate import Scores
@@ -114,7 +114,7 @@ def _takes_checkpoint(command: argparse.ArgumentParser) -> None:
 
 def _train(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.config import load
-    from mixcon_jax.workdir import report_if_finished
+    from mixcon_jax.runs.workdir import report_if_finished
 
     go_on()
     config = load(known.config, overrides)
@@ -159,7 +159,7 @@ def _described(scores: 'Scores') -> str:
 
 
 def _generate(known: argparse.Namespace, overrides: list[str]) -> int:
-    from mixcon_jax.generate import Sampling, generate_text
+    from mixcon_jax.inference.generate import Sampling, generate_text
 
     for option in ('max_new_tokens', 'num_samples'):
         if getattr(known, option) < 1:
@@ -189,7 +189,7 @@ def _config(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _watch(known: argparse.Namespace, overrides: list[str]) -> int:
-    from mixcon_jax.watch import watch
+    from mixcon_jax.watching.watch import watch
 
     return watch(known.folders, known.once, known.interval)
 
@@ -233,7 +233,7 @@ def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def _report(known: argparse.Namespace, overrides: list[str]) -> int:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # shapes are all it needs: the accelerators are the runs'
-    from mixcon_jax.report import report
+    from mixcon_jax.reports.report import report
 
     report(known.folders, known.out, known.baseline)
     return 0

@@ -22,9 +22,9 @@ from ml_collections import config_flags
 from mixcon_jax import options
 from mixcon_jax.checks import check_leaf, divides
 from mixcon_jax.errors import ConfigError, UserError
+from mixcon_jax.host.paths import expand
 from mixcon_jax.models import kinds, pattern
 from mixcon_jax.options import UINT32, Option, beyond
-from mixcon_jax.paths import expand
 
 NAMED = 'model.layers.'  # the keys of options that a pattern's names stand for
 

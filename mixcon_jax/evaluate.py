@@ -24,7 +24,7 @@ from mixcon_jax.data.loader import heldout_from_texts
 from mixcon_jax.data.prepared import require_tokenizer
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
-from mixcon_jax.inference import load_model
+from mixcon_jax.inference.load import load_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mixcon_jax.mesh import sequence_shards
-from mixcon_jax.sharding import constrain
+from mixcon_jax.parallel.layout import constrain
+from mixcon_jax.parallel.split import sequence_shards
 
 
 class Sums(NamedTuple):

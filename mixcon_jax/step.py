@@ -17,13 +17,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from mixcon_jax import optim, sharding
+from mixcon_jax import optim
 from mixcon_jax.config import ConfigError
 from mixcon_jax.errors import UserError
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
+from mixcon_jax.parallel import layout
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state, undecayed
 
 BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
@@ -89,13 +90,13 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
 
     Args:
       config: the experiment.
-      mesh: from ``sharding.make_mesh``.
+      mesh: from ``layout.make_mesh``.
       create: ``(config.model, seed) -> model``, the Decoder unless a test wants another.
 
     Raises:
       ConfigError: the batch does not split evenly over devices and microbatches.
     """
-    shards, accum = sharding.batch_shards(mesh), config.train.accum_steps
+    shards, accum = layout.batch_shards(mesh), config.train.accum_steps
     if config.train.batch_size % (shards * accum):
         raise ConfigError(
             f'train.batch_size {config.train.batch_size} must be a multiple of mesh.data * mesh.fsdp *'
@@ -120,12 +121,12 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
 
     # ----- where everything lies -----
     abstract = jax.eval_shape(init_state)
-    everywhere, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    param_shardings = sharding.param_shardings(abstract.params, axes, mesh)
+    everywhere, by_row = layout.replicated(mesh), layout.batch_sharding(mesh)
+    param_shardings = layout.param_shardings(abstract.params, axes, mesh)
     layout = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
         params=param_shardings,
-        opt_state=sharding.opt_state_shardings(abstract.opt_state, abstract.params, param_shardings, mesh),
+        opt_state=layout.opt_state_shardings(abstract.opt_state, abstract.params, param_shardings, mesh),
     )
 
     # XLA:CPU spends many seconds optimizing random-number code that runs once, and what its vectorizer makes of an
@@ -225,7 +226,7 @@ def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_ste
     Microbatch i holds rows i, i + accum_steps, ...: every device cuts its own rows, none move.
     """
     split = {
-        key: sharding.constrain(jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0), None, 'batch', 'sequence')
+        key: layout.constrain(jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0), None, 'batch', 'sequence')
         for key, x in batch.items()
     }
     if accum_steps == 1:
@@ -326,7 +327,7 @@ def all_finite(tree: Tree) -> Bool[Array, '']:
 
 def eval_step(config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch) -> dict[str, Array]:
     """Sums over a batch's scored tokens: ``nll`` in nats, those predicted right, ``correct``, and all, ``tokens``."""
-    batch = {key: sharding.constrain(x, 'batch', 'sequence') for key, x in batch.items()}
+    batch = {key: layout.constrain(x, 'batch', 'sequence') for key, x in batch.items()}
     context = Context(batch['segment_ids'], batch['positions'], train=False)
     hidden, _, _ = model(batch['tokens'], context)
     mask = batch['loss_mask']

@@ -15,23 +15,23 @@ import jax
 import ml_collections
 import numpy as np
 
-from mixcon_jax import begin
 from mixcon_jax import config as configs
-from mixcon_jax.checkpoints import Checkpoints, Meta
+from mixcon_jax import startup
 from mixcon_jax.data import open_dataset
 from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import Scores, score
-from mixcon_jax.fingerprint import fingerprint
-from mixcon_jax.goodput import Clock
-from mixcon_jax.metrics import Metrics
+from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
-from mixcon_jax.records import Record, last, read
-from mixcon_jax.saved import newest as newest_contents
-from mixcon_jax.sharding import make_mesh
+from mixcon_jax.parallel.layout import make_mesh
+from mixcon_jax.runs.checkpoints import Checkpoints, Meta
+from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.goodput import Clock
+from mixcon_jax.runs.metrics import Metrics
+from mixcon_jax.runs.records import Record, last, read
+from mixcon_jax.runs.saved import newest as newest_contents
+from mixcon_jax.runs.workdir import SCORES, Workdir, describe, is_finite, report_if_finished, summary
 from mixcon_jax.step import make_steps
-from mixcon_jax.stop import StopRequest
 from mixcon_jax.units import duration
-from mixcon_jax.workdir import SCORES, Workdir, describe, is_finite, report_if_finished, summary
 
 DONE, STOPPED, ABORTED = 0, 75, 3  # exit codes; 75 is EX_TEMPFAIL: start it again
 
@@ -83,7 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
         metrics = _scores_of(record) | {'baselines': record.get('baselines', {})}
         return Result(DONE, record['step'], record['fingerprint'], metrics)
     folder = Workdir(workdir)
-    begin.set_up_jax(config)
+    startup.set_up_jax(config)
     configs.validate(config, jax.device_count())
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         folder.require_same(config)
@@ -101,7 +101,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         begun = newest_contents(folder.checkpoints)  # whose tokens it goes on with, if they are there
         dataset = open_dataset(config, tuple(begun['data']) if begun else ())
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
-        begin.require_vocabulary(config, tokenizer)
+        startup.require_vocabulary(config, tokenizer)
         share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
         train_batches = dataset.train_batches(**share)
         heldout = watched = dataset.heldout_batches(config.eval.batch_size, **share)
@@ -110,9 +110,9 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
 
         steps = make_steps(config, make_mesh(config.mesh))
         flops = accounting.flops_per_token(config.model, config.data.seq_len)
-        metrics = Metrics(folder.path, config, clock, flops, begin.peak_flops(config), active=first_process)
+        metrics = Metrics(folder.path, config, clock, flops, startup.peak_flops(config), active=first_process)
         stack.callback(metrics.close)
-        begin.banner(metrics.say, config, folder, steps, train_batches, heldout, tokenizer)
+        startup.banner(metrics.say, config, folder, steps, train_batches, heldout, tokenizer)
         keep = config.checkpoint
         checkpoints = Checkpoints(folder.checkpoints, keep.keep_last, keep.keep_best, say=metrics.say)
         stack.callback(checkpoints.close)
@@ -128,13 +128,13 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             state, meta = restored
             before = configs.from_dict(meta.config)
             folder.require_updates_of(before, meta.step, config)
-            begin.require_same_data(meta, dataset.identity, tokenizer)
+            startup.require_same_data(meta, dataset.identity, tokenizer)
             metrics.say(f'going on after step {meta.step} of {last_step}')
-            begin.say_extended(metrics.say, before, config, meta.step)
+            startup.say_extended(metrics.say, before, config, meta.step)
         else:
             state, meta = steps.init_state(), Meta(0, config.to_dict())
             if source := config.train.init_from:
-                state, origin = begin.with_weights_of(source, origin, state, steps, tokenizer, metrics.say)
+                state, origin = startup.with_weights_of(source, origin, state, steps, tokenizer, metrics.say)
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
         records = metrics.start(meta.step, meta.tokens_seen)

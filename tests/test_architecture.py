@@ -11,8 +11,8 @@ PACKAGES = ('mixcon_jax', 'kernels_pallas', 'launch', 'experiments')
 
 # Whatever may be imported by everyone: they import nothing of ours but each other.
 FOUNDATION = {
-    *('mixcon_jax.errors', 'mixcon_jax.paths', 'mixcon_jax.options', 'mixcon_jax.checks', 'mixcon_jax.config'),
-    'mixcon_jax.mesh',
+    *('mixcon_jax.errors', 'mixcon_jax.host.paths', 'mixcon_jax.options', 'mixcon_jax.checks', 'mixcon_jax.config'),
+    'mixcon_jax.parallel.split',
 }
 # What starts runs; only launchers and one another may import it.
 TOP = {'mixcon_jax.train', 'mixcon_jax.cli', 'mixcon_jax.__main__', 'launch'}
@@ -113,7 +113,12 @@ def test_only_the_command_line_and_launchers_import_train():
 @pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'mixcon_jax.step')])
 def test_step_knows_neither_data_nor_files(name: str):
     """loss, train_step and eval_step are pure functions of arrays."""
-    forbidden = {'mixcon_jax.data', 'mixcon_jax.checkpoints', 'mixcon_jax.metrics', 'mixcon_jax.generate'}
+    forbidden = {
+        'mixcon_jax.data',
+        'mixcon_jax.runs.checkpoints',
+        'mixcon_jax.runs.metrics',
+        'mixcon_jax.inference.generate',
+    }
     wrong = {other for other in ours(name) if any_within(other, forbidden)}
     assert not wrong, f'{name} imports {sorted(wrong)}'
 

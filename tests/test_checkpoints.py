@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mixcon_jax import readback, saved
-from mixcon_jax.checkpoints import Checkpoints, Meta, load_params
-from mixcon_jax.checksums import PIECE, _on_host, _sums, checksums
 from mixcon_jax.errors import UserError
+from mixcon_jax.runs import readback, saved
+from mixcon_jax.runs.checkpoints import Checkpoints, Meta, load_params
+from mixcon_jax.runs.checksums import PIECE, _on_host, _sums, checksums
 from mixcon_jax.trees import named_leaves
 
 # Orbax drops its pending reads when one of them fails.
@@ -347,7 +347,7 @@ def test_any_name_of_a_folder_is_taken_literally(tmp_path, name):
 
 FULL_DISK = """
     import jax.numpy as jnp, sys
-    from mixcon_jax.checkpoints import Checkpoints, Meta
+    from mixcon_jax.runs.checkpoints import Checkpoints, Meta
     from mixcon_jax.errors import UserError
     import numpy as np
     checkpoints = Checkpoints('checkpoints')

@@ -13,10 +13,11 @@ import pytest
 from jax._src.config import bool_env
 
 from launch import local, sweep
-from mixcon_jax import ambient, cli, ending
+from mixcon_jax import cli
 from mixcon_jax.errors import UserError
-from mixcon_jax.hush import DRIVERS
-from mixcon_jax.output import OutputLost
+from mixcon_jax.host import ambient, ending
+from mixcon_jax.host.hush import DRIVERS
+from mixcon_jax.host.output import OutputLost
 from tests.tiny import ROOT
 
 EXPERIMENT = 'experiments/quickstart.py'
@@ -24,10 +25,10 @@ EXPERIMENT = 'experiments/quickstart.py'
 COMMANDS = {
     'train': ('mixcon_jax.train.train', cli.main, ['train', '--config', EXPERIMENT, '--workdir', 'run']),
     'eval': ('mixcon_jax.evaluate.evaluate', cli.main, ['eval', '--workdir', 'run']),
-    'generate': ('mixcon_jax.generate.generate_text', cli.main, ['generate', '--workdir', 'run']),
+    'generate': ('mixcon_jax.inference.generate.generate_text', cli.main, ['generate', '--workdir', 'run']),
     'config': ('mixcon_jax.config.load', cli.main, ['config', '--config', EXPERIMENT]),
-    'report': ('mixcon_jax.report.report', cli.main, ['report', 'run']),
-    'watch': ('mixcon_jax.watch.watch', cli.main, ['watch', 'run']),
+    'report': ('mixcon_jax.reports.report.report', cli.main, ['report', 'run']),
+    'watch': ('mixcon_jax.watching.watch.watch', cli.main, ['watch', 'run']),
     'doctor': ('mixcon_jax.doctor.doctor', cli.main, ['doctor']),
     'prepare': ('mixcon_jax.data.prepare.prepare', cli.main, ['data', 'prepare', '--config', EXPERIMENT]),
     'local': ('launch.local.load', local.main, ['--processes', '1', '--config', EXPERIMENT, '--workdir', 'run']),

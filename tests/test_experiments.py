@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.sweep import cases
 from mixcon_jax import config as configs
-from mixcon_jax import sweeps
 from mixcon_jax.models import accounting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def test_the_papers_model_takes_a_preset(preset):
 
 @functools.cache
 def load_cases(path):
-    return sweeps.cases(path)
+    return cases.cases(path)
 
 
 SWEEPS = [path for path in FILES if 'def sweep(' in path.read_text()]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mixcon_jax.fingerprint import fingerprint
+from mixcon_jax.runs.fingerprint import fingerprint
 
 
 def test_every_difference_shows():

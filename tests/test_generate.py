@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.generate import Sampling, generate, left_padded, sample
+from mixcon_jax.inference.generate import Sampling, generate, left_padded, sample
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
 from tests.models.cases import model_config, perturbed

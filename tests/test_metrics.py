@@ -12,9 +12,9 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
-from mixcon_jax.goodput import KINDS, Clock, peak_flops
-from mixcon_jax.metrics import Metrics, Progress, TensorBoard, round_down, scalars
-from mixcon_jax.records import RecordLog, keep_until, last, plain, read
+from mixcon_jax.runs.goodput import KINDS, Clock, peak_flops
+from mixcon_jax.runs.metrics import Metrics, Progress, TensorBoard, round_down, scalars
+from mixcon_jax.runs.records import RecordLog, keep_until, last, plain, read
 from mixcon_jax.units import duration, short
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from mixcon_jax.output import Output, OutputLost, go_on, guarded
-from mixcon_jax.records import last, read
+from mixcon_jax.host.output import Output, OutputLost, go_on, guarded
+from mixcon_jax.runs.records import last, read
 from tests.launch.launching import small_config
 from tests.tiny import ROOT, write_experiment
 
@@ -98,7 +98,7 @@ def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
     program = f"""
 import os
 os.close(1)
-from mixcon_jax.output import guarded
+from mixcon_jax.host.output import guarded
 with guarded():
     with open({str(tmp_path / 'file')!r}, 'w') as file:
         file.write('ours'); file.flush()

@@ -9,7 +9,7 @@ import pytest
 from launch import local, sweep
 from mixcon_jax import cli
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand, expand_folder, expand_path, foreign
+from mixcon_jax.host.paths import expand, expand_folder, expand_path, foreign
 
 QUICKSTART = ['--config', 'experiments/quickstart.py']
 TINY = [*QUICKSTART, '--workdir', 'WORKDIR', '--config.train.batch_size=8']

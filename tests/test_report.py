@@ -17,10 +17,10 @@ from mixcon_jax import cli
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import accounting
-from mixcon_jax.records import plain
-from mixcon_jax.report import collect, report
 from mixcon_jax.reports import comparison, curves
 from mixcon_jax.reports.arms import numeric_axis
+from mixcon_jax.reports.report import collect, report
+from mixcon_jax.runs.records import plain
 
 STEPS, EVERY, TOKENS = 40, 10, 128  # of the runs below: steps, steps between evaluations, tokens a step
 BYTES, START = 4000, 1_700_000_000.0

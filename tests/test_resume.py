@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mixcon_jax import config as configs
-from mixcon_jax.records import last, read
+from mixcon_jax.runs.records import last, read
 from tests.tiny import ROOT, outcome, start_training, tiny_config
 
 

@@ -15,9 +15,9 @@ from flax import nnx
 from mixcon_jax import config as configs
 from mixcon_jax import step
 from mixcon_jax.errors import UserError
-from mixcon_jax.fingerprint import fingerprint
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
+from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.trees import map_named, named_leaves
 from tests.training import mesh_of, random_batch, tiny_config
 

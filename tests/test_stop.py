@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from mixcon_jax.records import last, read
-from mixcon_jax.stop import STOPPING, StopRequest
+from mixcon_jax.host.signals import STOPPING, StopRequest
+from mixcon_jax.runs.records import last, read
 from tests.tiny import ROOT, tiny_config, write_experiment
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from launch.sweep import cases
 from mixcon_jax import config as configs
-from mixcon_jax import sweeps
 from mixcon_jax.config import ConfigError
 
 HEAD = 'from mixcon_jax.config import default\n\n\ndef get_config(arg=None):\n    return default()\n\n\n'
@@ -24,7 +24,7 @@ def test_cases_hold_their_overrides_and_folders(tmp_path):
         "    yield {'name': '4:4 NoPE', 'model.pattern': ('mamba+mlp', 'attention+mlp'), 'seed': seed}\n"
         "yield {'optim.learning_rate': 0.25, 'model.conba.taps': [1, 3], 'optim.betas': (0.5, 0.75)}\n",
     )  # fmt: skip
-    first, second, third = sweeps.cases(path)
+    first, second, third = cases.cases(path)
     assert (first.name, first.folder) == ('4:4 NoPE', '4-4-NoPE/seed-0')
     assert second.folder == '4-4-NoPE/seed-7' and second.config.seed == 7
     assert first.config.model.pattern == ('mamba+mlp', 'attention+mlp')
@@ -39,20 +39,20 @@ def test_cases_hold_their_overrides_and_folders(tmp_path):
 
 def test_shared_overrides_hold_unless_the_case_sets_the_key(tmp_path):
     path = experiment(tmp_path, "yield {'seed': 3}\nyield {'train.steps': 40}")
-    first, second = sweeps.cases(path, ['train.steps=70', 'seed=1'])
+    first, second = cases.cases(path, ['train.steps=70', 'seed=1'])
     assert (first.config.train.steps, first.config.seed, first.folder) == (70, 3, 'run/seed-3')
     assert (second.config.train.steps, second.config.seed, second.folder) == (40, 1, 'steps=40/seed-1')
 
 
 def test_the_argument_reaches_sweep(tmp_path):
     path = experiment(tmp_path, "yield {'name': arg or 'none'}")
-    assert sweeps.cases(f'{path}:many')[0].name == 'many'
-    assert sweeps.cases(path)[0].name == 'none'
+    assert cases.cases(f'{path}:many')[0].name == 'many'
+    assert cases.cases(path)[0].name == 'none'
 
 
 def test_long_names_make_folders_that_can_be_made(tmp_path):
     path = experiment(tmp_path, "yield {'model.pattern': ('conba+mlp',) * 40}")
-    (tmp_path / sweeps.cases(path)[0].folder).mkdir(parents=True)
+    (tmp_path / cases.cases(path)[0].folder).mkdir(parents=True)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_long_names_make_folders_that_can_be_made(tmp_path):
 )
 def test_what_is_wrong_is_one_line(tmp_path, body, words):
     with pytest.raises(ConfigError) as error:
-        sweeps.cases(experiment(tmp_path, body))
+        cases.cases(experiment(tmp_path, body))
     message = str(error.value)
     assert '\n' not in message and 'experiment.py' in message
     assert all(word in message for word in words), message
@@ -84,4 +84,4 @@ def test_what_is_wrong_is_one_line(tmp_path, body, words):
 
 def test_a_file_that_does_not_exist(tmp_path):
     with pytest.raises(ConfigError, match=r'nowhere\.py does not exist'):
-        sweeps.cases(str(tmp_path / 'nowhere.py'))
+        cases.cases(str(tmp_path / 'nowhere.py'))

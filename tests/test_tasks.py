@@ -6,7 +6,7 @@ from mixcon_jax import cli
 from mixcon_jax.data.synthetic import SyntheticTrain
 from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import evaluate
-from mixcon_jax.records import last, read
+from mixcon_jax.runs.records import last, read
 from mixcon_jax.train import train
 from tests.tiny import tiny_config, write_experiment
 

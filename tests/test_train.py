@@ -14,14 +14,14 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax import train as train_module
-from mixcon_jax.checkpoints import Checkpoints, load_params
 from mixcon_jax.errors import UserError
-from mixcon_jax.fingerprint import fingerprint
-from mixcon_jax.metrics import Metrics
-from mixcon_jax.records import last, read
-from mixcon_jax.stop import STOPPING
+from mixcon_jax.host.signals import STOPPING
+from mixcon_jax.runs.checkpoints import Checkpoints, load_params
+from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.metrics import Metrics
+from mixcon_jax.runs.records import last, read
+from mixcon_jax.runs.workdir import Workdir
 from mixcon_jax.train import ABORTED, DONE, STOPPED, Result, train
-from mixcon_jax.workdir import Workdir
 from tests.test_resume import outcome
 from tests.tiny import ROOT, tiny_config, write_corpus, write_experiment
 

@@ -19,11 +19,11 @@ import pytest
 from rich.console import Console
 
 from mixcon_jax import cli
-from mixcon_jax import watch as watching
 from mixcon_jax.errors import UserError
-from mixcon_jax.records import RecordLog, keep_until
 from mixcon_jax.reports import runs
+from mixcon_jax.runs.records import RecordLog, keep_until
 from mixcon_jax.watching import cells, charts, follow
+from mixcon_jax.watching import watch as watching
 from mixcon_jax.watching.details import details
 from mixcon_jax.watching.follow import Curve, Run, Runs
 

@@ -13,19 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixcon_jax import begin, mark, optim, saved, step
 from mixcon_jax import config as configs
+from mixcon_jax import optim, startup, step
 from mixcon_jax import train as train_module
-from mixcon_jax.checkpoints import load_params
 from mixcon_jax.cli import _step
 from mixcon_jax.errors import UserError
-from mixcon_jax.fingerprint import fingerprint
-from mixcon_jax.inference import load_model
-from mixcon_jax.metrics import Metrics
-from mixcon_jax.records import last, read
+from mixcon_jax.inference.load import load_model
 from mixcon_jax.reports import runs
+from mixcon_jax.runs import mark, saved
+from mixcon_jax.runs.checkpoints import load_params
+from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.metrics import Metrics
+from mixcon_jax.runs.records import last, read
+from mixcon_jax.runs.workdir import Workdir, same_schedule
 from mixcon_jax.train import ABORTED, DONE, train
-from mixcon_jax.workdir import Workdir, same_schedule
 from tests.test_train import contents
 from tests.tiny import TIMELESS, tiny_config
 
@@ -285,6 +286,6 @@ def test_init_from_means_what_it_meant_when_the_run_began(folder, tmp_path, monk
 def test_processes_that_found_different_weights_do_not_begin(monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     for found in ([4, 4], [6, 4]):
-        monkeypatch.setattr(begin.multihost_utils, 'process_allgather', lambda _, found=found: np.array(found))
+        monkeypatch.setattr(startup.multihost_utils, 'process_allgather', lambda _, found=found: np.array(found))
         with pytest.raises(UserError, match=r'\[4, 6\].*runs/a:4') if found[0] == 6 else contextlib.nullcontext():
-            begin.require_same_everywhere('runs/a', found[0])
+            startup.require_same_everywhere('runs/a', found[0])

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax import config as configs
-from mixcon_jax.records import Record, last, read
+from mixcon_jax.runs.records import Record, last, read
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMELESS = ('time', 'goodput', 'time_shares', 'tokens_per_second', 'flops_per_second', 'mfu')  # of a record

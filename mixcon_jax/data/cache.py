@@ -14,7 +14,7 @@ from mixcon_jax.data.sources import Source
 from mixcon_jax.data.store import VERSION, read_array, require_parts
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand, expand_folder
+from mixcon_jax.host.paths import expand, expand_folder
 
 
 class GoneSource:

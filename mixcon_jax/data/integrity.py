@@ -7,7 +7,7 @@ from pathlib import Path
 from mixcon_jax.data.prepared import PreparedStore
 from mixcon_jax.data.store import ARRAYS, REMEDY, hash_array, read_metadata, require_parts
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand
+from mixcon_jax.host.paths import expand
 
 
 def verify(path: str) -> dict[str, int]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand
+from mixcon_jax.host.paths import expand
 
 
 class NothingThereError(UserError):

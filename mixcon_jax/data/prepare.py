@@ -28,7 +28,7 @@ from mixcon_jax.data.statistics import Progress, RoundTrip, Say, Statistics
 from mixcon_jax.data.store import StoreWriter
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand, expand_folder
+from mixcon_jax.host.paths import expand, expand_folder
 
 __all__ = ['PreparedStore', 'baselines', 'prepare', 'require_tokenizer']
 

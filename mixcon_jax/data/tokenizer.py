@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mixcon_jax.data.background import Background, until
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand
+from mixcon_jax.host.paths import expand
 
 END_OF_TEXT = '<|endoftext|>'
 # What widely used tokenizers call the token that ends a document, in the order of preference.

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.sequence import causal_conv1d, with_past
+from mixcon_jax.parallel.kernels import causal_conv1d, with_past
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 Axes = tuple[str, ...]

@@ -14,7 +14,7 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting
 from mixcon_jax.reports.runs import DONE, Run, number
-from mixcon_jax.workdir import FREE
+from mixcon_jax.runs.workdir import FREE
 
 LONG_CONTEXT = 8192  # tokens at which decode state is stated, beside the trained length
 ABSENT = '–'  # the value of an option of model.layers that an arm does not give

@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mixcon_jax.records import Record
 from mixcon_jax.reports import style
 from mixcon_jax.reports.arms import Arm
 from mixcon_jax.reports.comparison import summary
 from mixcon_jax.reports.runs import Run, number
+from mixcon_jax.runs.records import Record
 from mixcon_jax.units import short
 
 TOKENS, FLOPS = 'training tokens', 'training FLOPs'

@@ -12,10 +12,10 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax import config as configs
-from mixcon_jax import records, saved
 from mixcon_jax.errors import UserError
-from mixcon_jax.mark import path_of
-from mixcon_jax.records import Record
+from mixcon_jax.runs import records, saved
+from mixcon_jax.runs.mark import path_of
+from mixcon_jax.runs.records import Record
 
 NO_RUNS_INSIDE = ('checkpoints', 'tensorboard', 'profile')  # of a run directory
 DONE, STOPPED, ABORTED, UNFINISHED = 'done', 'stopped', 'aborted', 'unfinished'

@@ -13,8 +13,8 @@ from mixcon_jax.reports.arms import LONG_CONTEXT, Arm, shown
 from mixcon_jax.reports.comparison import CONFIDENCE, Difference, Score, Summary, summary, t_factor
 from mixcon_jax.reports.curves import accuracies, by_length
 from mixcon_jax.reports.runs import DONE, Run, number
+from mixcon_jax.runs.workdir import BASELINES
 from mixcon_jax.units import short
-from mixcon_jax.workdir import BASELINES
 
 NONE = '–'
 SCORES = {'loss': 'loss', 'bits_per_byte': 'bits per byte', 'accuracy': 'accuracy'}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax.paths import expand_path
+from mixcon_jax.host.paths import expand_path
 
 Record = dict[str, Any]
 

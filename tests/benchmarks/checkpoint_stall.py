@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixcon_jax.checkpoints import Checkpoints, Meta
-from mixcon_jax.checksums import checksums
+from mixcon_jax.runs.checkpoints import Checkpoints, Meta
+from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.trees import named_leaves
 
 SAVES = 5

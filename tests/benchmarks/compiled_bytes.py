@@ -22,8 +22,8 @@ from mixcon_jax import config as configs
 from mixcon_jax.models import kinds
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.planning.targets import compile_for, devices
-from tests.benchmarks import hlo_bytes
+from mixcon_jax.planning import hlo
+from mixcon_jax.planning.hardware import compile_for, devices
 
 Shape = jax.ShapeDtypeStruct
 MIB, GIB = 2**20, 2**30
@@ -42,14 +42,14 @@ def gradient(function: Callable, arguments: int) -> Callable:
 def report(target: str, name: str, function: Callable, args: Sequence, necessary: int, verbose: bool) -> None:
     """One line: launches, bytes moved, the necessary ones, their ratio, temporaries."""
     compiled = compile_for(devices(target)[0], function, *args)
-    kernels = hlo_bytes.kernels(compiled.as_text())
+    kernels = hlo.kernels(compiled.as_text())
     moved, launches = sum(kernel.total for kernel in kernels), sum(kernel.count for kernel in kernels)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     needed = f'{necessary / GIB:11.2f}{moved / necessary:8.2f}' if necessary else ' ' * 19
     figures = f'{launches:9}{moved / GIB:10.2f}{needed}{temporary / MIB:10.0f}'
     print(f'{name:44}{figures}', flush=True)
     if verbose:
-        print(hlo_bytes.summary(kernels, 16 * MIB))
+        print(hlo.summary(kernels, 16 * MIB))
 
 
 def conv_cases(batch: int, length: int, channels: int) -> dict[str, tuple[Callable, tuple, int]]:
@@ -140,13 +140,13 @@ def scan_figures(target: str, mixer: str, batch: int, length: int, dim: int, bac
     compiled = compile_for(devices(target)[0], function, *args)
     text = compiled.as_text()
     ours = re.compile(r'selective_scan_\w+')
-    found = [(ours.search(k.operation), k.total) for k in hlo_bytes.kernels(text) if k.kind.startswith('mosaic_gpu')]
+    found = [(ours.search(k.operation), k.total) for k in hlo.kernels(text) if k.kind.startswith('mosaic_gpu')]
     options = configs.default().model.ssm
     tokens, gate = batch * length * options.expand * dim, mixer == 'mamba'
     return {
         'kernels': {name[0]: size for name, size in found if name},
         'floor': 2 * tokens * (3 + gate + backward * (5 + 2 * gate)),
-        'largest': hlo_bytes.largest(text),
+        'largest': hlo.largest(text),
         'states': tokens * options.d_state,
         'peak': compiled.memory_analysis().peak_memory_in_bytes,
     }

@@ -19,11 +19,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixcon_jax import config as configs
-from mixcon_jax import sharding
 from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from tests.benchmarks.hlo_bytes import array_bytes, kernels
+from mixcon_jax.parallel import layout
+from mixcon_jax.planning.hlo import array_bytes, kernels
 
 COLLECTIVES = ('collective-permute', 'all-gather', 'reduce-scatter', 'all-reduce')
 LAYERS = {'mamba': 'mamba'} | dict.fromkeys(presets.CONBA_PRESETS, 'conba') | {'attention': 'attention'}
@@ -66,7 +66,7 @@ def layer_gradient(
     config.data.seq_len = length
     config = configs.validate(config)
     used = (devices or jax.devices())[: data * shards]
-    mesh = sharding.make_mesh(config.mesh, used)
+    mesh = layout.make_mesh(config.mesh, used)
     mixer = nnx.eval_shape(lambda: kinds.load(LAYERS[name])(config.model, Parameters(jax.random.key(0)), 1))
     graphdef, params = nnx.split(mixer)
     everywhere = NamedSharding(mesh, PartitionSpec())

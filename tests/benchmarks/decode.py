@@ -31,7 +31,7 @@ def decoding(model_config, batch: int, context_length: int) -> Callable[[], floa
         hidden, state, _ = model(tokens, context, state)
         return jnp.argmax(model.logits(hidden[:, -1:]), -1).astype(jnp.int32), state
 
-    # As in mixcon_jax.generate: a call a token, whose state's buffers are reused.
+    # As in mixcon_jax.inference.generate: a call a token, whose state's buffers are reused.
     @functools.partial(jax.jit, donate_argnums=3)
     def step(variables, token, position, state):
         one = jnp.ones((batch, 1), jnp.int32)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixcon_jax.records import read
+from mixcon_jax.runs.records import read
 from mixcon_jax.train import train
 from tests.tiny import WORDS, tiny_config
 

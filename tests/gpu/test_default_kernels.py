@@ -76,11 +76,11 @@ def main() -> None:
 
     from kernels_pallas import choice
     from mixcon_jax import config as configs
-    from mixcon_jax.planning import targets
-    from mixcon_jax.sharding import batch_sharding, make_mesh
+    from mixcon_jax.parallel.layout import batch_sharding, make_mesh
+    from mixcon_jax.planning import hardware
     from mixcon_jax.step import BATCH_KEYS, make_steps
 
-    device = targets.devices('h100')[0]
+    device = hardware.devices('h100')[0]
 
     def step(implementation: str = '', whole: bool = False) -> dict:
         """Programs of ours in a step of three layers, lowered or wholly compiled, and what was warned of."""

@@ -1,6 +1,6 @@
 """Bytes counted from a compiled module's text, on one written by hand."""
 
-from tests.benchmarks.hlo_bytes import array_bytes, kernels, largest
+from mixcon_jax.planning.hlo import array_bytes, kernels, largest
 
 MODULE = """
 HloModule hand, is_scheduled=true

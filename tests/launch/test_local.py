@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launch import local
-from mixcon_jax.records import last, read
+from mixcon_jax.runs.records import last, read
 from mixcon_jax.train import train
 from tests.launch.launching import all_end, children_of, finish, launch, small_config, wait_until
 from tests.tiny import write_experiment

@@ -15,15 +15,16 @@ import time
 
 import pytest
 
-from launch import processes, standing, sweep
-from launch.estimate import Estimate, Sizes, makespan
+from launch import processes, sweep
 from launch.processes import Share, Signals
-from launch.show import Screen
+from launch.sweep import standing
+from launch.sweep.cases import Case, cases
+from launch.sweep.estimate import Estimate, Sizes, makespan
+from launch.sweep.show import Screen
 from mixcon_jax import config as configs
-from mixcon_jax import saved
 from mixcon_jax.errors import UserError
-from mixcon_jax.records import last, read
-from mixcon_jax.sweeps import Case, cases
+from mixcon_jax.runs import saved
+from mixcon_jax.runs.records import last, read
 from tests.launch.launching import all_end, children_of, finish, launch, small_config, wait_until, write_sweep
 
 CASES = """

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixcon_jax import config as configs
-from mixcon_jax import sharding
 from mixcon_jax.models import presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.mixers.conba import Conba
+from mixcon_jax.parallel import layout
 from tests.benchmarks.context_parallel import collectives, of_sequence
 from tests.models.cases import DIM, layer, model_config, packed_context
 
@@ -37,7 +37,7 @@ def documents(length=T):
 def mesh(shards):
     config = configs.default().mesh
     config.context = shards
-    return sharding.make_mesh(config, jax.devices()[:shards])
+    return layout.make_mesh(config, jax.devices()[:shards])
 
 
 @functools.cache

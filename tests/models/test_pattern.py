@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.sweep import cases
 from mixcon_jax import config as configs
-from mixcon_jax import sweeps
 from mixcon_jax.errors import ConfigError
 from mixcon_jax.models import kinds, pattern
 from mixcon_jax.models.accounting import flops_per_token, parameter_count, state_bytes
@@ -151,7 +151,7 @@ def test_the_command_line_overrides_what_the_file_sets(experiment):
 
 
 def test_a_sweep_goes_over_options_of_a_named_part(experiment):
-    found = sweeps.cases(experiment)
+    found = cases.cases(experiment)
     assert [case.config.model.layers.local.rope for case in found] == [False, True]
     assert len({case.folder for case in found}) == 2
 

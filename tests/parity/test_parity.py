@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from mixcon_jax.interop import huggingface
 from mixcon_jax.models import presets
 from mixcon_jax.models.layers import Parameters, RMSNorm
-from tests.parity import cases, mapping
+from tests.parity import cases
 
 
 def conba(preset: str) -> dict:
@@ -80,18 +81,18 @@ def test_layer(name):
     fixture, kind, options = LAYERS[name]
     theirs = cases.fixture(fixture)
     module = cases.layer(kind, cases.model_config(options))
-    own = cases.load(module, mapping.layer_weights(cases.below(theirs, 'w')))
+    own = cases.load(module, huggingface.layer_weights(cases.below(theirs, 'w')))
     assert not own or kind == 'conba'
     y, dx, gradients = cases.run_layer(module, theirs['x'], theirs['dy'])
     cases.assert_same(y, theirs['y'], 'the output')
     cases.assert_same(dx, theirs['dx'], 'the gradient of the input')
-    compare(gradients, mapping.layer_weights(cases.below(theirs, 'dw')), own)
+    compare(gradients, huggingface.layer_weights(cases.below(theirs, 'dw')), own)
 
 
 def test_rms_norm():
     theirs = cases.fixture('jamba_rms_norm')
     module = RMSNorm(32, Parameters(jax.random.key(0)), 1e-6)
-    assert not cases.load(module, mapping.layer_weights(cases.below(theirs, 'w')))
+    assert not cases.load(module, huggingface.layer_weights(cases.below(theirs, 'w')))
     y, pullback = jax.vjp(module, jax.numpy.asarray(theirs['x']))
     cases.assert_same(np.asarray(y), theirs['y'], 'the output')
     cases.assert_same(np.asarray(pullback(theirs['dy'])[0]), theirs['dx'], 'the gradient of the input')
@@ -106,8 +107,8 @@ def test_model(name):
     theirs = cases.fixture(fixture)
     config = cases.model_config(options, num_blocks=num_blocks)
     module = cases.model(config)
-    own = cases.load(module, mapping.model_weights(cases.below(theirs, 'w'), len(config.pattern)))
+    own = cases.load(module, huggingface.model_weights(cases.below(theirs, 'w'), len(config.pattern)))
     assert not own or 'conba' in name
     y, gradients = cases.run_model(module, theirs['tokens'], theirs['dy'])
     cases.assert_same(y, theirs['y'], 'the logits')
-    compare(gradients, mapping.model_weights(cases.below(theirs, 'dw'), len(config.pattern)), own)
+    compare(gradients, huggingface.model_weights(cases.below(theirs, 'dw'), len(config.pattern)), own)

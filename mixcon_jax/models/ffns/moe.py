@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
 from mixcon_jax.checks import at_most
-from mixcon_jax.mesh import by_rows
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Buffer, Loss, Parameters, State, masked_mean, normal, output_std
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
+from mixcon_jax.parallel.split import by_rows
 
 TITLE = 'experts: share of tokens'  # of the statistics' table
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting

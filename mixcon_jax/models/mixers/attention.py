@@ -8,8 +8,8 @@ from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
-from mixcon_jax.models.sequence import attention
 from mixcon_jax.options import COUNT, POSITIVE, Option, above
+from mixcon_jax.parallel.kernels import attention
 
 
 class Attention(Layer):

@@ -26,8 +26,8 @@ from mixcon_jax.models.layers import (
 )
 from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
 from mixcon_jax.models.presets import CONBA_OFF
-from mixcon_jax.models.sequence import causal_conv1d, diagonal_gain, matrix_gain, selective_scan
 from mixcon_jax.options import POSITIVE, Check, Option, Statistic, at_least, between, one_of
+from mixcon_jax.parallel.kernels import causal_conv1d, diagonal_gain, matrix_gain, selective_scan
 
 TITLE = 'Conba: gain and step'  # of the statistics' table
 UNIT_SWISH = 1.2784645427610738  # swish(1 + W(1/e)) = 1: a scaling that starts as the identity

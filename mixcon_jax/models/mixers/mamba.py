@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, project
 from mixcon_jax.models.mixers.ssm import SelectiveSSM
-from mixcon_jax.models.sequence import selective_scan
 from mixcon_jax.options import Option
+from mixcon_jax.parallel.kernels import selective_scan
 
 
 class Mamba(SelectiveSSM):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mixcon_jax.records import last, read
+from mixcon_jax.runs.records import last, read
 from tests.tiny import ROOT, outcome, start_training, tiny_config
 
 Say = Callable[[dict[str, Any]], None]

@@ -1,6 +1,6 @@
 """How long the cases of a sweep take, roughly, and how large their models are.
 
-``python -m launch.estimate`` prints the FLOP/s of a matrix product on this machine, for cases that nothing is known of.
+``python -m launch.sweep.estimate`` prints the FLOP/s of a matrix product on this machine, for cases that nothing is known of.
 """
 
 import heapq
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import processes
-from launch.standing import tokens_per_step, whole_speed
-from mixcon_jax.sweeps import Case
+from launch.sweep.cases import Case
+from launch.sweep.standing import tokens_per_step, whole_speed
 
 UTILISATION = 0.15  # of a matrix product's FLOP/s, assumed of training when nothing has run yet
 MATRIX = {'cpu': 512}  # rows of the matrices that are multiplied; elsewhere OTHER
@@ -132,7 +132,7 @@ def product_flops(share: processes.Share, environment: Mapping[str, str]) -> flo
 
     None if JAX does not start there: training will say why.
     """
-    child = processes.start('launch.estimate', (), share, environment, subprocess.PIPE)
+    child = processes.start('launch.sweep.estimate', (), share, environment, subprocess.PIPE)
     try:
         output = child.communicate()[0].decode(errors='replace')
     finally:

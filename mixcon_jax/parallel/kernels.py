@@ -17,7 +17,7 @@ from kernels_pallas import adaptive_gain, context_parallel
 from kernels_pallas.attention import attention as attention_kernel
 from kernels_pallas.causal_conv1d import causal_conv1d as conv_kernel
 from kernels_pallas.selective_scan import selective_scan as scan_kernel
-from mixcon_jax.mesh import BATCH_AXES, SEQUENCE_AXIS, by_tokens, sequence_shards, token_axes
+from mixcon_jax.parallel.split import BATCH_AXES, SEQUENCE_AXIS, by_tokens, sequence_shards, token_axes
 
 
 def selective_scan(

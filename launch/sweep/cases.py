@@ -10,7 +10,7 @@ import ml_collections
 
 from mixcon_jax import config as configs
 from mixcon_jax.config import ConfigError
-from mixcon_jax.paths import expand
+from mixcon_jax.host.paths import expand
 
 NAME_LENGTH = 80  # letters of a folder's name
 

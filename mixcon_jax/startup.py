@@ -12,19 +12,19 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mixcon_jax import goodput
-from mixcon_jax.checkpoints import Meta, load_params
-from mixcon_jax.compilation import keep_compiled
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
-from mixcon_jax.fingerprint import fingerprint
+from mixcon_jax.host.compilation import keep_compiled
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
+from mixcon_jax.runs import goodput
+from mixcon_jax.runs.checkpoints import Meta, load_params
+from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.workdir import Workdir, same_schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
 from mixcon_jax.trees import map_named, named_leaves
 from mixcon_jax.units import short
-from mixcon_jax.workdir import Workdir, same_schedule
 
 
 def set_up_jax(config: ml_collections.ConfigDict) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax import saved
+from mixcon_jax.runs import saved
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand_path
+from mixcon_jax.host.paths import expand_path
 
 MARK = 'mixcon.json'
 PROGRAM = 'mixcon_jax'

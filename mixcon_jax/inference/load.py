@@ -7,14 +7,14 @@ import ml_collections
 from flax import nnx
 
 from mixcon_jax import config as configs
-from mixcon_jax.checkpoints import load_params
-from mixcon_jax.compilation import keep_compiled
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
-from mixcon_jax.mark import path_of
+from mixcon_jax.host.compilation import keep_compiled
+from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer
-from mixcon_jax.paths import expand_folder
+from mixcon_jax.runs.checkpoints import load_params
+from mixcon_jax.runs.mark import path_of
 from mixcon_jax.trees import named_leaves, to_state
 
 

@@ -16,21 +16,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from launch import processes, standing
-from launch.estimate import Estimate, Sizes, makespan, product_flops
+from launch import processes
 from launch.processes import STOPPED, Child, Share, Signals
-from launch.show import Screen, table
-from launch.standing import DONE, NEW, REFUSED
-from mixcon_jax import mark
+from launch.sweep import standing
+from launch.sweep.cases import Case, cases
+from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
+from launch.sweep.show import Screen, table
+from launch.sweep.standing import DONE, NEW, REFUSED
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
-from mixcon_jax.ending import FAILED, INTERRUPTED, exit_with
 from mixcon_jax.errors import UserError
-from mixcon_jax.output import go_on, use_utf8
-from mixcon_jax.records import read
-from mixcon_jax.stop import STOPPING
-from mixcon_jax.sweeps import Case, cases
+from mixcon_jax.host.ending import FAILED, INTERRUPTED, exit_with
+from mixcon_jax.host.output import go_on, use_utf8
+from mixcon_jax.host.signals import STOPPING
+from mixcon_jax.runs import mark
+from mixcon_jax.runs.records import read
+from mixcon_jax.runs.workdir import Workdir, explained, take_lock
 from mixcon_jax.units import duration, short
-from mixcon_jax.workdir import Workdir, explained, take_lock
 
 PROGRAM = 'python -m launch.sweep'
 DESCRIPTION = (

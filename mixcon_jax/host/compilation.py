@@ -3,7 +3,7 @@
 import jax
 import ml_collections
 
-from mixcon_jax.paths import expand_path
+from mixcon_jax.host.paths import expand_path
 
 
 def keep_compiled(config: ml_collections.ConfigDict) -> None:

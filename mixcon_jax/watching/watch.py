@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.mark import path_of
+from mixcon_jax.runs.mark import path_of
 from mixcon_jax.units import short
 from mixcon_jax.watching.cells import COLORS, newest, percent, progress, state_cell, time_left, titles
 from mixcon_jax.watching.details import details

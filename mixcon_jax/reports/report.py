@@ -13,13 +13,13 @@ from importlib import metadata
 from pathlib import Path
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.mark import path_of
 from mixcon_jax.reports import comparison, figures, tables
 from mixcon_jax.reports.arms import Arm, group, numeric_axis
 from mixcon_jax.reports.comparison import Difference, Score, summary
 from mixcon_jax.reports.runs import DONE, find, number
+from mixcon_jax.runs.mark import path_of
+from mixcon_jax.runs.workdir import explained
 from mixcon_jax.units import short
-from mixcon_jax.workdir import explained
 
 FIGURES = {  # name: caption
     'final': 'Final held-out scores of the finished runs, a dot a seed; bars are the mean ± standard deviation.',

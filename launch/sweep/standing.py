@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax import mark, saved
+from launch.sweep.cases import Case
 from mixcon_jax.errors import UserError
-from mixcon_jax.records import Record, read
-from mixcon_jax.sweeps import Case
-from mixcon_jax.workdir import Workdir
+from mixcon_jax.runs import mark, saved
+from mixcon_jax.runs.records import Record, read
+from mixcon_jax.runs.workdir import Workdir
 
 NEW, STARTED, DONE, REFUSED = 'new', 'started', 'done', 'refused'
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from mixcon_jax.config import ConfigError
-from mixcon_jax.mesh import AXES, BATCH_AXES, SEQUENCE_AXIS
+from mixcon_jax.parallel.split import AXES, BATCH_AXES, SEQUENCE_AXIS
 from mixcon_jax.trees import Tree, map_named, named_leaves
 
 # Logical axis -> mesh axes. A name that is absent stays whole on every device.

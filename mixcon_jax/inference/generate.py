@@ -14,11 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.inference import load_model
+from mixcon_jax.host.paths import foreign
+from mixcon_jax.inference.load import load_model
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import Decoder
 from mixcon_jax.options import beyond
-from mixcon_jax.paths import foreign
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from mixcon_jax import saved
-from mixcon_jax.checksums import checksum
+from mixcon_jax.runs import saved
+from mixcon_jax.runs.checksums import checksum
 from mixcon_jax.errors import UserError
-from mixcon_jax.saved import MODEL, Damaged
+from mixcon_jax.runs.saved import MODEL, Damaged
 
 # Of a path: characters that no library takes for a pattern, an escape or a part of a URL.
 PLAIN = re.compile(r'[\w ./+=,@:~()-]*')

@@ -21,10 +21,11 @@ from typing import IO, Any
 import ml_collections
 
 from mixcon_jax import config as configs
-from mixcon_jax import mark, saved
+from mixcon_jax.runs import mark
+from mixcon_jax.runs import saved
 from mixcon_jax.errors import UserError
-from mixcon_jax.paths import expand_folder
-from mixcon_jax.records import Record, last, read
+from mixcon_jax.host.paths import expand_folder
+from mixcon_jax.runs.records import Record, last, read
 
 # What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
 # a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.

@@ -1,0 +1,1 @@
+"""Trained models at work: put together from a run directory, and sampled from."""

@@ -1,0 +1,1 @@
+"""Other programs' models: their names for the parameters that are ours."""

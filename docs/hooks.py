@@ -24,48 +24,26 @@ from mixcon_jax.options import Option  # noqa: E402
 
 # Page of the API reference: its title, and its modules; a * stands for all modules there.
 API = {
-    'config': (
-        'Configuration',
-        ['mixcon_jax.config', 'mixcon_jax.options', 'mixcon_jax.checks', 'launch.sweep.cases', 'mixcon_jax.errors'],
-    ),
-    'training': (
-        'Training',
-        ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim', 'mixcon_jax.runs.checkpoints'],
-    ),
-    'devices': ('Devices', ['mixcon_jax.parallel.layout', 'mixcon_jax.parallel.split']),
-    'inference': ('Inference', ['mixcon_jax.inference.load', 'mixcon_jax.inference.generate', 'mixcon_jax.evaluate']),
-    'records': (
-        'Records and reports',
-        [
-            'mixcon_jax.runs.records',
-            'mixcon_jax.runs.metrics',
-            'mixcon_jax.reports.report',
-            'mixcon_jax.reports.*',
-            'mixcon_jax.watching.watch',
-        ],
-    ),
+    'config': ('Configuration', [f'mixcon_jax.{name}' for name in ('config', 'options', 'checks', 'errors')]),
+    'training': ('Training', ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim']),
+    'devices': ('Devices', ['mixcon_jax.parallel.*']),
+    'runs': ('Run directories', ['mixcon_jax.runs.*']),
+    'inference': ('Inference', ['mixcon_jax.inference.*', 'mixcon_jax.evaluate']),
+    'reports': ('Reports', ['mixcon_jax.reports.*', 'mixcon_jax.watching.watch']),
     'models': (
         'Models',
         [
             f'mixcon_jax.models.{name}'
             for name in (
-                'layer',
-                'decoder',
-                'block',
-                'pattern',
-                'kinds',
-                'layers',
-                'sequence',
-                'context',
-                'presets',
-                'accounting',
+                *('layer', 'decoder', 'block', 'pattern', 'kinds', 'layers', 'context', 'presets', 'accounting'),
             )
         ],
     ),
     'mixers': ('Mixers and FFNs', ['mixcon_jax.models.mixers.*', 'mixcon_jax.models.ffns.*']),
     'data': ('Data', ['mixcon_jax.data.*']),
-    'kernels': ('Kernels', ['kernels_pallas.*.api']),
-    'launch': ('Launchers', ['launch.sweep', 'launch.local', 'launch.processes']),
+    'kernels': ('Kernels', ['kernels_pallas.*.api', 'kernels_pallas.*.context_parallel']),
+    'planning': ('Planning', ['mixcon_jax.planning.*']),
+    'launch': ('Launchers', ['launch.sweep.*', 'launch.local', 'launch.processes']),
 }
 
 

@@ -7,7 +7,6 @@ out among them. What the first prints is shown; of another, the end of its outpu
 """
 
 import argparse
-import contextlib
 import os
 import shutil
 import signal
@@ -177,8 +176,7 @@ def _show_output(rank: int, folder: Path) -> None:
 
 def _say(text: str) -> None:
     """Below what the first process shows, whose line may be unfinished on a terminal."""
-    with contextlib.suppress(OSError):  # the terminal has gone: the processes go on, and save
-        print(f'\n{text}' if sys.stderr.isatty() else text, file=sys.stderr)
+    print(f'\n{text}' if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def _free_port() -> int:

@@ -202,7 +202,7 @@ def last_lines(path: Path, number: int, begin: int = 0) -> list[str]:
 
 
 class Signals(Handler):
-    """While active, SIGINT and SIGTERM end nothing but are noted here.
+    """While active, the signals of ``stop.STOPPING`` end nothing but are noted here.
 
     Attributes:
       stop: one came.

@@ -37,6 +37,8 @@ def check_leaf(key: str, value: Any, option: Option) -> None:
             raise ConfigError(f'{key}={item!r} {words}')
         if isinstance(item, str):
             _check_text(key, item)
+    if option.path and not value.strip() and value != option.default:
+        raise ConfigError(f'{key}={value!r} is empty; name {option.path}')
     if option.check is None:
         return
     if not option.check.holds(value):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.ending import FAILED, exit_with
 from mixcon_jax.host.output import go_on, use_utf8
@@ -227,7 +228,10 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.data.integrity import verify_all
+    from mixcon_jax.runs.mark import path_of
 
+    for store in known.stores:
+        path_of(store, 'STORE')
     return FAILED if verify_all(known.stores, print) else 0
 
 
@@ -257,11 +261,10 @@ def require_numbers(known: argparse.Namespace) -> None:
 
 def _step(text: str | None) -> int | str | None:
     """Reads --step: None is the newest."""
-    if text in (None, 'last'):
-        return None
-    if text == 'best' or (text.isascii() and text.isdecimal() and len(text) < 19):
-        return 'best' if text == 'best' else int(text)
-    raise UserError(f'--step {text!r} must be a number, "best" or "last"')
+    try:
+        return None if text is None else parsing.step(text)
+    except ValueError as error:
+        raise UserError(f'--step {error}') from error
 
 
 def parse_overrides(rest: Sequence[str], command: str, takes: bool = True) -> list[str]:

@@ -25,6 +25,7 @@ from mixcon_jax.errors import ConfigError, UserError
 from mixcon_jax.host.paths import expand
 from mixcon_jax.models import kinds, pattern
 from mixcon_jax.options import UINT32, Option, beyond
+from mixcon_jax.parsing import json_object
 
 NAMED = 'model.layers.'  # the keys of options that a pattern's names stand for
 
@@ -99,7 +100,21 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         raise ConfigError(f'{_place(file, error)}: {type(error).__name__}: {_first_line(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f'experiment file {path}: get_config() must return a ConfigDict, not {type(config).__name__}')
-    return canonical(config)
+    return canonical(_with_elements(config, [override.split('=')[0] for override in overrides]))
+
+
+def _with_elements(config: ml_collections.ConfigDict, overridden: Sequence[str]) -> ml_collections.ConfigDict:
+    """Splits tuples of text that the command line gave as one element; those of an experiment file are as they are."""
+    expected = known(config)
+    for key in overridden:
+        value, option = get(config, key, None), expected[key]
+        if option.element is str and isinstance(value, tuple) and len(value) == 1:
+            put(config, key, _split(str(value[0]), option))
+    return config
+
+
+def _split(text: str, option: Option) -> tuple[str, ...]:
+    return tuple(part.strip() for part in re.split(option.between, text) if part.strip())
 
 
 def _require_given(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
@@ -136,10 +151,8 @@ def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         if isinstance(option.default, float) and type(value) is int:
             group[name] = _float(value)
         elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
-            items = [value] if isinstance(value, str) else list(value)
+            items = list(_split(value, option) if isinstance(value, str) else value)
             items = [] if items == [''] else items
-            if option.element is str and len(items) == 1:  # as the command line gives it
-                items = [part.strip() for part in re.split(option.between, str(items[0])) if part.strip()]
             if option.element is float:
                 items = [_float(item) if type(item) is int else item for item in items]
             group[name] = tuple(items)
@@ -233,11 +246,8 @@ def read(path: str | Path) -> ml_collections.ConfigDict:
       ConfigError: it is missing, or not what ``to_json`` writes.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding='utf-8'))
-        if not isinstance(values, dict):
-            raise ValueError('it holds no options')
-        return from_dict(values)
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON or of UTF-8
+        return from_dict(json_object(Path(path).read_bytes()))
+    except (OSError, ValueError) as error:
         raise ConfigError(f'{path} is not a readable configuration: {_first_line(error)}') from error
 
 
@@ -259,14 +269,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
     Raises:
       ConfigError: names the key and says what would be right.
     """
-    config = canonical(config)
-    expected, given = known(config), flatten(config)
-    pattern.check_names(_group(config, ('model', 'layers')))
-    for key in given:
-        _require(key, expected)
-    for key, option in expected.items():
-        if not key.startswith(NAMED) or key in given:
-            check_leaf(key, get(config, key), option)
+    config = check_each(config)
     pattern.check(config.model)
     _check_data(config.data)
     if config.optim.warmup_steps > config.train.steps:
@@ -278,6 +281,23 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         raise ConfigError(f'seed + train.seed_noise={noise} {beyond(noise, UINT32)}')
     _check_mesh(config, num_devices)
     return resolve(config)
+
+
+def check_each(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Checks names, types and ranges, each option by itself; returns what ``canonical`` does. Loads no JAX.
+
+    Raises:
+      ConfigError: names the key and says what would be right.
+    """
+    config = canonical(config)
+    expected, given = known(config), flatten(config)
+    pattern.check_names(_group(config, ('model', 'layers')))
+    for key in given:
+        _require(key, expected)
+    for key, option in expected.items():
+        if not key.startswith(NAMED) or key in given:
+            check_leaf(key, get(config, key), option)
+    return config
 
 
 def _check_data(data: ml_collections.ConfigDict) -> None:

@@ -17,7 +17,6 @@ from flax import nnx
 from mixcon_jax import config as configs
 from mixcon_jax import step as steps
 from mixcon_jax.data import files
-from mixcon_jax.data import paths as file_paths
 from mixcon_jax.data.dataset import open_dataset
 from mixcon_jax.data.documents import Document
 from mixcon_jax.data.loader import heldout_from_texts
@@ -93,13 +92,12 @@ def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], b
     return Scores(step, nll / most, correct / most, bits, int(tokens), round(batches.num_bytes), parts, back)
 
 
-def _documents(patterns: Sequence[str], config: ml_collections.ConfigDict) -> list[Document]:
-    """The documents of files, each file once, in the order of the patterns."""
-    found = file_paths.once([file for pattern in patterns for file in files.match(pattern)])
+def _documents(paths: Sequence[str], config: ml_collections.ConfigDict) -> list[Document]:
+    """The documents of files."""
     skipped = files.Skipped() if config.data.bad_records == 'skip' else None
-    documents = [document for file in found for document in files.read(file, config.data.text_field, skipped)]
+    documents = [document for file in paths for document in files.read(file, config.data.text_field, skipped)]
     if skipped and skipped.count:
-        print(f'{skipped.count:,} records are left out; the first: {skipped.first}', file=sys.stderr)
+        print(skipped, file=sys.stderr)
     return documents
 
 
@@ -114,7 +112,7 @@ def evaluate(
 
     Args:
       workdir: a run directory.
-      paths: files or globs; none means the held-out split.
+      paths: files or globs, of which each file is scored once; none means the held-out split.
       step: a checkpoint's step, ``'best'`` or None for the newest.
       batch_size: rows of a batch; 0 means the run's own.
       lengths: tokens of a synthetic task's sequences, in place of the run's ``data.synthetic.eval_lengths``.
@@ -122,11 +120,12 @@ def evaluate(
     Raises:
       UserError: no such checkpoint or file, a tokenizer that is not the store's, or lengths that do not fit.
     """
+    if lengths and paths:
+        raise UserError('lengths are of a synthetic task; give lengths or files to score, not both')
+    paths = files.given(paths)  # first, for loading a model takes a while
     trained = load_model(workdir, step)
     config = trained.config
     if lengths:
-        if paths:
-            raise UserError('lengths are of a synthetic task; give lengths or files to score, not both')
         if not is_synthetic(config.data):
             sources = ', '.join(config.data.sources)
             raise UserError(f'lengths are of a synthetic task, and {workdir} was trained on {sources}')

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixcon_jax.parallel.layout import constrain
-from mixcon_jax.parallel.split import sequence_shards
+from mixcon_jax.parallel.split import shards as shards_of
 
 
 class Sums(NamedTuple):
@@ -54,7 +54,7 @@ def cross_entropy(
       shards: into how many parts the devices split the rows; each goes through chunks of its own.
     """
     batch, length = targets.shape
-    rows, parts = shards, sequence_shards(length)
+    rows, parts = shards, shards_of('sequence', length)
     shards = rows * parts
     tokens = batch * length // shards
     num_chunks = math.ceil(tokens / chunk)

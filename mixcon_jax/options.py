@@ -12,6 +12,16 @@ from typing import Any
 INT32, UINT32 = 2**31 - 1, 2**32 - 1  # the largest integers that 32 bits hold
 SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 
+# What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
+# a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.
+FREE = (
+    'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
+    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.extend',
+)  # fmt: skip
+# What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
+# with other values that give the same tokens, such as the new place of text that has been moved.
+THROUGH_TOKENS = ('data.sources', 'data.bad_records', 'data.text_field', 'data.tokenizer')
+
 
 @dataclass(frozen=True)
 class Check:
@@ -31,6 +41,7 @@ class Option:
     element: type | None = None  # the type of a tuple's elements
     most: int = INT32  # of an integer
     between: str = ','  # a pattern of what lies between elements that the command line gives as one
+    path: str = ''  # of an option that holds a path: what to name there; it may be empty only where that is the default
     derive: Callable[[Any], Any] | None = None  # of a layer's option: what 0 stands for, from ``config.model``
 
 
@@ -95,8 +106,8 @@ def one_of(*choices: str) -> Check:
 
 POSITIVE, COUNT, FRACTION = at_least(1), at_least(0), between(0.0, 1.0)
 PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), 'two numbers in [0, 1)')
-# A comma ends a source where the next one begins; other commas are of a path.
-SOURCES = r',\s*(?=[a-z]+:|stdlib\s*(?:,|$))'
+# A comma ends a source where the next one of a known kind begins; other commas are of a path.
+SOURCES = r',\s*(?=(?:files|huggingface|store|synthetic):|stdlib\s*(?:,|$))'
 DTYPE = one_of('float32', 'bfloat16')
 
 OPTIONS: dict[str, Any] = {
@@ -135,8 +146,8 @@ OPTIONS: dict[str, Any] = {
             'refuse', 'Records that cannot be used: "refuse" them, or "skip" and count them.', one_of('refuse', 'skip'),
         ),
         'text_field': Option('text', 'Field that holds the text in JSONL, Parquet and Hugging Face records.'),
-        'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.'),
-        'tokenizer': Option('bpe', '"bpe" trains one on the sources; otherwise the path of a tokenizer.json.'),
+        'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.', path='a folder'),
+        'tokenizer': Option('bpe', '"bpe" trains one on the sources; otherwise the path of a tokenizer.json.', path='a tokenizer.json, or "bpe"'),
         'tokenizer_vocab_size': Option(2048, 'Vocabulary of a trained tokenizer.', at_least(257)),
         'heldout_fraction': Option(0.05, 'Share of documents that is held out.', Check(lambda v: 0 < v < 1, 'between 0 and 1, exclusive')),
         'seq_len': Option(256, 'Tokens T a row.', at_least(2)),
@@ -178,7 +189,7 @@ OPTIONS: dict[str, Any] = {
         'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
         'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE),
         'extend': Option(False, 'Go on with another train.steps though the steps so far followed the schedule of the old one.'),
-        'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.'),
+        'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.', path='a workdir'),
         'deterministic': Option(True, 'On GPUs, steps that give the same bits every time, which cost 14 to 23 % of the speed where it was measured; CPUs always do.'),
         'seed_noise': Option(0, 'Added to the seed of Conba\'s noise.', COUNT),
     },

@@ -12,16 +12,18 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mixcon_jax import config as configs
+from mixcon_jax import parsing
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.compilation import keep_compiled
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
-from mixcon_jax.runs import goodput
+from mixcon_jax.planning import hardware
 from mixcon_jax.runs.checkpoints import Meta, load_params
 from mixcon_jax.runs.fingerprint import fingerprint
-from mixcon_jax.runs.workdir import Workdir, same_schedule
+from mixcon_jax.runs.workdir import Workdir, listed, renamed, same_schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
 from mixcon_jax.trees import map_named, named_leaves
 from mixcon_jax.units import short
@@ -43,9 +45,31 @@ def require_vocabulary(config: ml_collections.ConfigDict, tokenizer: Tokenizer) 
         )
 
 
-def require_same_data(meta: Meta, identity: tuple[str, ...], tokenizer: Tokenizer) -> None:
+def tokens_of(begun: Mapping[str, Any] | None, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The token stores that a run goes on with if they are there, whatever has become of the text.
+
+    None before there is a checkpoint, nor where the configuration says other things of the data than the run did: then
+    the text is looked at, and ``require_same_data`` judges.
+
+    Args:
+      begun: what the newest checkpoint holds besides arrays, if there is one.
+      config: the configuration to go on with.
+    """
+    return () if begun is None or renamed(configs.from_dict(begun['config']), config) else tuple(begun['data'])
+
+
+def require_same_data(
+    meta: Meta, identity: tuple[str, ...], tokenizer: Tokenizer, config: ml_collections.ConfigDict
+) -> None:
     """Refuses to go on with other text: the steps to come would not be those of the run."""
-    if tokenizers.from_json(meta.tokenizer).fingerprint != tokenizer.fingerprint:
+    same = tokenizers.from_json(meta.tokenizer).fingerprint == tokenizer.fingerprint
+    changed = renamed(configs.from_dict(meta.config), config)
+    if changed and not (same and meta.data == identity):
+        raise UserError(
+            f'checkpoint {meta.step} is of a run of other text or another tokenizer ({listed(changed)}); set these'
+            ' back, or take another workdir'
+        )
+    if not same:
         raise UserError(
             f'the data has another tokenizer than checkpoint {meta.step}: the sources have changed;'
             " restore them, or set data.tokenizer to the workdir's tokenizer.json in a new workdir"
@@ -68,23 +92,20 @@ def with_weights_of(
     """The state with another run's parameters, and its buffers where the model has the same.
 
     Args:
-      source: ``workdir``, ``workdir:best`` or ``workdir:STEP``.
+      source: ``workdir``, or ``workdir:`` and what ``parsing.step`` reads.
       known: what was returned when this run began with the same source, if it did: then the very same weights are
         taken, though the newest or the best may be others by now.
 
     Returns:
       The state, and ``source``, ``step`` and ``fingerprint`` of the weights.
     """
-    folder, _, which = source.rpartition(':')
-    if not folder or os.path.isdir(source) or not (which == 'best' or which.isdecimal()):
-        folder, which = source, ''
-    wanted = which if which in ('', 'best') else int(which)
+    folder, wanted = weights_named(source)
     known = known if known and known.get('source') == source else None
     layout = named_leaves(steps.abstract_state)
     shardings = {name: leaf.sharding for name, leaf in layout.items()}
     again = 'delete the workdir to begin anew from others, or train.init_from=FOLDER:STEP in another one'
     try:
-        loaded, meta = load_params(folder, known['step'] if known else wanted or None, shardings, say)
+        loaded, meta = load_params(folder, known['step'] if known else wanted, shardings, say)
     except UserError as error:
         if known:
             raise UserError(f'{error}; this run began with it: restore it, or {again}') from error
@@ -108,6 +129,20 @@ def with_weights_of(
         state, buffers=map_named(lambda name, old: buffers[name] if same(name, old) else old, state.buffers)
     )
     return state, origin
+
+
+def weights_named(source: str) -> tuple[str, int | str | None]:
+    """The folder that ``train.init_from`` names, and which of its checkpoints, as ``parsing.step`` has it.
+
+    A folder whose name ends like that is taken for what it is.
+    """
+    folder, _, which = source.rpartition(':')
+    if not folder or os.path.isdir(source):
+        return source, None
+    try:
+        return folder, parsing.step(which)
+    except ValueError:  # a name with a colon
+        return source, None
 
 
 def require_same_everywhere(source: str, step: int) -> None:
@@ -143,7 +178,7 @@ def say_extended(
 
 def peak_flops(config: ml_collections.ConfigDict) -> float | None:
     """Of all devices together."""
-    one = config.log.peak_flops or goodput.peak_flops(jax.devices()[0].device_kind)
+    one = config.log.peak_flops or hardware.peak_flops(jax.devices()[0].device_kind)
     return one * jax.device_count() if one else None
 
 

@@ -123,7 +123,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     abstract = jax.eval_shape(init_state)
     everywhere, by_row = layout.replicated(mesh), layout.batch_sharding(mesh)
     param_shardings = layout.param_shardings(abstract.params, axes, mesh)
-    layout = dataclasses.replace(
+    shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
         params=param_shardings,
         opt_state=layout.opt_state_shardings(abstract.opt_state, abstract.params, param_shardings, mesh),
@@ -154,18 +154,20 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     return Steps(
         mesh=mesh,
         graphdef=graphdef,
-        abstract_state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout),
+        abstract_state=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        ),
         logical_axes=axes,
         groups=optim.describe_groups(config.optim.name, axes, kept),
-        init_state=jax.jit(init_state, out_shardings=layout, compiler_options=init_options),
+        init_state=jax.jit(init_state, out_shardings=shardings, compiler_options=init_options),
         train_step=jax.jit(
             train,
-            in_shardings=(layout, by_row),
-            out_shardings=(layout, everywhere),
+            in_shardings=(shardings, by_row),
+            out_shardings=(shardings, everywhere),
             donate_argnums=0,
             compiler_options=ordered_sums(mesh.devices.flat[0]) if config.train.deterministic else None,
         ),
-        eval_step=jax.jit(evaluate, in_shardings=(layout, by_row), out_shardings=everywhere),
+        eval_step=jax.jit(evaluate, in_shardings=(shardings, by_row), out_shardings=everywhere),
         put=put,
         model=lambda state: build(state.params, state.buffers),
     )

@@ -28,7 +28,7 @@ from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import Record, last, read
-from mixcon_jax.runs.saved import newest as newest_contents
+from mixcon_jax.runs.trace import Trace
 from mixcon_jax.runs.workdir import SCORES, Workdir, describe, is_finite, report_if_finished, summary
 from mixcon_jax.step import make_steps
 from mixcon_jax.units import duration
@@ -73,7 +73,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     Args:
       config: an experiment's; it need not be validated.
       workdir: the run's folder. If a run is there, it goes on from its newest intact checkpoint; options that change
-        the updates must be the same then (``workdir.FREE`` lists those that need not).
+        the updates must be the same then (``options.FREE`` lists those that need not).
 
     Raises:
       UserError: one line on what the user can mend: configuration, data, workdir, a full disk.
@@ -86,20 +86,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     startup.set_up_jax(config)
     configs.validate(config, jax.device_count())
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
-        folder.require_same(config)
+        begun = folder.require_same(config)
         with contextlib.ExitStack() as stack:
-            return _train(config, folder, stack)
+            return _train(config, folder, startup.tokens_of(begun, config), stack)
 
 
-def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib.ExitStack) -> Result:
-    """``train`` on devices; what it opens is closed with ``stack``."""
+def _train(
+    config: ml_collections.ConfigDict, folder: Workdir, tokens: tuple[str, ...], stack: contextlib.ExitStack
+) -> Result:
+    """``train`` on devices, with these token stores if they are there; what it opens is closed with ``stack``."""
     clock, first_process = Clock(), jax.process_index() == 0
-    log, last_step = config.log, config.train.steps
+    last_step = config.train.steps
 
     # ----- Data, model, files ----------------------------------------------------------------------------------------
     with clock.spend('startup'):
-        begun = newest_contents(folder.checkpoints)  # whose tokens it goes on with, if they are there
-        dataset = open_dataset(config, tuple(begun['data']) if begun else ())
+        dataset = open_dataset(config, tokens)
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         startup.require_vocabulary(config, tokenizer)
         share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
@@ -128,7 +129,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             state, meta = restored
             before = configs.from_dict(meta.config)
             folder.require_updates_of(before, meta.step, config)
-            startup.require_same_data(meta, dataset.identity, tokenizer)
+            startup.require_same_data(meta, dataset.identity, tokenizer, config)
             metrics.say(f'going on after step {meta.step} of {last_step}')
             startup.say_extended(metrics.say, before, config, meta.step)
         else:
@@ -138,6 +139,8 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
         records = metrics.start(meta.step, meta.tokens_seen)
+        trace = Trace(config.log, folder.path / 'profile', metrics.say)
+        stack.callback(trace.end)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
         batches = train_batches.iterate(meta.step)
         stack.callback(batches.close)
@@ -146,7 +149,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
     stop = stack.enter_context(StopRequest(alone=jax.process_count() == 1))
     compiled: set[str] = set()
     pending: tuple[int, Any] | None = None  # a dispatched step and its metrics, not read yet
-    bad_steps, tracing = 0, False
+    bad_steps = 0
 
     @contextlib.contextmanager
     def running(name: str) -> Iterator[None]:
@@ -210,13 +213,10 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
             at_end, stopping = step == last_step, should_stop(step)
             score_due = _due(step, config.eval.every, at_end) and not _covers(scored, step, watched)
             save_due = _due(step, config.checkpoint.every, at_end) and step != saved
-            trace_ends = log.profile_start > 0 and step == log.profile_start + log.profile_steps - 1
-            if score_due or save_due or at_end or stopping or trace_ends:
+            if score_due or save_due or at_end or stopping or trace.ends_after(step):
                 read_pending()
-            if trace_ends and tracing:
-                jax.profiler.stop_trace()
-                tracing = False
-                metrics.say(f'profile of {log.profile_steps} steps in {folder.path / "profile"}')
+            if trace.ends_after(step):
+                trace.end()
             try:
                 if score_due and not stopping:
                     scored = evaluate('eval', watched, step)
@@ -237,11 +237,9 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
                 break
 
             # One step: dispatch it, then read the one before.
-            if step + 1 == log.profile_start:
+            if trace.begins_after(step):
                 read_pending()
-                jax.profiler.start_trace(str(folder.path / 'profile'))
-                tracing = True
-                stack.callback(_end_trace)
+                trace.begin()
             with clock.spend('data'):
                 batch = next(batches)
             with running('train_step'):
@@ -254,13 +252,15 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
         return _abort(error, metrics, checkpoints)
 
     # ----- The end ---------------------------------------------------------------------------------------------------
-    if tracing:
-        jax.profiler.stop_trace()
+    trace.end()
     with clock.spend('checkpoint'):
         note(checkpoints.wait())
     if stopping:
         metrics.record('run', step, event='stopped', **_spent(clock))
-        metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
+        if step == 0:
+            metrics.say('stopped before the first step: nothing is saved, and the same command begins again')
+        else:
+            metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
         return Result(STOPPED, step)
     assert final is not None  # the loop ends with it
     if not is_finite(final):
@@ -285,13 +285,7 @@ def _train(config: ml_collections.ConfigDict, folder: Workdir, stack: contextlib
 # ---------------------------------------------------------------------------------------------------------------------
 def _covers(scores: Record | None, step: int, rows: Any) -> bool:
     """Whether these scores are of this step and of all these rows."""
-    return scores is not None and scores['step'] == step and scores['tokens'] == rows.num_tokens
-
-
-def _end_trace() -> None:
-    """Writes a trace that is still open, however the run ends."""
-    with contextlib.suppress(RuntimeError):  # it has ended
-        jax.profiler.stop_trace()
+    return scores is not None and scores['step'] == step and scores.get('tokens') == rows.num_tokens
 
 
 def _due(step: int, every: int, at_end: bool) -> bool:

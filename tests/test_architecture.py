@@ -10,10 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('mixcon_jax', 'kernels_pallas', 'launch', 'experiments')
 
 # Whatever may be imported by everyone: they import nothing of ours but each other.
-FOUNDATION = {
-    *('mixcon_jax.errors', 'mixcon_jax.host.paths', 'mixcon_jax.options', 'mixcon_jax.checks', 'mixcon_jax.config'),
-    'mixcon_jax.parallel.split',
-}
+FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'host', 'options', 'checks', 'config', 'parallel')}
 # What starts runs; only launchers and one another may import it.
 TOP = {'mixcon_jax.train', 'mixcon_jax.cli', 'mixcon_jax.__main__', 'launch'}
 

@@ -1,11 +1,13 @@
 """Checkpoints: what is saved comes back bit for bit or not at all."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -317,6 +319,96 @@ def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch,
     assert again.steps() == [2]
     assert_same(again.restore(abstract(make_state(0)))[0], make_state(2))
     again.close()
+
+
+def test_what_is_verified_loads(tmp_path):
+    """Whatever file of a checkpoint is cut to nothing or missing: either it is noticed, or everything comes back."""
+    save(tmp_path / 'intact', [4])
+    digest, passed = saved.digest(saved.contents(tmp_path / 'intact', 4)), 0
+    for file in sorted(path for path in (tmp_path / 'intact' / '4').rglob('*') if path.is_file()):
+        for spoil in (lambda path: path.write_bytes(b''), Path.unlink):
+            shutil.rmtree(tmp_path / 'copy', ignore_errors=True)
+            shutil.copytree(tmp_path / 'intact', tmp_path / 'copy')
+            spoil(tmp_path / 'copy' / file.relative_to(tmp_path / 'intact'))
+            try:
+                readback.verify(tmp_path / 'copy', 4, digest)
+            except saved.Damaged:
+                continue
+            checkpoints = Checkpoints(tmp_path / 'copy', read_only=True)
+            assert_same(checkpoints.restore(abstract(make_state(0)))[0], make_state(4))
+            checkpoints.close()
+            passed += 1
+    assert passed > 2
+    readback.verify(tmp_path / 'intact', 4, digest)
+
+
+def test_a_checkpoint_that_lost_part_of_a_file_is_seen_to_be_no_whole_one(tmp_path):
+    """Without reading arrays; of an earlier version's, which has no list of its files, what is there shows it."""
+    save(tmp_path / 'intact', [4])
+    assert saved.is_whole(tmp_path / 'intact', 4)
+    for file in sorted(path for path in (tmp_path / 'intact' / '4').rglob('*') if path.is_file()):
+        for spoil in (lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink):
+            shutil.rmtree(tmp_path / 'copy', ignore_errors=True)
+            shutil.copytree(tmp_path / 'intact', tmp_path / 'copy')
+            spoil(tmp_path / 'copy' / file.relative_to(tmp_path / 'intact'))
+            assert saved.is_whole(tmp_path / 'copy', 4) == (file.name == 'files')
+    shutil.copytree(tmp_path / 'intact', tmp_path / 'older')
+    (tmp_path / 'older' / '4' / saved.FILES).unlink()
+    assert saved.is_whole(tmp_path / 'older', 4)
+    shutil.rmtree(tmp_path / 'older' / '4' / 'model')
+    (tmp_path / 'older' / '4' / 'model').mkdir()
+    assert not saved.is_whole(tmp_path / 'older', 4)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_said_and_ends_nothing(tmp_path, monkeypatch):
+    said: list[str] = []
+    checkpoints, rename = Checkpoints(tmp_path, keep_last=1, keep_best=0, say=said.append), os.rename
+
+    def refuse(path, target):
+        if 'deleted' in str(target):
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        rename(path, target)
+
+    monkeypatch.setattr(os, 'rename', refuse)
+    for step in (1, 2):
+        checkpoints.save(make_state(step), meta(step))
+    assert checkpoints.wait() == 2 and checkpoints.steps() == [1, 2]
+    assert said == [f'checkpoint 1 in {tmp_path} cannot be deleted (Permission denied); it stays']
+    monkeypatch.undo()
+    checkpoints.save(make_state(3), meta(3))
+    assert checkpoints.wait() == 3 and checkpoints.steps() == [3] and len(said) == 1
+    checkpoints.close()
+
+
+@pytest.mark.parametrize('instead', [None, 'a folder'])
+def test_a_link_that_is_cleared_away_loses_nothing(tmp_path, monkeypatch, instead):
+    """As by what removes temporary files while a run goes on: between saves, and while one is read."""
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    folder, said = tmp_path / '[x]' / 'checkpoints', []
+    checkpoints = Checkpoints(folder, say=said.append)
+
+    def clear_away():
+        (link,) = tmp_path.glob('mixcon-*')
+        shutil.rmtree(link)
+        if instead:
+            (link / 'checkpoints' / '1').mkdir(parents=True)
+
+    checkpoints.save(make_state(1), meta(1))
+    checkpoints.wait()
+    clear_away()
+    checkpoints.save(make_state(2), meta(2))
+    assert checkpoints.wait() == 2 and saved.steps(folder) == [1, 2]
+    clear_away()
+    assert_same(checkpoints.restore(abstract(make_state(0)))[0], make_state(2))
+    # A save that went elsewhere is none.
+    verify = readback.verify
+    lose = lambda *args: (os.rename(folder / '3', tmp_path / 'elsewhere'), verify(*args))
+    monkeypatch.setattr(readback, 'verify', lose)
+    checkpoints.save(make_state(3), meta(3))
+    with pytest.raises(UserError, match=r'checkpoint 3 .*cannot be read back.*checkpoint 2 is intact'):
+        checkpoints.wait()
+    checkpoints.close()
+    assert saved.steps(folder) == [1, 2] and not said and not list(tmp_path.glob('mixcon-*'))
 
 
 def test_an_older_checkpoint_goes_only_when_the_new_one_is_read_back(tmp_path, monkeypatch):

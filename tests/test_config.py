@@ -64,6 +64,25 @@ def test_every_default_passes_its_own_check_and_has_a_meaning(key, option):
     assert option.meaning.endswith(('.', ')', '"')), option.meaning
 
 
+@pytest.mark.parametrize('text, elements', [
+    ('files:/a, b/*.txt,files:c/*.txt', ('files:/a, b/*.txt', 'files:c/*.txt')),
+    ('files:/q,a:b/*.txt', ('files:/q,a:b/*.txt',)),
+    ('files:a/*.txt, store:b,stdlib', ('files:a/*.txt', 'store:b', 'stdlib')),
+    ('files:a,stdlib/*.txt', ('files:a,stdlib/*.txt',)),
+])  # fmt: skip
+def test_a_comma_ends_a_source_only_before_another(experiment, text, elements, tmp_path):
+    assert configs.load(experiment, [f"data.sources='{text}'"]).data.sources == elements
+    # In a file elements are what they are.
+    path = tmp_path / 'file.py'
+    path.write_text(
+        'from mixcon_jax.config import default\n\ndef get_config():\n    config = default()\n'
+        f'    config.data.sources = ({text!r},)\n    return config\n'
+    )
+    config = configs.load(str(path), ['train.steps=70'])
+    assert config.data.sources == configs.validate(config).data.sources == (text,)
+    assert configs.from_json(configs.to_json(config)).data.sources == (text,)
+
+
 def test_argument_reaches_get_config(experiment):
     assert configs.load(f'{experiment}:hello').name == 'hello'
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mixcon_jax import step
+from mixcon_jax.planning.collectives import collectives, of_sequence
 from mixcon_jax.trees import named_leaves
-from tests.benchmarks.context_parallel import collectives, of_sequence
 from tests.training import mesh_of, random_batch, tiny_config
 
 LENGTH = 16

@@ -307,8 +307,19 @@ def test_page_runs_as_printed(name, tmp_path, home):
             assert result.returncode == 0, f'{step.where}: {step.text}\n{result.stderr[-2000:]}'
 
 
-def test_every_test_that_the_reliability_page_names_exists():
+@pytest.mark.parametrize('name', ['reliability.md', 'testing.md'])
+def test_every_test_that_a_table_of_tests_names_exists(name):
     tests = '\n'.join(path.read_text() for path in (ROOT / 'tests').rglob('test_*.py'))
-    named = set(re.findall(r'`(test_\w+)`', PAGES['reliability.md']))
+    named = set(re.findall(r'`(test_\w+)`', PAGES[name]))
     assert len(named) > 40
     assert not {name for name in named if f'def {name}(' not in tests}
+
+
+def test_every_kind_of_fault_has_tests_and_every_door_has_kinds():
+    section = PAGES['testing.md'].split('## Doors and kinds')[1].split('\n## ')[0]
+    named = set(re.findall(r'\*\*(\w+)\*\*', section))
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in section.splitlines() if line[:1] == '|']
+    kinds, doors, tests = zip(*rows[2:], strict=True)
+    assert set(doors) == named
+    assert kinds[0] and all('`test_' in each for each in tests)
+    assert len(set(filter(None, kinds))) == len(list(filter(None, kinds))) > 12

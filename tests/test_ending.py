@@ -12,7 +12,8 @@ import jax
 import pytest
 from jax._src.config import bool_env
 
-from launch import local, sweep
+from launch import local
+from launch.sweep import sweep
 from mixcon_jax import cli
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import ambient, ending
@@ -31,6 +32,7 @@ COMMANDS = {
     'watch': ('mixcon_jax.watching.watch.watch', cli.main, ['watch', 'run']),
     'doctor': ('mixcon_jax.doctor.doctor', cli.main, ['doctor']),
     'prepare': ('mixcon_jax.data.prepare.prepare', cli.main, ['data', 'prepare', '--config', EXPERIMENT]),
+    'verify': ('mixcon_jax.data.integrity.verify_all', cli.main, ['data', 'verify', 'run']),
     'local': ('launch.local.load', local.main, ['--processes', '1', '--config', EXPERIMENT, '--workdir', 'run']),
     'sweep': ('launch.sweep.cases', sweep.main, ['--config', EXPERIMENT, '--workdir', 'run']),
 }
@@ -41,6 +43,11 @@ FAILURES = [
     (UserError('no file a\nb\x1b[2J'), 2, r'error: no file a\nb\x1b[2J'),
     (MemoryError(), 2, 'error: there is not enough memory; take a smaller batch'),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore'), 2, 'memory (Out of'),
+    (
+        jax.errors.JaxRuntimeError('INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes.'),
+        2,
+        'not enough memory (Error dispatching computation: Out of memory allocating 9 bytes.); take a smaller',
+    ),
     (OSError(errno.ENOMEM, 'Cannot allocate memory'), 2, 'there is not enough memory'),
     (PermissionError(errno.EACCES, 'Permission denied', '/some/file'), 2, 'error: /some/file: Permission denied'),
     (OSError(errno.ENOSPC, 'No space left on device'), 2, 'error: No space left on device'),
@@ -147,5 +154,5 @@ def test_a_platform_that_is_not_here_is_one_line(platform, tmp_path):
 
 def test_the_exit_codes_stand_in_the_docs():
     page = Path(ROOT, 'docs', 'run-directory.md').read_text(encoding='utf-8')
-    for code in (ending.USER_ERROR, ending.FAULT, ending.INTERRUPTED):
+    for code in (ending.FAILED, ending.USER_ERROR, ending.FAULT, ending.INTERRUPTED):
         assert f'\n| {code} | ' in page

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.sweep import standing
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
-from mixcon_jax.runs.goodput import KINDS, Clock, peak_flops
+from mixcon_jax.planning.hardware import peak_flops
+from mixcon_jax.runs.goodput import KINDS, Clock
 from mixcon_jax.runs.metrics import Metrics, Progress, TensorBoard, round_down, scalars
 from mixcon_jax.runs.records import RecordLog, keep_until, last, plain, read
 from mixcon_jax.units import duration, short
+from mixcon_jax.watching import follow
 
 
 class FakeTime:
@@ -77,6 +80,40 @@ def test_a_record_cut_off_at_any_byte_is_repaired(tmp_path):
         path.write_bytes(whole[:cut])
         keep_until(path, 9)
         assert path.read_bytes() in (whole[:first], whole)
+
+
+NO_RECORDS = [
+    b'', b'null', b'[1]', b'\xff', b'[' * 100_000, b'{"kind": "run"}', b'{"step": 1}', b'{"kind": 3, "step": 1}',
+    b'{"kind": "run", "step": "3"}', b'{"kind": "run", "step": null}', b'{"kind": "run", "step": true}',
+    b'{"kind": "run", "step": -1}', b'{"kind": "run", "step": 1.0}', b'{"kind": "run", "step": 1' + b'0' * 400 + b'}',
+    b'{"kind": "train", "step": 1}', b'{"kind": "eval", "step": 1, "loss": 1.0}', b'{"kind": "final", "step": 1}',
+    b'{"kind": "train", "step": 1, "loss": "x"}', b'{"kind": "train", "step": 1, "loss": 1, "time": {}}',
+    b'{"kind": "run", "step": 1, "time": 1e300}', b'{"kind": "run", "step": 1, "time": -1}',
+    b'{"kind": "train", "step": 1, "loss": 1, "stats": 3}', b'{"kind": "run", "step": 1, "baselines": null}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('line', NO_RECORDS, ids=lambda line: line[:50])
+def test_a_line_that_is_no_record_is_none_for_everyone(tmp_path, line):
+    path = tmp_path / 'metrics.jsonl'
+    write(path, [1, 2])
+    path.write_bytes(line + b'\n' + path.read_bytes() + line + b'\n')
+    assert [record['step'] for record in read(path)] == [1, 2] == [record['step'] for record in keep_until(path, 9)]
+    assert standing.newest_step(tmp_path) == 2
+    path.write_bytes(line + b'\n')
+    (tmp_path / 'config.json').write_text('{}')
+    (run,) = follow.Runs([tmp_path]).update()
+    assert (run.step, run.train, run.scores, run.event) == (0, None, None, None)
+
+
+@pytest.mark.parametrize('value', [None, 3, 'x', [], {}, [[]], [{}], {'a': None}, {'a': 'x'}, {'a': [1, [2]]}, 10**400])
+@pytest.mark.parametrize('key', ['stats', 'time_shares', 'by_length', 'accuracy', 'mfu', 'x'])
+def test_whatever_a_record_holds_is_drawn_or_left_out(tmp_path, key, value):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(json.dumps({'kind': 'train', 'step': 1, 'loss': 2.5, key: value}) + '\n')
+    for record in read(path):
+        TensorBoard(tmp_path / 'tensorboard', [record]).close()
+        assert scalars(record)['train/loss'] == 2.5
 
 
 def test_no_file_is_no_records(tmp_path):
@@ -155,7 +192,7 @@ def run(folder, config, first, final, stream=None, active=True, now=None):
         now.wait(1)
         metrics.train(step, step_metrics(step))
         if step % 10 == 0:
-            metrics.record('eval', step, loss=2.0, bits_per_byte=1.5)
+            metrics.record('eval', step, loss=2.0, bits_per_byte=1.5, tokens=9, bytes=18)
     metrics.sync()
     metrics.close()
     return kept

@@ -4,6 +4,7 @@ import ast
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -141,21 +142,47 @@ def test_a_run_ends_well_though_nobody_can_read_what_it_says(tmp_path):
     assert (workdir / 'checkpoints' / '2').is_dir()
 
 
+TEXT_MODE = re.compile('[rwax][+t]*')
+ALWAYS_TEXT = ('read_text', 'write_text', 'TextIOWrapper')
+OPENERS = ('open', 'fdopen', 'NamedTemporaryFile', 'TemporaryFile')
+BINARY = ('gzip', 'bz2', 'lzma', 'zstandard', 'tempfile', 'os')  # modules whose openers take bytes unless told
+
+
 def opens_text(call: ast.Call) -> bool:
     """Whether the call opens, reads or writes a file as text in the locale's encoding."""
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, 'id', '')
-    constants = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, 'id', '')
+    module = getattr(function.value, 'id', '') if isinstance(function, ast.Attribute) else ''
+    values = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == 'mode')]
+    constants = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
     if any(keyword.arg == 'encoding' for keyword in call.keywords) or 'utf-8' in constants:
         return False
-    if name in ('read_text', 'write_text'):
+    if name in ALWAYS_TEXT:
         return True
-    if name == 'open':
-        builtin, modes = (
-            isinstance(call.func, ast.Name),
-            [c for c in constants if c in ('r', 'w', 'a', 'x', 'r+', 'w+')],
-        )
-        return bool(modes) or (builtin and len(call.args) == 1)
-    return False
+    if name not in OPENERS:
+        return False
+    modes = [constant for constant in constants if TEXT_MODE.fullmatch(constant)]
+    if module in BINARY and name != 'fdopen':
+        return any(module == 'tempfile' or 't' in mode for mode in modes)
+    if modes or any(keyword.arg == 'mode' for keyword in call.keywords):
+        return bool(modes)
+    # Without a mode. A path's method takes nothing then; what else has that name takes something.
+    method = isinstance(function, ast.Attribute) and module != 'os'
+    return len(call.args) == (0 if method else 1)
+
+
+@pytest.mark.parametrize('source, text', [
+    ("open(path)", True), ("open(path, 'w')", True), ("open(path, mode='a+')", True), ("open(path, 'rb')", False),
+    ("open(path, mode='wb')", False), ("open(path, encoding='utf-8')", False), ("path.open()", True),
+    ("path.open('w')", True), ("path.open(mode='w')", True), ("path.open('rb')", False), ("path.read_text()", True),
+    ("path.read_text('utf-8')", False), ("gzip.open(path, 'rt')", True), ("gzip.open(path, mode='wt')", True),
+    ("gzip.open(path, 'w')", False), ("gzip.open(path)", False), ("os.fdopen(file)", True), ("os.fdopen(3, 'w')", True),
+    ("os.open(path, flags)", False), ("store.open('train')", False), ("TokenStore.open(path, split)", False),
+    ("tempfile.NamedTemporaryFile('w')", True), ("tempfile.NamedTemporaryFile()", False),
+    ("io.TextIOWrapper(raw)", True),
+])  # fmt: skip
+def test_what_opens_text_is_recognised(source, text):
+    assert opens_text(ast.parse(source, mode='eval').body) == text
 
 
 def test_every_file_that_the_program_opens_as_text_is_utf8():

@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, sweep
+from launch import local
+from launch.sweep import sweep
 from mixcon_jax import cli
+from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand, expand_folder, expand_path, foreign
+from mixcon_jax.config import leaves
+from tests.tiny import ROOT
 
 QUICKSTART = ['--config', 'experiments/quickstart.py']
 TINY = [*QUICKSTART, '--workdir', 'WORKDIR', '--config.train.batch_size=8']
+# No text to prepare, and a model that compiles in no time.
+TASK = [
+    *TINY, '--config.data.sources=synthetic:induction', '--config.data.seq_len=16', '--config.model.dim=8',
+    '--config.model.pattern=mamba', '--config.model.vocab_size=64', '--config.log.tensorboard=false',
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -26,7 +35,10 @@ def homeless(monkeypatch):
     monkeypatch.setattr(pwd, 'getpwuid', unknown)
 
 
-@pytest.mark.parametrize('path', ['', '.', 'a', '/a/b', './~', 'a/~', '~', '~/', '~/a', '~/a/**/*.txt', '~root/a'])
+@pytest.mark.parametrize(
+    'path',
+    ['', '.', 'a', '/a/b', './~', 'a/~', '~', '~/', '~/a', '~/a/**/*.txt', '~root/a', '~//a', '~///', '~root//a'],
+)
 def test_it_is_pythons_own_where_there_is_a_home(path, monkeypatch):
     monkeypatch.setenv('HOME', '/home/of/someone')
     assert Path(expand(path)) == Path(os.path.expanduser(path))
@@ -65,6 +77,9 @@ DOORS = {
     'files:': (cli.main, ['data', 'prepare', *QUICKSTART, '--config.data.sources=files:PATH']),
     'store:': (cli.main, ['data', 'prepare', *QUICKSTART, '--config.data.sources=store:PATH']),
     'eval': (cli.main, ['eval', '--workdir', 'PATH']),
+    'eval FILE': (cli.main, ['eval', '--workdir', 'WORKDIR', 'PATH']),
+    'data verify': (cli.main, ['data', 'verify', 'PATH']),
+    'train.init_from': (cli.main, ['train', *TASK, '--config.train.init_from=PATH']),
     'generate': (cli.main, ['generate', '--workdir', 'PATH']),
     'report': (cli.main, ['report', 'PATH']),
     'report --out': (cli.main, ['report', 'WORKDIR', '--out', 'PATH']),
@@ -90,3 +105,36 @@ def test_at_every_door(door, path, message, homeless, tmp_path, capsys, monkeypa
     assert end.value.code == 2
     assert line.startswith('error: ') and line.count('\n') == 1 and message in line
     assert not (tmp_path / 'run').exists()
+
+
+# What doors say of nothing that do not call it empty.
+NOTHING = {
+    'files:': 'data.sources', 'store:': 'data.sources', '--config': 'does not exist', 'eval FILE': 'error',
+    'sweep --config': 'does not exist',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('door', sorted(DOORS.keys() - {'train.init_from'}))  # where nothing is the default
+@pytest.mark.parametrize('path', ['', ' '])
+def test_nothing_is_no_path_at_any_door(door, path, tmp_path, capsys, monkeypatch):
+    """A variable that is not set names no folder, nor the current one."""
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.chdir(tmp_path)
+    main, arguments = DOORS[door]
+    replaced = [a.replace('PATH', path).replace('WORKDIR', 'run') for a in arguments]
+    replaced = [str(Path(ROOT, a)) if a == QUICKSTART[1] else a for a in replaced]
+    with pytest.raises(SystemExit) as end:
+        main(replaced)
+    line = capsys.readouterr().err
+    assert end.value.code == 2
+    assert line.startswith('error: ') and line.count('\n') == 1 and NOTHING.get(door, 'empty') in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('key', [key for key, option in leaves() if option.path])
+def test_an_option_that_is_a_path_says_what_to_name(key):
+    config = configs.default()
+    configs.validate(config)
+    configs.put(config, key, '  ')
+    with pytest.raises(UserError, match=f'{key}=.* is empty; name a '):
+        configs.validate(config)

@@ -53,8 +53,9 @@ def test_a_checkpoint_is_scored_as_at_the_end_of_its_run(done, capsys):
     assert f'accuracy {scores.accuracy:.4f} over 60 answers' in printed and '48 tokens: accuracy' in printed
 
 
-def test_a_checkpoint_is_scored_at_lengths_that_its_run_did_not_score(done, capsys):
+def test_a_checkpoint_is_scored_at_lengths_that_its_run_did_not_score(done, capsys, tmp_path):
     folder, result = done
+    (tmp_path / 'a.txt').touch()
 
     def scored(*lengths):
         with pytest.raises(SystemExit) as end:
@@ -69,7 +70,7 @@ def test_a_checkpoint_is_scored_at_lengths_that_its_run_did_not_score(done, caps
     with pytest.raises(UserError, match='give lengths or files to score, not both'):
         evaluate(folder, ['a.txt'], lengths=[64])
     with pytest.raises(UserError, match='was trained on synthetic:selective_copying, not on text'):
-        evaluate(folder, ['a.txt'])
+        evaluate(folder, [str(tmp_path / 'a.txt')])
 
 
 def test_an_interrupted_run_ends_with_the_same_parameters(config, done, tmp_path, monkeypatch):

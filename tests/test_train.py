@@ -15,11 +15,12 @@ import pytest
 from mixcon_jax import config as configs
 from mixcon_jax import train as train_module
 from mixcon_jax.errors import UserError
-from mixcon_jax.host.signals import STOPPING
+from mixcon_jax.host.signals import STOPPING, StopRequest
 from mixcon_jax.runs.checkpoints import Checkpoints, load_params
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import last, read
+from mixcon_jax.runs.trace import Trace
 from mixcon_jax.runs.workdir import Workdir
 from mixcon_jax.train import ABORTED, DONE, STOPPED, Result, train
 from tests.test_resume import outcome
@@ -145,6 +146,18 @@ def test_a_signal_saves_and_the_next_start_goes_on(folder, tmp_path, monkeypatch
     assert outcome(tmp_path / 'run') == outcome(folder / 'whole')
 
 
+def test_stopped_before_the_first_step_it_says_that_nothing_is_saved(folder, tmp_path, monkeypatch, capsys):
+    class Asked(StopRequest):
+        def __enter__(self):
+            self.requested = True
+            return self
+
+    monkeypatch.setattr(train_module, 'StopRequest', Asked)
+    assert train(small_config(folder), tmp_path / 'run') == Result(STOPPED, 0)
+    assert 'nothing is saved' in capsys.readouterr().out
+    assert Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True).steps() == []
+
+
 def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(folder, tmp_path, monkeypatch):
     original = train_module.score
 
@@ -237,7 +250,7 @@ def test_bad_input_is_one_line_and_leaves_no_run(folder, tmp_path, overrides, me
         assert not (tmp_path / 'run').exists()
 
 
-def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(folder, tmp_path):
+def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(folder, tmp_path, capsys):
     """Whatever becomes of the text: what counts is the hash of the tokens that were prepared."""
     config = small_config(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
@@ -245,7 +258,9 @@ def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(f
         train(config, tmp_path / 'run')
     write_corpus(tmp_path / 'corpus', seed=1)
     shutil.copytree(tmp_path / 'run', tmp_path / 'other')
+    capsys.readouterr()
     assert train(config, tmp_path / 'run').exit_code == DONE
+    assert 'corpus/*.txt: changed since' in capsys.readouterr().err
     shutil.rmtree(config.data.cache_dir)
     before = contents(tmp_path / 'other')
     with pytest.raises(UserError, match='data'):
@@ -260,6 +275,7 @@ def test_text_that_was_copied_but_not_changed_goes_on(folder, tmp_path):
         train(config, tmp_path / 'run')
     for path in (tmp_path / 'corpus').iterdir():
         path.touch()
+    shutil.rmtree(config.data.cache_dir)  # it is prepared anew, and is the data of the run all the same
     assert train(config, tmp_path / 'run').exit_code == DONE
 
 
@@ -342,3 +358,30 @@ def test_init_from_another_tokenizer_says_which_to_use(folder, tmp_path):
 def test_a_profile_is_written_when_asked_for(folder, tmp_path):
     train(small_config(folder, train__steps=4, log__profile_start=2, log__profile_steps=2), tmp_path / 'run')
     assert list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_profile_that_cannot_be_written_is_said_before_the_first_step_or_ends_nothing(folder, tmp_path, monkeypatch):
+    options = {'train__steps': 2, 'checkpoint__every': 2, 'log__profile_start': 1, 'log__profile_steps': 1}
+    config = small_config(folder, **options)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'profile').symlink_to(tmp_path / 'unmounted')
+    with pytest.raises(UserError, match=r'profile is a link to .*unmounted.*mount'):
+        train(config, tmp_path / 'run')
+    assert not any(record['kind'] == 'train' for record in read(tmp_path / 'run' / 'metrics.jsonl'))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    # What the profiler says when it begins, and when it writes.
+    for part, name in ((full, 'start_trace'), (full, 'stop_trace')):
+        said: list[str] = []
+        trace = Trace(config.log, tmp_path / 'profile', said.append)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.profiler, 'start_trace', lambda folder: None)
+            patch.setattr(jax.profiler, name, part)
+            assert trace.begins_after(0) and trace.ends_after(1)
+            trace.begin()
+            trace.end()
+            trace.end()
+        (line,) = said
+        assert line.startswith(f'no profile in {tmp_path / "profile"}: OSError: ') and 'No space left' in line

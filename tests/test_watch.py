@@ -20,7 +20,9 @@ from rich.console import Console
 
 from mixcon_jax import cli
 from mixcon_jax.errors import UserError
+from mixcon_jax.parsing import number
 from mixcon_jax.reports import runs
+from mixcon_jax.runs import saved
 from mixcon_jax.runs.records import RecordLog, keep_until
 from mixcon_jax.watching import cells, charts, follow
 from mixcon_jax.watching import watch as watching
@@ -40,7 +42,7 @@ def train(step, time, **values):
 
 
 def scores(step, time, loss=3.0):
-    return {'kind': 'eval', 'step': step, 'time': time, 'loss': loss, 'bits_per_byte': 1.5}
+    return {'kind': 'eval', 'step': step, 'time': time, 'loss': loss, 'bits_per_byte': 1.5, 'tokens': 9, 'bytes': 18}
 
 
 def event(name, step, time):
@@ -323,9 +325,9 @@ def test_runs_of_one_name_and_seed_are_told_apart_by_their_folders(tmp_path):
 
 def test_more_runs_than_lines_show_the_active_ones_first(tmp_path):
     folders = [tmp_path / f'{number:02d}' for number in range(30)]
-    for number, folder in enumerate(folders):
-        ended = [event('done', 31, 1026)] if number < 25 else []
-        write(folder, [*RUNNING, *ended], name=f'arm-{number}')
+    for place, folder in enumerate(folders):
+        ended = [event('done', 31, 1026)] if place < 25 else []
+        write(folder, [*RUNNING, *ended], name=f'arm-{place}')
     runs = Runs([tmp_path]).update()
     for height in (10, 20):
         text = shown(watching.view(runs, 1026, 80, height), 80)
@@ -403,7 +405,7 @@ def test_what_a_layer_does_not_declare_is_shown_all_the_same(tmp_path):
 
 
 def test_a_task_shows_accuracy_instead_of_bits_per_byte(tmp_path):
-    answers = {'kind': 'eval', 'step': 1, 'time': 1002.0, 'loss': 0.5, 'accuracy': 0.875, 'bits_per_byte': None}
+    answers = scores(1, 1002, 0.5) | {'accuracy': 0.875, 'bits_per_byte': None, 'bytes': 0}
     run = opened(tmp_path / 'run', [STARTED, train(1, 1001), answers])
     assert 'accuracy 0.8750 at step 1' in shown(details(run, 1003, 80, 6), 80)
 
@@ -557,4 +559,21 @@ def test_on_a_terminal_it_waits_for_a_run_shows_it_and_leaves_the_terminal_clean
 
 def test_numbers_that_no_float_holds_are_none():
     """Of a file that something else has written to: they count as damaged, and the run is shown."""
-    assert math.isnan(follow.number(10**400)) and math.isnan(runs.number({'loss': 10**400}, 'loss'))
+    for value in (10**400, -(10**400), None, '3', True, [3]):
+        assert math.isnan(number(value)) and math.isnan(runs.number({'loss': value}, 'loss'))
+
+
+def test_of_a_run_with_a_checkpoint_the_configuration_is_the_checkpoints(tmp_path):
+    """Though config.json, which anything may have written, is there; only what may change on the way is read there."""
+    folder = write(tmp_path / 'run', [STARTED], name='new name', seed=5, steps=30)
+    kept = {'name': 'old', 'seed': 0, 'train': {'steps': 20}, 'model': {'dim': 8}, 'log': {'every': 10}}
+    (folder / 'checkpoints' / '9' / 'meta').mkdir(parents=True)
+    found = {'step': 9, 'config': kept}
+    text = json.dumps({'sha256': saved.digest(found), 'contents': found})
+    (folder / 'checkpoints' / '9' / 'meta' / 'metadata').write_text(text)
+    assert Run(folder).config == kept | {'name': 'new name', 'train': {'steps': 30}}
+    (folder / 'config.json').write_text('{"name": 3, "log": 4, "train": {"steps": "x", "more": 1}, "optim": {}}')
+    assert Run(folder).config == kept
+    for spoiled in ('[' * 100_000, '[]', '{'):
+        (folder / 'config.json').write_text(spoiled)
+        assert Run(folder).config == kept

@@ -25,7 +25,7 @@ from mixcon_jax.runs.checkpoints import load_params
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import last, read
-from mixcon_jax.runs.workdir import Workdir, same_schedule
+from mixcon_jax.runs.workdir import Workdir, report_if_finished, same_schedule
 from mixcon_jax.train import ABORTED, DONE, train
 from tests.test_train import contents
 from tests.tiny import TIMELESS, tiny_config
@@ -107,17 +107,21 @@ def test_folders_of_a_run_may_be_links(folder, tmp_path):
 
 # ----- whose folder it is -----
 
-FOREIGN = {
-    'config.json': '{"n_layer": 12}', 'tokenizer.json': '{"mine": 1}', 'metrics.jsonl': '{"epoch": 1, "step": 3}\n',
-    'checkpoints/9/mine': 'x', 'tensorboard/events.out.tfevents.1.mine': 'x', 'profile/mine': 'x',
-    'mixcon.json': '[]', 'wandb_id.txt': 'x', 'checkpoints/4.orbax-checkpoint-tmp/mine': 'x',
-}  # fmt: skip
+HYDRA = {'model': {'dim': 8}, 'data': {'seq_len': 8}, 'optim': {'learning_rate': 1e-3}, 'train': {'steps': 5}}
+FOREIGN = [
+    ('config.json', '{"n_layer": 12}'), ('config.json', json.dumps(HYDRA)), ('config.json', '[' * 100_000),
+    ('config.json', json.dumps(configs.default().to_dict() | {'trainer': {'gpus': 8}})),
+    ('tokenizer.json', '{"mine": 1}'), ('metrics.jsonl', '{"epoch": 1, "step": 3}\n'), ('mixcon.json', '[]'),
+    ('mixcon.json', '[' * 100_000), ('checkpoints/9/mine', 'x'), ('checkpoints/4.orbax-checkpoint-tmp/mine', 'x'),
+    ('tensorboard/events.out.tfevents.1.mine', 'x'), ('profile/mine', 'x'), ('wandb_id.txt', 'x'),
+    ('checkpoints/9/meta/metadata', json.dumps({'contents': {'step': 9}, 'sha256': ''})),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize('name', FOREIGN)
-def test_files_of_others_are_neither_replaced_nor_deleted(folder, tmp_path, name):
+@pytest.mark.parametrize('name, text', FOREIGN)
+def test_files_of_others_are_neither_replaced_nor_deleted(folder, tmp_path, name, text):
     (tmp_path / 'run' / name).parent.mkdir(parents=True)
-    (tmp_path / 'run' / name).write_text(FOREIGN[name])
+    (tmp_path / 'run' / name).write_text(text)
     (tmp_path / 'run' / '.lock').write_text('mine')
     before = contents(tmp_path / 'run')
     with pytest.raises(UserError, match=rf'{name.split("/")[0]}.*no run.*another workdir') as error:
@@ -148,13 +152,13 @@ def test_a_run_from_before_there_were_marks_is_known_by_what_only_runs_hold(fold
     workdir = copy_of(folder, tmp_path, 2)
     for name in ('mixcon.json', *lost):
         (workdir / name).unlink()
-    events = workdir / 'tensorboard' / 'events.out.tfevents.1.host'  # as such runs called theirs
+    events = workdir / 'tensorboard' / 'events.out.tfevents.1.host'  # such runs called theirs so, as others do
     events.parent.mkdir()
     events.write_text('x')
     with Workdir(workdir).locked():
         Workdir(workdir).require_same(configs.validate(small(folder)))
         Workdir(workdir).commit(configs.validate(small(folder)), '{}')
-    assert mark.read(workdir) == {'program': 'mixcon_jax', 'format': 1} and not events.exists()
+    assert mark.read(workdir) == {'program': 'mixcon_jax', 'format': 1} and events.exists()
 
 
 # ----- what a run is -----
@@ -178,6 +182,31 @@ def test_a_run_whose_last_checkpoint_is_half_gone_is_not_done(folder, tmp_path):
     assert Workdir(workdir).finished(small(folder)) is not None
     shutil.rmtree(workdir / 'checkpoints' / '4' / 'optimizer')
     assert Workdir(workdir).finished(small(folder)) is None
+
+
+@pytest.mark.parametrize('damage', [
+    {'loss': None}, {'loss': '3'}, {'loss': 10**400}, {'step': '4'}, {'step': None}, {'step': True}, {'bytes': ...},
+    {'fingerprint': ...}, {'fingerprint': 3}, {'kind': None}, {'baselines': None}, {'tokens': [1]}, {'perplexity': '1'},
+    {'baselines': {'gzip': 'x'}}, {'bytes': 0, 'by_length': 3}, {'bytes': 0, 'by_length': {'8': {}}},
+])  # fmt: skip
+def test_a_damaged_record_of_the_end_makes_no_run_done(folder, tmp_path, damage):
+    workdir = copy_of(folder, tmp_path)
+    *lines, end = (workdir / 'metrics.jsonl').read_text().splitlines()
+    record = json.loads(end) | damage
+    record = {key: value for key, value in record.items() if value is not ...}
+    (workdir / 'metrics.jsonl').write_text('\n'.join([*lines, json.dumps(record), '']))
+    assert report_if_finished(small(folder), workdir) is None
+    (workdir / 'metrics.jsonl').write_text('\n'.join([*lines, end, '']))
+    assert report_if_finished(small(folder), workdir) is not None
+
+
+@pytest.mark.parametrize('key, value', [
+    ('model.attention.num_heads', 0), ('model.pattern', 3), ('optim', None), ('train.steps', 4.5), ('data.sources', ())
+])  # fmt: skip
+def test_of_a_configuration_that_cannot_be_no_run_is_done(folder, key, value):
+    config = small(folder)
+    configs.put(config, key, value)
+    assert Workdir(folder / 'whole').finished(config) is None
 
 
 def test_scores_that_are_no_numbers_end_no_run_as_done(folder, tmp_path, monkeypatch, capsys):
@@ -207,6 +236,15 @@ def test_a_report_reads_the_configuration_in_the_checkpoint_where_the_file_is_lo
     assert lost.config.to_dict() == whole.config.to_dict() and lost.final == whole.final is not None
 
 
+def test_of_a_file_that_is_another_runs_a_report_takes_what_may_change_alone(folder, tmp_path):
+    workdir = copy_of(folder, tmp_path)
+    whole = runs.read(workdir)[0].config
+    other = configs.validate(small(folder, optim__learning_rate=0.1, seed=5, eval__every=9, name='new', train__steps=6))
+    (workdir / 'config.json').write_text(configs.to_json(other))
+    changed = configs.differences(whole, runs.read(workdir)[0].config)
+    assert changed == {'eval.every': (2, 9), 'name': ('', 'new'), 'train.steps': (4, 6)}
+
+
 # ----- more steps -----
 
 
@@ -220,7 +258,7 @@ def test_steps_are_those_of_another_length_while_every_learning_rate_is(schedule
         each.train.steps = steps
     every = jnp.arange(max(lengths))
     rates = [np.asarray(jax.vmap(optim.schedule(each.optim, each.train.steps))(every)) for each in (was, now)]
-    for made in range(4, min(lengths) + 1):
+    for made in range(min(lengths) + 1):
         assert same_schedule(was, now, made) == np.array_equal(rates[0][:made], rates[1][:made]), made
 
 
@@ -238,12 +276,13 @@ def test_more_steps_give_the_longer_run_bit_for_bit(folder, tmp_path, capsys):
 
 
 def test_cosine_goes_on_only_when_told_to_and_says_what_that_does(folder, tmp_path, capsys):
-    shorter = small(folder, optim__schedule='cosine', train__steps=2)
+    cosine = {'optim__schedule': 'cosine', 'optim__warmup_steps': 1}
+    shorter = small(folder, **cosine, train__steps=2)
     train(shorter, tmp_path / 'run')
     with pytest.raises(UserError, match=r'train\.steps 2 -> 4; .*cosine.*train\.extend=true'):
-        train(small(folder, optim__schedule='cosine'), tmp_path / 'run')
+        train(small(folder, **cosine), tmp_path / 'run')
     before = read(tmp_path / 'run' / 'metrics.jsonl')
-    longer = small(folder, optim__schedule='cosine', train__extend=True)
+    longer = small(folder, **cosine, train__extend=True)
     assert train(longer, tmp_path / 'run').exit_code == DONE
     after = [record for record in read(tmp_path / 'run' / 'metrics.jsonl') if record['kind'] == 'train']
     assert after[:2] == [record for record in before if record['kind'] == 'train'] and after[-1]['step'] == 4
@@ -251,10 +290,65 @@ def test_cosine_goes_on_only_when_told_to_and_says_what_that_does(folder, tmp_pa
     for record in after[1:3]:
         assert f'{record["learning_rate"]:.3g}' in said
     # From then on the extension is the run's own length.
-    assert Workdir(tmp_path / 'run').finished(small(folder, optim__schedule='cosine')) is not None
+    assert Workdir(tmp_path / 'run').finished(small(folder, **cosine)) is not None
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_takes_any_length(folder, tmp_path):
+    """No step of it is kept."""
+    workdir, cosine = copy_of(folder, tmp_path, 2), {'optim__schedule': 'cosine'}
+    shutil.rmtree(workdir / 'checkpoints')
+    (workdir / 'config.json').write_text(configs.to_json(configs.validate(small(folder, **cosine))))
+    assert Workdir(workdir).has_progress()
+    Workdir(workdir).require_same(configs.validate(small(folder, **cosine, train__steps=9)))
+    with pytest.raises(UserError, match=r'seed 0 -> 3'):
+        Workdir(workdir).require_same(configs.validate(small(folder, **cosine, seed=3)))
+
+
+# ----- text under another name -----
+
+
+def test_a_run_goes_on_with_its_text_wherever_it_is_now(folder, tmp_path, capsys):
+    """Options that name the text may change, the tokens may not."""
+    workdir, moved = copy_of(folder, tmp_path, 2), tmp_path / 'moved'
+    shutil.copytree(folder / 'corpus', moved)
+    config = small(folder, data__sources=(f'files:{moved}/*.txt',), data__bad_records='skip')
+    assert train(config, workdir).metrics == train(small(folder), folder / 'whole').metrics
+    assert measured(workdir) == measured(folder / 'whole')
+    # Nor is a finished run that of other text: what is done is found out by the tokens.
+    (moved / '000.txt').write_text('other text ' * 50)
+    again = copy_of(folder, tmp_path / 'again')
+    before = contents(again)
+    with pytest.raises(UserError, match=r'checkpoint 4 .*other text.*data\.sources .*corpus.* -> .*moved') as error:
+        train(config, again)
+    assert '\n' not in str(error.value) and contents(again) == before
+    with pytest.raises(UserError, match=r'data\.tokenizer_vocab_size 300 -> 301\)'):
+        train(small(folder, data__tokenizer_vocab_size=301), again)
+    own = small(folder, data__tokenizer=str(folder / 'whole' / 'tokenizer.json'))
+    capsys.readouterr()
+    assert train(own, again).exit_code == DONE
+    assert 'done after 4 steps' in capsys.readouterr().out
 
 
 # ----- weights of another run -----
+
+
+@pytest.mark.parametrize('which, meant', [
+    ('', None), (':best', 'best'), (':last', None), (':0', 0), (':12', 12), (':007', 7),
+    (':٢', ...), (':²', ...), (':-1', ...), (':1.0', ...), (f':{"1" * 5000}', ...), (':', ...), (':x', ...),
+])  # fmt: skip
+def test_one_reader_of_steps_for_init_from_and_step(which, meant):
+    """What is no step is part of a folder's name, or refused."""
+    named = startup.weights_named(f'runs/a{which}')
+    assert named == ((f'runs/a{which}', None) if meant is ... else ('runs/a', meant))
+    if which:
+        with pytest.raises(UserError, match='--step') if meant is ... else contextlib.nullcontext():
+            assert _step(which[1:]) == meant
+
+
+@pytest.mark.parametrize('known', [{}, {'source': 'a'}, {'source': 3, 'step': 1}, {'source': 'a', 'step': '1'}, 3])
+def test_a_mark_that_does_not_say_which_weights_were_meant_says_nothing(tmp_path, known):
+    (tmp_path / 'mixcon.json').write_text(mark.text({'init_from': known}))
+    assert Workdir(tmp_path).init_from() is None and mark.is_run(tmp_path)
 
 
 def test_init_from_means_what_it_meant_when_the_run_began(folder, tmp_path, monkeypatch):

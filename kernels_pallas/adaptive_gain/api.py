@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas import choice
 from kernels_pallas.adaptive_gain import mosaic_gpu, reference, xla
+from kernels_pallas.call import sizes
+from kernels_pallas.dispatch import Candidate, choose
 
-IMPLEMENTATIONS = ('reference', 'chunked')
-MATRIX_IMPLEMENTATIONS = (*IMPLEMENTATIONS, 'mosaic_gpu')
+WORDS = {'b': 'batch', 't': 'time >= 1', 'h': 'heads', 'p': 'width'}
 
 
 def matrix_gain(
@@ -47,20 +47,30 @@ def matrix_gain(
       ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist or cannot
         run.
     """
-    choice.check_known('matrix_gain', implementation, MATRIX_IMPLEMENTATIONS)
-    e, alpha, log_decay, reset, gain = _check('matrix_gain', e, alpha, log_decay, reset, initial_gain, 2)
-    refusal = lambda: mosaic_gpu.unsupported(e.dtype, e.shape[3])
-    variants = lambda: mosaic_gpu.variants(e.shape[3])
-    if choice.takes_kernel('matrix_gain', implementation, refusal, 'chunked', variants, kernel='adaptive_gain'):
-        return mosaic_gpu.matrix(e, alpha, log_decay, reset, gain)
-    norm = jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + reference.EPS)
-    phi = e / norm
-    if implementation == 'reference':
-        return reference.matrix(e, phi, alpha, log_decay, _array(reset, e), gain)
     if chunk < 1:
         raise ValueError(f'matrix_gain: chunk must be at least 1, got {chunk}')
-    read, gain = xla.matrix(phi, alpha, log_decay, reset, gain, chunk)
-    return norm * read, gain
+    e, alpha, log_decay, reset, gain = _inputs(matrix_gain, e, alpha, log_decay, reset, initial_gain, 2)
+
+    def chunked() -> tuple[jax.Array, jax.Array]:
+        length = _length(e)
+        read, final = xla.matrix(e / length, alpha, log_decay, reset, gain, chunk)
+        return length * read, final
+
+    candidates = (
+        Candidate(
+            'mosaic_gpu',
+            lambda: mosaic_gpu.matrix(e, alpha, log_decay, reset, gain),
+            lambda: mosaic_gpu.unsupported(e.dtype, e.shape[3]),
+            lambda: mosaic_gpu.variants(e.shape[3]),
+        ),
+        Candidate('chunked', chunked),
+        Candidate(
+            'reference',
+            lambda: reference.matrix(e, e / _length(e), alpha, log_decay, _array(reset, e), gain),
+            by_name=True,
+        ),
+    )
+    return choose('matrix_gain', implementation, candidates, kernel='adaptive_gain').run()
 
 
 def diagonal_gain(
@@ -77,31 +87,29 @@ def diagonal_gain(
     `n = min(1, e^2 / (mean over the head of e^2 + 1e-6))`, so K stays in [0, 1] if it starts there. Arguments, result
     and errors as for `matrix_gain`, with gains [B, H, P].
     """
-    choice.check_known('diagonal_gain', implementation, IMPLEMENTATIONS)
-    e, alpha, log_decay, reset, gain = _check('diagonal_gain', e, alpha, log_decay, reset, initial_gain, 1)
-    if implementation == 'reference':
-        return reference.diagonal(e, alpha, log_decay, _array(reset, e), gain)
-    return xla.diagonal(e, alpha, log_decay, reset, gain)
+    e, alpha, log_decay, reset, gain = _inputs(diagonal_gain, e, alpha, log_decay, reset, initial_gain, 1)
+    candidates = (
+        Candidate('chunked', lambda: xla.diagonal(e, alpha, log_decay, reset, gain)),
+        Candidate('reference', lambda: reference.diagonal(e, alpha, log_decay, _array(reset, e), gain), by_name=True),
+    )
+    return choose('diagonal_gain', implementation, candidates).run()
+
+
+def _length(e: Float[Array, 'b t h p']) -> Float[Array, 'b t h 1']:
+    """Length of the error, kept from 0."""
+    return jnp.sqrt(jnp.sum(e * e, -1, keepdims=True) + reference.EPS)
 
 
 def _array(reset: jax.Array | None, e: jax.Array) -> jax.Array:
     return jnp.zeros(e.shape[:2], bool) if reset is None else reset
 
 
-def _check(function, e, alpha, log_decay, reset, initial_gain, gain_rank):
-    if e.ndim != 4 or e.shape[1] < 1:
-        raise ValueError(f'{function}: e has shape {tuple(e.shape)}, expected [batch, time >= 1, heads, width]')
-    batch, length, heads, width = e.shape
-    gain_shape = (batch, heads) + (width,) * gain_rank
-    for name, value, shape in (
-        ('alpha', alpha, (batch, length, heads)),
-        ('log_decay', log_decay, (batch, length, heads)),
-        ('reset', reset, (batch, length)),
-        ('initial_gain', initial_gain, gain_shape),
-    ):
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f'{function}: {name} has shape {tuple(value.shape)}, expected {shape}')
+def _inputs(function, e, alpha, log_decay, reset, initial_gain, gain_rank):
+    """What the implementations take, checked, in float32 or, if anything is float64, in that."""
+    sizes(function, locals(), WORDS)
+    batch, _, heads, width = e.shape
     dtype = jnp.promote_types(jnp.result_type(e, alpha, log_decay), jnp.float32)
-    gain = jnp.zeros(gain_shape, dtype) if initial_gain is None else initial_gain.astype(dtype)
+    shape = (batch, heads) + (width,) * gain_rank
+    gain = jnp.zeros(shape, dtype) if initial_gain is None else initial_gain.astype(dtype)
     reset = None if reset is None else reset.astype(bool)
     return e.astype(dtype), alpha.astype(dtype), log_decay.astype(dtype), reset, gain

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import choice
 from kernels_pallas.attention import one_query, reference, xla
+from kernels_pallas.call import sizes
+from kernels_pallas.dispatch import Candidate, choose
 
-IMPLEMENTATIONS = ('reference', 'blockwise', 'one_query')
+WORDS = {'b': 'batch', 't': 'queries', 'h': 'heads', 'd': 'head_dim', 's': 'keys', 'k': 'kv_heads'}
 
 
 def attention(
@@ -43,46 +44,35 @@ def attention(
     Raises:
       ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
     """
-    choice.check_known('attention', implementation, IMPLEMENTATIONS)
-    segment_ids, kv_segment_ids = _check(q, k, v, segment_ids, kv_segment_ids)
+    segment_ids, kv_segment_ids = _segments(sizes(attention, locals(), WORDS), segment_ids, kv_segment_ids)
     if block_size < 1:
         raise ValueError(f'attention: block_size must be at least 1, got {block_size}')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation is None:
-        implementation = 'one_query' if q.shape[1] == 1 else 'blockwise'
     arguments = q, k, v, segment_ids, kv_segment_ids, q_offset, scale
-    if implementation == 'blockwise':
-        return xla.attention(*arguments, block_size)
-    if implementation == 'reference':
-        return reference.attention(*arguments)
-    if q.shape[1] != 1:
-        raise ValueError(f"attention: 'one_query' takes one query a row, q has shape {tuple(q.shape)}")
-    return one_query.attention(*arguments)
+    candidates = (
+        Candidate('one_query', lambda: one_query.attention(*arguments), lambda: _several_queries(q)),
+        Candidate('blockwise', lambda: xla.attention(*arguments, block_size)),
+        Candidate('reference', lambda: reference.attention(*arguments), by_name=True),
+    )
+    return choose('attention', implementation, candidates).run()
 
 
-def _check(q, k, v, segment_ids, kv_segment_ids):
-    if q.ndim != 4:
-        raise ValueError(f'attention: q has shape {tuple(q.shape)}, expected [batch, queries, heads, head_dim]')
-    batch, length, heads, width = q.shape
-    if k.ndim != 4 or (k.shape[0], k.shape[3]) != (batch, width):
-        raise ValueError(f'attention: k has shape {tuple(k.shape)}, expected ({batch}, keys, kv_heads, {width})')
-    if v.shape != k.shape:
-        raise ValueError(f'attention: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}')
-    keys, kv_heads = k.shape[1], k.shape[2]
-    if heads % kv_heads:
-        raise ValueError(f'attention: k has {kv_heads} heads, expected a divisor of the {heads} query heads')
-    if segment_ids is None and kv_segment_ids is not None:
-        raise ValueError('attention: kv_segment_ids is given without segment_ids')
-    if segment_ids is not None:
-        if kv_segment_ids is None:
-            if keys != length:
-                raise ValueError(f'attention: kv_segment_ids is needed, as there are {keys} keys and {length} queries')
-            kv_segment_ids = segment_ids
-        for name, value, shape in (
-            ('segment_ids', segment_ids, (batch, length)),
-            ('kv_segment_ids', kv_segment_ids, (batch, keys)),
-        ):
-            if tuple(value.shape) != shape:
-                raise ValueError(f'attention: {name} has shape {tuple(value.shape)}, expected {shape}')
-        segment_ids, kv_segment_ids = segment_ids.astype(jnp.int32), kv_segment_ids.astype(jnp.int32)
-    return segment_ids, kv_segment_ids
+def _several_queries(q: Float[Array, 'b t h d']) -> str | None:
+    return None if q.shape[1] == 1 else f"'one_query' takes one query a row, q has shape {tuple(q.shape)}"
+
+
+def _segments(found, segment_ids, kv_segment_ids):
+    """The documents of queries and keys, given the sizes of the call."""
+    if found['h'] % found['k']:
+        raise ValueError(f'attention: k has {found["k"]} heads, expected a divisor of the {found["h"]} query heads')
+    if segment_ids is None:
+        if kv_segment_ids is not None:
+            raise ValueError('attention: kv_segment_ids is given without segment_ids')
+        return None, None
+    if kv_segment_ids is None:
+        if found['s'] != found['t']:
+            raise ValueError(
+                f'attention: kv_segment_ids is needed, as there are {found["s"]} keys and {found["t"]} queries'
+            )
+        kv_segment_ids = segment_ids
+    return segment_ids.astype(jnp.int32), kv_segment_ids.astype(jnp.int32)

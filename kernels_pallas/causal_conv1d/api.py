@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import choice
+from kernels_pallas.call import sizes
 from kernels_pallas.causal_conv1d import mosaic_gpu, reference, xla
+from kernels_pallas.dispatch import Candidate, choose
 
-IMPLEMENTATIONS = ('reference', 'xla', 'mosaic_gpu')
+WORDS = {'b': 'batch', 't': 'time >= 1', 'c': 'channels'}
 FAR = 2**30  # further back than any lag
 
 
@@ -59,15 +60,34 @@ def causal_conv1d(
         implementation that cannot run here.
     """
     lags = tuple(range(weight.shape[0] - 1, -1, -1)) if lags is None else tuple(int(lag) for lag in lags)
-    _check(x, weight, bias, lags, activation, positions, reset, mask, initial_state)
-    choice.check_known('causal_conv1d', implementation, IMPLEMENTATIONS)
+    if not lags or min(lags) < 0 or len(set(lags)) < len(lags):
+        raise ValueError(f'causal_conv1d: lags must be different numbers >= 0, got {lags}')
+    sizes(causal_conv1d, locals(), WORDS, k=len(lags), l=max(lags))
+    if activation not in (None, 'silu'):
+        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
+    if positions is not None and reset is not None:
+        raise ValueError('causal_conv1d: give positions or reset, not both')
     reach = past_reach(reset) if positions is None and reset is not None else positions
     silu = activation == 'silu'
-    if implementation == 'reference':
-        y = _reference(x, weight, bias, lags, silu, residual, reach, initial_state)
-    else:
-        gradient = _gradient(implementation, x.dtype, lags, silu)
-        y = xla.conv(x, weight, bias, reach, initial_state, lags, silu, residual, gradient)
+    shifted = lambda gradient: xla.conv(x, weight, bias, reach, initial_state, lags, silu, residual, gradient)
+    candidates = (
+        Candidate(
+            'mosaic_gpu',
+            lambda: shifted(mosaic_gpu.gradient),
+            lambda: mosaic_gpu.unsupported(x.dtype, lags),
+            lambda: mosaic_gpu.variants(silu),
+            # Without SiLU, XLA fuses the sums with what surrounds them, and a layer moves less without it (README).
+            by_name=not silu,
+            silent=True,
+        ),
+        Candidate('xla', lambda: shifted(None)),
+        Candidate(
+            'reference',
+            lambda: _reference(x, weight, bias, lags, silu, residual, reach, initial_state),
+            by_name=True,
+        ),
+    )
+    y = choose('causal_conv1d', implementation, candidates).run()
     return y, _final_state(x, reach, mask, initial_state, max(lags))
 
 
@@ -75,17 +95,6 @@ def past_reach(reset: Bool[Array, 'b t']) -> Int[Array, 'b t']:
     """How far back a token may read: the tokens since its document's start, or any number before the first reset."""
     index = jnp.arange(reset.shape[1], dtype=jnp.int32)
     return index - lax.cummax(jnp.where(reset, index, -FAR), axis=1)
-
-
-def _gradient(implementation, dtype, lags, silu):
-    """The kernel of the gradient, or None for XLA's."""
-    # Without SiLU, XLA fuses the sums with what surrounds them, and a layer moves less without the kernel (README).
-    if implementation is None and not silu:
-        return None
-    refusal = lambda: mosaic_gpu.unsupported(dtype, lags)
-    variants = lambda: mosaic_gpu.variants(silu)
-    kernel = choice.takes_kernel('causal_conv1d', implementation, refusal, 'xla', variants, silent=True)
-    return mosaic_gpu.gradient if kernel else None
 
 
 def _reference(x, weight, bias, lags, silu, residual, reach, initial_state):
@@ -116,25 +125,3 @@ def _final_state(x, reach, mask, initial_state, longest):
             last = jnp.take_along_axis(reach, jnp.maximum(ends - 1, 0), 1)
             back = jnp.where(ends > 0, last, FAR)
     return state if back is None else jnp.where((back >= age)[..., None], state, 0)
-
-
-def _check(x, weight, bias, lags, activation, positions, reset, mask, initial_state) -> None:
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f'causal_conv1d: x has shape {tuple(x.shape)}, expected [batch, time >= 1, channels]')
-    batch, length, channels = x.shape
-    if not lags or min(lags) < 0 or len(set(lags)) < len(lags):
-        raise ValueError(f'causal_conv1d: lags must be different numbers >= 0, got {lags}')
-    for name, value, shape in (
-        ('weight', weight, (len(lags), channels)),
-        ('bias', bias, (channels,)),
-        ('positions', positions, (batch, length)),
-        ('reset', reset, (batch, length)),
-        ('mask', mask, (batch, length)),
-        ('initial_state', initial_state, (batch, max(lags), channels)),
-    ):
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f'causal_conv1d: {name} has shape {tuple(value.shape)}, expected {shape}')
-    if activation not in (None, 'silu'):
-        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
-    if positions is not None and reset is not None:
-        raise ValueError('causal_conv1d: give positions or reset, not both')

@@ -2,10 +2,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import choice
+from kernels_pallas.dispatch import Candidate, choose
 from kernels_pallas.grouped_matmul import reference, xla
-
-IMPLEMENTATIONS = ('reference', 'blocked')
 
 
 def grouped_matmul(
@@ -31,12 +29,13 @@ def grouped_matmul(
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
-    choice.check_known('grouped_matmul', implementation, IMPLEMENTATIONS)
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
             f'grouped_matmul: x {x.shape}, w {w.shape} and group_sizes {group_sizes.shape} must be'
             ' [M, D], [E, D, F] and [E]'
         )
-    if implementation == 'reference':
-        return reference.grouped_matmul(x, w, group_sizes)
-    return xla.grouped_matmul(x, w, group_sizes, min(block, max(x.shape[0], 1)))
+    candidates = (
+        Candidate('blocked', lambda: xla.grouped_matmul(x, w, group_sizes, min(block, max(x.shape[0], 1)))),
+        Candidate('reference', lambda: reference.grouped_matmul(x, w, group_sizes), by_name=True),
+    )
+    return choose('grouped_matmul', implementation, candidates).run()

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas import choice
+from kernels_pallas.call import fitted, sizes
+from kernels_pallas.dispatch import Candidate, choose
 from kernels_pallas.selective_scan import mosaic_gpu, reference, xla
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs
 
-IMPLEMENTATIONS = ('reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative', 'mosaic_gpu')
 PADDED_DT = mosaic_gpu.PADDED_DT
+WORDS = {'b': 'batch', 't': 'time >= 1', 'd': 'channels', 'n': 'states'}
 
 
 def selective_scan(
@@ -28,7 +29,7 @@ def selective_scan(
     dt_bias: Float[Array, ' d'] | None = None,
     dt_softplus: bool = False,
     reset: Bool[Array, 'b t'] | None = None,
-    initial_state: Float[Array, 'b ...'] | None = None,
+    initial_state: Float[Array, 'b *slots d n'] | None = None,
     readout: tuple | None = None,
     delay: Float[Array, ' d'] | None = None,
     process_noise: tuple | None = None,
@@ -84,31 +85,41 @@ def selective_scan(
       ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist or cannot run
         here, with the reason.
     """
-    for name, value, shape in (('D', D, u.shape[2:]), ('z', z, u.shape), ('dt_bias', dt_bias, u.shape[2:])):
-        if value is not None:
-            _expect(name, value, shape)
     for name, count in (('chunk', chunk), ('keep_every', keep_every)):
         if count is not None and count < 1:
             raise ValueError(f'{name} must be at least 1, got {count}')
+    found = sizes(selective_scan, locals(), WORDS, slots=() if delay is None else (2,))
+    _check_readout(readout, found['n'])
     if dt_bias is not None and not dt_softplus:  # a plain sum, of full precision
         dt, dt_bias = dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + dt_bias, None
-    inputs, options = _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
+    inputs, options = _inputs(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
     fused = Fused(D, z, dt_bias, dt_softplus)
-    choice.check_known('selective_scan', implementation, IMPLEMENTATIONS)
-    refusal = lambda: _kernel_refuses((u, dt, z), inputs, options)
-    batch, length, channels = u.shape
     variants = lambda: mosaic_gpu.variants(
-        (batch, length, channels),
-        A.shape[1],
+        (found['b'], found['t'], found['d']),
+        found['n'],
         mosaic_gpu.element_type(u, dt, z),
         options.Z is not None,
         prior,
         keep_every,
     )
-    if choice.takes_kernel('selective_scan', implementation, refusal, 'chunked', variants):
-        y, final_state, prior_y = _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every)
-    else:
-        y, final_state, prior_y = _separately(_implementation(implementation, chunk), inputs, options, fused)
+    portable = lambda name, run, by_name=True: Candidate(
+        name, lambda: _separately(run, inputs, options, fused), by_name=by_name
+    )
+    chunked = lambda inner: lambda inputs, options: xla.chunked(inputs, options, chunk, inner)
+    candidates = (
+        Candidate(
+            'mosaic_gpu',
+            lambda: _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every),
+            lambda: _kernel_refuses((u, dt, z), inputs, options),
+            variants,
+        ),
+        portable('chunked', chunked(None), by_name=False),
+        portable('chunked_associative', chunked('associative')),
+        portable('chunked_stepped', chunked('stepped')),
+        portable('associative', xla.associative),
+        portable('reference', reference.scan),
+    )
+    y, final_state, prior_y = choose('selective_scan', implementation, candidates).run()
     y = y.astype(u.dtype)
     return (y, final_state, prior_y.astype(u.dtype)) if prior else (y, final_state)
 
@@ -169,49 +180,22 @@ def _fused_kernel(u, dt, A, B, C, fused: Fused, inputs: Inputs, options: Options
     return Outputs(y, final_state, prior)
 
 
-def _implementation(name: str | None, chunk: int | None) -> Callable[[Inputs, Options], Outputs]:
-    inner = {None: None, 'chunked': None, 'chunked_stepped': 'stepped', 'chunked_associative': 'associative'}
-    if name in inner:
-        return lambda inputs, options: xla.chunked(inputs, options, chunk, inner[name])
-    return {'reference': reference.scan, 'associative': xla.associative}[name]
-
-
-def _expect(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f'selective_scan: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}')
-
-
-def _check(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior) -> tuple[Inputs, Options]:
-    if u.ndim != 3 or u.shape[1] < 1:
-        raise ValueError(f'selective_scan: u has shape {tuple(u.shape)}, expected [batch, time >= 1, channels]')
-    if A.ndim != 2:
-        raise ValueError(f'selective_scan: A has shape {tuple(A.shape)}, expected [channels, states]')
-    (batch, length, channels), states = u.shape, A.shape[1]
-    for name, value, shape in (
-        ('dt', dt, (batch, length, channels)),
-        ('A', A, (channels, states)),
-        ('B', B, (batch, length, states)),
-        ('C', C, (batch, length, states)),
-        ('reset', reset, (batch, length)),
-        ('delay', delay, (channels,)),
-    ):
-        if value is not None:
-            _expect(name, value, shape)
+def _check_readout(readout: tuple | None, states: int) -> None:
     Z, g, F = readout or (None, None, None)
     if (Z is None) != (g is None):
         raise ValueError('selective_scan: readout needs Z and g together, or neither')
-    for name, value, shape in (
-        ('readout Z', Z, (states, states)),
-        ('readout g', g, (states,)),
-        ('readout F', F, (states, states)),
-    ):
-        if value is not None:
-            _expect(name, value, shape)
-    state_shape = (batch, channels, states) if delay is None else (batch, 2, channels, states)
+    dims = {'readout Z': ('n', 'n'), 'readout g': ('n',), 'readout F': ('n', 'n')}
+    fitted('selective_scan', dims, {'readout Z': Z, 'readout g': g, 'readout F': F}, WORDS, n=states)
+
+
+def _inputs(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior) -> tuple[Inputs, Options]:
+    """What the implementations take, in float32 or, if anything is float64, in that."""
+    (batch, _, channels), states = u.shape, A.shape[1]
+    Z, g, F = readout or (None, None, None)
     dtype = jnp.promote_types(jnp.result_type(u, dt, A, B, C), jnp.float32)
     if initial_state is None:
-        initial_state = jnp.zeros(state_shape, dtype)
-    _expect('initial_state', initial_state, state_shape)
+        slots = () if delay is None else (2,)
+        initial_state = jnp.zeros((batch, *slots, channels, states), dtype)
     key, std, *start = process_noise if process_noise is not None else (None, None)
     cast = lambda x: None if x is None else jnp.asarray(x, dtype)
     reset = None if reset is None else reset.astype(bool)

@@ -1,6 +1,7 @@
 """How long the cases of a sweep take, roughly, and how large their models are.
 
-``python -m launch.sweep.estimate`` prints the FLOP/s of a matrix product on this machine, for cases that nothing is known of.
+``python -m launch.sweep.estimate`` prints the FLOP/s of a matrix product on this machine, for cases of which nothing is
+known.
 """
 
 import heapq

@@ -1,9 +1,10 @@
 """How launchers show things: tables, and lines above one live line."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from typing import TextIO
+
+from mixcon_jax.host.output import lasting
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,7 +19,7 @@ class Screen:
     """Lines and, on a terminal, one live line below them."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._terminal = stream, stream.isatty()
+        self._stream, self._terminal = lasting(stream), stream.isatty()
         self._live, self._width = '', 0
 
     def say(self, text: str) -> None:
@@ -34,8 +35,5 @@ class Screen:
             self._live, self._width = text, len(text)
 
     def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:  # the reader or the terminal has gone: what is running goes on
-            self._stream, self._terminal = open(os.devnull, 'w', encoding='utf-8'), False  # noqa: SIM115 (open as long as the sweep)
+        self._stream.write(text)
+        self._stream.flush()

@@ -1,8 +1,6 @@
 """How far the cases of a sweep are, read from their folders; nothing is changed there."""
 
 import dataclasses
-import json
-import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -11,8 +9,9 @@ from typing import Any
 
 from launch.sweep.cases import Case
 from mixcon_jax.errors import UserError
+from mixcon_jax.parsing import Record, number, record
 from mixcon_jax.runs import mark, saved
-from mixcon_jax.runs.records import Record, read
+from mixcon_jax.runs.records import read
 from mixcon_jax.runs.workdir import Workdir
 
 NEW, STARTED, DONE, REFUSED = 'new', 'started', 'done', 'refused'
@@ -63,12 +62,8 @@ def newest_step(folder: Path) -> int:
             lines = file.read().splitlines()
     except OSError:
         return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)['step'])
-        except (ValueError, KeyError, TypeError):  # torn, or cut by the seek
-            continue
-    return 0
+    records = (record(line) for line in reversed(lines))  # none of a line that is torn, or cut by the seek
+    return next((found['step'] for found in records if found is not None), 0)
 
 
 def tokens_per_step(config: Any) -> int:
@@ -77,8 +72,8 @@ def tokens_per_step(config: Any) -> int:
 
 def steps_speed(records: Sequence[Record]) -> float | None:
     """Tokens a second of a run's steps: the median of what it recorded, or None."""
-    rates = [record.get('tokens_per_second') for record in records if record['kind'] == 'train']
-    known = [rate for rate in rates if rate]
+    rates = [number(each.get('tokens_per_second')) for each in records if each['kind'] == 'train']
+    known = [rate for rate in rates if rate > 0]
     return statistics.median(known) if known else None
 
 
@@ -90,14 +85,14 @@ def whole_speed(case: Case, workdir: Path) -> float | None:
     """
     records = read(Workdir(workdir / case.folder).metrics)
     began, most, speed = 0, 0, 0.0
-    for record in records:
-        if record['kind'] != 'run':
+    for each in records:
+        if each['kind'] != 'run':
             continue
-        if record.get('event') in ('started', 'resumed'):
-            began = record['step']
-        elif record.get('seconds') and record['step'] - began > most:
-            most = record['step'] - began
-            speed = most * tokens_per_step(case.config) / record['seconds']
+        if each.get('event') in ('started', 'resumed'):
+            began = each['step']
+        elif number(each.get('seconds')) > 0 and each['step'] - began > most:
+            most = each['step'] - began
+            speed = most * tokens_per_step(case.config) / each['seconds']
     return speed if 2 * most >= case.config.train.steps else steps_speed(records)
 
 
@@ -105,8 +100,3 @@ def measure(scores: Record) -> tuple[str, float]:
     """Name and value of what tells beside the loss: bits per byte of text, accuracy of a task."""
     name, key = ('bits per byte', 'bits_per_byte') if scores.get('bytes', 1) else ('accuracy', 'accuracy')
     return name, number(scores.get(key))
-
-
-def number(value: float | None) -> float:
-    """A number of a record, which is null when it was not finite."""
-    return math.nan if value is None else value

@@ -28,6 +28,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.ending import FAILED, INTERRUPTED, exit_with
 from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.host.signals import STOPPING
+from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark
 from mixcon_jax.runs.records import read
 from mixcon_jax.runs.workdir import Workdir, explained, take_lock
@@ -241,7 +242,7 @@ class Sweep:
         if code == 0 and stand.state == DONE:
             self._ended[case.folder] = 'done'
             name, value = standing.measure(stand.scores)
-            scores = f'loss {standing.number(stand.scores["loss"]):.4f} · {value:.4f} {name}'
+            scores = f'loss {number(stand.scores["loss"]):.4f} · {value:.4f} {name}'
             counted = f'{self._done()} of {len(self._cases)} done{self._left(case)}'
             self._screen.say(f'{case.folder} done in {took} · {scores} · {counted}')
         elif code == STOPPED or -code in STOPPING or (self._signals.kill and code < 0):
@@ -304,7 +305,7 @@ class Sweep:
             if stand.state == DONE:
                 name, value = standing.measure(stand.scores)
                 measures.add(name)
-                row[2:4] = f'{standing.number(stand.scores["loss"]):.4f}', f'{value:.4f}'
+                row[2:4] = f'{number(stand.scores["loss"]):.4f}', f'{value:.4f}'
             if stand.state not in (NEW, REFUSED):
                 speed = standing.steps_speed(read(Workdir(self._workdir / case.folder).metrics))
                 row[4] = short(speed) if speed else ''
@@ -329,7 +330,3 @@ def _why(log: Path, offset: int, code: int) -> list[str]:
     if ours and code >= 0:
         return ours[-1:]
     return [*lines[:-1], f'{lines[-1]} ({processes.how_it_ended(code)})' if lines else processes.how_it_ended(code)]
-
-
-if __name__ == '__main__':
-    main()

@@ -1,12 +1,13 @@
 """What a run learns from and is scored on, whatever its kind: prepared text, or a synthetic task."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import ml_collections
 
 from mixcon_jax.data import synthetic
-from mixcon_jax.data.cache import prepared_as
+from mixcon_jax.data.cache import changes, prepared_as
 from mixcon_jax.data.loader import HeldoutBatches, TrainBatches
 from mixcon_jax.data.prepare import prepare
 from mixcon_jax.data.prepared import PreparedStore, baselines
@@ -52,7 +53,7 @@ def open_dataset(config: ml_collections.ConfigDict, identity: tuple[str, ...] = 
     Args:
       config: the whole configuration.
       identity: of the data that a run was trained on: its token stores are taken if they are there, whatever has become
-        of the text since. Without them the text is prepared, and may have another identity.
+        of the text since; a line says what has. Without them the text is prepared, and may have another identity.
 
     Raises:
       UserError: the text, the tokenizer or the disk does not allow it.
@@ -60,5 +61,8 @@ def open_dataset(config: ml_collections.ConfigDict, identity: tuple[str, ...] = 
     data = config.data
     if synthetic.is_synthetic(data):
         return Dataset(config, synthetic.tokenizer(data), synthetic.identity(data), ())
-    stores = tuple(prepared_as(data, identity) or prepare(data))
+    known = prepared_as(data, identity)
+    for line in changes(known or (), data):
+        print(line, file=sys.stderr, flush=True)
+    stores = tuple(known or prepare(data))
     return Dataset(config, stores[0].load_tokenizer(), tuple(store.fingerprint for store in stores), stores)

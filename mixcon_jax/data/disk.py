@@ -2,15 +2,13 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mixcon_jax.errors import UserError
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what some network file systems answer
+from mixcon_jax.host import locks
 
 
 @contextlib.contextmanager
@@ -25,23 +23,26 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
     folder = path.parent / '.locks'
     folder.mkdir(exist_ok=True)
     with open(folder / path.name, 'w', encoding='utf-8') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        held = locks.take(file)
+        if held is False:
             say(f'waiting for another process that is preparing {path}')
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+            held = locks.take(file, wait=True)
+        elif held is None:
             say(f'no locks in {folder}: processes that prepare the same text at the same time each do the whole work')
-            yield False
-            return
-        yield True
+        yield bool(held)
 
 
 def scratch(path: Path) -> Path:
     """A name beside ``path`` that no other process uses, on whatever host."""
     return path.with_name(f'{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}')
+
+
+def move_aside(path: Path) -> Path:
+    """Renames what is at ``path``, so that nobody meets it half deleted; where it went, if it was there."""
+    aside = scratch(path)
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.rename(path, aside)
+    return aside
 
 
 def move_into_place(temporary: Path, path: Path) -> None:

@@ -1,12 +1,21 @@
 """A document, and the split of documents into training and held-out text."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import math
+from array import array
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from mixcon_jax.errors import UserError
 
 SPLITS = ('train', 'heldout')
+TAIL = 64  # characters that a part of a document which is cut has at least, unless it is the only one
+
+
+class EmptyError(UserError):
+    """There is no text."""
 
 
 class Document(NamedTuple):
@@ -33,50 +42,76 @@ class Split:
     """Which documents are held out: those whose hash, as a number in [0, 1), is below ``fraction``.
 
     So a document's side depends on its text alone: it is the same in every source and in every mixture, however they
-    grow. Only where a whole mixture would be left with an empty side (a small one), every document is cut instead, and
-    its last ``fraction`` is held out. To find out, documents are read until both sides have one.
+    grow. Only a whole mixture that would be left with an empty side (a small one) is split in another way. If most of
+    its text is in documents that are long enough, these are cut, and the last ``fraction`` of each is held out; else
+    the documents with the smallest hashes are held out, until they are ``fraction`` of the bytes. To find out,
+    documents are read until both sides have one.
 
     Attributes:
-      cuts: Whether documents are cut: a mixture with other text beside them may train on what is held out here.
+      kind: 'hash', 'cut' or 'rank'. But for 'hash', a mixture with other text beside it may train on what is held out
+        here.
+      fraction: As given.
+      threshold: Documents are held out whose hash, of 64 bits, is below it; unless they are cut.
+      shortest: Characters of the shortest document that is cut: both of its parts are long enough to be of use.
 
     Args:
       documents: Those of all sources of the mixture; None if their split is the hash's whatever they are.
       fraction: Of the documents.
       name: Of the mixture, for errors.
+      sides: Those that other text of the mixture, which the hash splits, is on: True where it is held out.
 
     Raises:
-      UserError: No document has text, or none that has can be cut.
+      EmptyError: No document has text.
+      UserError: The only document that has cannot be cut.
     """
 
-    def __init__(self, documents: Iterable[Document] | None, fraction: float, name: str = 'corpus') -> None:
-        self.fraction = fraction
-        self.threshold = int(fraction * 2**64)
-        self.cuts = False
-        if documents is None:
+    def __init__(
+        self,
+        documents: Iterable[Document] | None,
+        fraction: float,
+        name: str = 'corpus',
+        sides: Collection[bool] = (),
+    ) -> None:
+        self.kind, self.fraction = 'hash', fraction
+        self.threshold, self.shortest = int(fraction * 2**64), math.ceil(TAIL / min(fraction, 1 - fraction))
+        seen = set(sides)
+        if documents is None or len(seen) > 1:
             return
-        longest, count, sides = Document('', ''), 0, set()
+        hashes, sizes = array('Q'), array('Q')
+        count, useful, any_text = 0, 0, Document('', '')
         for document in documents:
             count += 1
             if not document.text:
                 continue
-            longest = max(longest, document, key=lambda document: len(document.text))
-            sides.add(text_hash(document.text.encode()) < self.threshold)
-            if len(sides) > 1:
+            any_text, data = document, document.text.encode()
+            hashes.append(text_hash(data))
+            sizes.append(len(data))
+            useful += len(data) * (len(document.text) >= self.shortest)
+            seen.add(hashes[-1] < self.threshold)
+            if len(seen) > 1:
                 return
-        if not longest.text:
-            raise UserError(f"data.sources: '{name}' is empty: {count} documents, none of them with text")
-        cut(longest, fraction)
-        self.cuts = True
+        if not hashes:
+            raise EmptyError(f"data.sources: '{name}' is empty: {count} documents, none of them with text")
+        distinct, first = np.unique(np.array(hashes, np.uint64), return_index=True)  # in the order of the hashes
+        if len(distinct) == 1:
+            cut(any_text, fraction)
+            self.kind, self.shortest = 'cut', 2
+        elif 2 * useful >= sum(sizes):
+            self.kind = 'cut'
+        else:
+            held = np.cumsum(np.array(sizes, np.uint64)[first], dtype=np.float64)
+            number = int(np.searchsorted(held, fraction * held[-1])) + 1
+            self.kind, self.threshold = 'rank', int(distinct[min(number, len(distinct) - 1)])
 
     def place(self, documents: Iterable[Document]) -> Iterator[Placed]:
         """Yields every document that has text, with its side, or its two parts."""
         for document in documents:
-            if self.cuts and len(document.text) > 1:
+            if self.kind == 'cut' and len(document.text) >= self.shortest:
                 for part, heldout in zip(cut(document, self.fraction), (False, True), strict=True):
                     yield Placed(part.text, part.text.encode(), heldout)
             elif document.text:
                 data = document.text.encode()
-                yield Placed(document.text, data, not self.cuts and text_hash(data) < self.threshold)
+                yield Placed(document.text, data, self.kind != 'cut' and text_hash(data) < self.threshold)
 
 
 def cut(document: Document, fraction: float) -> tuple[Document, Document]:

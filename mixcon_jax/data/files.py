@@ -5,7 +5,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,14 +33,30 @@ class Skipped:
         self.first = self.first or str(error)
         self.count += 1
 
+    def __str__(self) -> str:
+        """What is left out, in words; empty if nothing is."""
+        return f'{self.count:,} records are left out; the first: {self.first}' if self.count else ''
+
 
 def match(pattern: str) -> list[str]:
-    """``paths.match``; every file must be of a known format.
+    """``paths.match`` of a source; every file must be of a known format.
 
     Raises:
       UserError: Nothing matches, or a match has a suffix that is not known.
     """
-    found = paths.match(pattern)
+    return _known(paths.match(pattern))
+
+
+def given(arguments: Sequence[str]) -> list[str]:
+    """``paths.given`` of each argument, each file once, in their order; every file must be of a known format.
+
+    Raises:
+      UserError: An argument matches nothing, or a match has a suffix that is not known.
+    """
+    return _known(paths.once([path for argument in arguments for path in paths.given(argument)]))
+
+
+def _known(found: list[str]) -> list[str]:
     for path in found:
         format_of(path)
     return found
@@ -109,19 +125,32 @@ def _read_jsonl(path: str, text_field: str) -> Iterator[Make]:
 
 def _parse_line(line: bytes, where: str, text_field: str, offset: int) -> Document | None:
     """The document of a line of JSONL that begins at byte ``offset``; None if it is blank."""
+    try:
+        record = _parse_json(line, where, offset)
+    except BadRecordError as error:
+        if line.endswith(b'\n'):
+            raise
+        # No bad record, but a file that is cut off: nobody knows what else is missing.
+        raise UserError(f'{error}; it has no line end: is the file truncated?') from error
+    return None if record is _BLANK else Document(text_of(record, text_field, where), where)
+
+
+_BLANK = object()
+
+
+def _parse_json(line: bytes, where: str, offset: int) -> Any:
+    """What a line of JSONL holds, or ``_BLANK``."""
     text = decode(line, where, offset)
     if not offset:
         text = text.removeprefix('\ufeff')
     if not text.strip():
-        return None
+        return _BLANK
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        end = '' if line.endswith(b'\n') else '; it has no line end: is the file truncated?'
-        raise BadRecordError(f'{where}: not valid JSON ({error.msg} at column {error.colno}){end}') from error
+        raise BadRecordError(f'{where}: not valid JSON ({error.msg} at column {error.colno})') from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise BadRecordError(f'{where}: not valid JSON (nested too deeply, or a number too long)') from error
-    return Document(text_of(record, text_field, where), where)
 
 
 def _read_parquet(path: str, text_field: str) -> Iterator[Make]:
@@ -131,8 +160,10 @@ def _read_parquet(path: str, text_field: str) -> Iterator[Make]:
     except ImportError as error:
         raise UserError(f'{path}: reading Parquet needs the package pyarrow: pip install pyarrow') from error
     try:
-        # Opened here, for the library wants names that are UTF-8.
-        with open(path, 'rb') as raw, pyarrow.parquet.ParquetFile(raw) as file:
+        # Opened here, for the library wants names that are UTF-8. With a type of text of our own it casts no column to
+        # the type that was written, such as a dictionary: casting checks whole batches, and rows are checked below.
+        wide = pyarrow.large_binary()
+        with open(path, 'rb') as raw, pyarrow.parquet.ParquetFile(raw, binary_type=wide) as file:
             names = file.schema_arrow.names
             if text_field not in names:
                 raise UserError(_no_field(path, text_field, names))

@@ -15,9 +15,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from mixcon_jax.data.documents import Document
+from mixcon_jax.data.documents import Document, Placed
 from mixcon_jax.data.packing import Rows, empty_batch, key_of, process_rows
 from mixcon_jax.data.prepared import PreparedStore
+from mixcon_jax.data.statistics import RoundTrip
 from mixcon_jax.data.store import TokenStore
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
@@ -270,11 +271,11 @@ def heldout_from_texts(
       UserError: No document has text.
     """
     texts = [document if isinstance(document, str) else document.text for document in documents]
-    texts = [text for text in texts if text]
-    if not texts:
+    placed = [Placed(text, text.encode(), heldout=True) for text in texts if text]
+    if not placed:
         raise UserError('no text to evaluate: every document is empty')
-    num_bytes = sum(len(text.encode()) for text in texts)
-    encoded = tokenizer.encode_batch(texts)
-    back = tokenizer.round_trip(texts, encoded) / num_bytes
+    round_trip = RoundTrip(tokenizer)
+    encoded = round_trip.encode(placed)
+    num_bytes, back = sum(len(document.data) for document in placed), round_trip.record()['heldout']
     store = TokenStore.from_documents(encoded, num_bytes, tokenizer.eot_id, tokenizer.fingerprint, back)
     return HeldoutBatches(config, [store], batch_size)

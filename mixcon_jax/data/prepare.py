@@ -4,26 +4,24 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 import tokenizers
-from jaxtyping import Integer
-from numpy import ndarray
 
 from mixcon_jax.data import cache as stores_in_cache
 from mixcon_jax.data import tokenizer as tokenizer_lib
 from mixcon_jax.data.background import Background
 from mixcon_jax.data.cache import GoneSource
-from mixcon_jax.data.disk import explained, locked, move_into_place, scratch, sync, sync_tree
-from mixcon_jax.data.documents import Placed, Split
+from mixcon_jax.data.disk import explained, locked, move_aside, move_into_place, scratch, sync, sync_tree
+from mixcon_jax.data.documents import EmptyError, Placed, Split
 from mixcon_jax.data.paths import NothingThereError
 from mixcon_jax.data.prepared import PreparedStore, baselines, key_of, require_tokenizer
 from mixcon_jax.data.remarks import remarks
-from mixcon_jax.data.sources import Source, open_source
+from mixcon_jax.data.sources import Source, in_common, open_source
 from mixcon_jax.data.statistics import Progress, RoundTrip, Say, Statistics
 from mixcon_jax.data.store import StoreWriter
 from mixcon_jax.data.tokenizer import Tokenizer
@@ -61,6 +59,10 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
     texts = [source for source in sources if not isinstance(source, PreparedStore)]
     made = [source for source in sources if isinstance(source, PreparedStore)]
     mixture = _Mixture(texts, made, data.heldout_fraction)
+    if not texts:
+        stores_in_cache.require_both_sides(made)
+    for line in in_common(texts):
+        say(line)
     with explained(cache):
         cache.mkdir(parents=True, exist_ok=True)
         if data.tokenizer != 'bpe':
@@ -72,7 +74,8 @@ def prepare(data: ml_collections.ConfigDict, progress: bool | Say = True) -> lis
         require_tokenizer(made, tokenizer, name)
         prepared = iter(_stores_of_texts(mixture, tokenizer, data, cache, say))
         result = [source if isinstance(source, PreparedStore) else next(prepared) for source in sources]
-        for remark in remarks(result, data.heldout_fraction):
+        stores_in_cache.require_both_sides(result)
+        for remark in remarks(result):
             say(remark)
         return result
 
@@ -88,8 +91,15 @@ class _Mixture:
     @cached_property
     def split(self) -> Split:
         """Reads text; stores made before have the other side where the text has one only."""
-        name = ', '.join(source.spec for source in self.texts)
-        return Split(None if self.made else itertools.chain.from_iterable(self.texts), self.fraction, name)
+        gone = [source for source in self.texts if isinstance(source, GoneSource)]
+        sides = set[bool]().union(*(source.sides() for source in gone))
+        # What is gone comes last: it need not be read if the others have both sides.
+        texts = sorted(self.texts, key=lambda source: isinstance(source, GoneSource))
+        documents = None if self.made else itertools.chain.from_iterable(texts)
+        try:
+            return Split(documents, self.fraction, ', '.join(source.spec for source in self.texts), sides)
+        except EmptyError as error:
+            raise UserError(f'{error}{_left_out(self.texts)}') from error
 
 
 def _open(spec: str, data: ml_collections.ConfigDict, say: Say) -> Source | PreparedStore:
@@ -99,11 +109,11 @@ def _open(spec: str, data: ml_collections.ConfigDict, say: Say) -> Source | Prep
     try:
         return open_source(spec, data.text_field, data.bad_records == 'skip')
     except NothingThereError as error:
-        store = stores_in_cache.prepared_from(spec, data)
-        if store is None:
+        stores = stores_in_cache.prepared_from(spec, data)
+        if not stores:
             raise
         say(f'{spec}: the files are gone; going on with the tokens that were prepared from them')
-        return GoneSource(spec, store, error)
+        return GoneSource(spec, stores, error, data)
 
 
 def _print(line: str) -> None:
@@ -125,6 +135,9 @@ def _train_tokenizer(mixture: _Mixture, data: ml_collections.ConfigDict, cache: 
 
     if (found := trained_before()) is not None:
         return found
+    for source in texts:
+        if isinstance(source, GoneSource) and (found := source.tokenizer()) is not None:
+            return found
     with locked(path, say) as alone:
         if (found := trained_before()) is not None:
             return found
@@ -153,29 +166,33 @@ def _stores_of_texts(
     mixture: _Mixture, tokenizer: Tokenizer, data: ml_collections.ConfigDict, cache: Path, say: Say
 ) -> list[PreparedStore]:
     """Finds the stores of the mixture's texts, or makes those that are not there."""
-    by_hash: list[list[PreparedStore]] = []  # where the store of each text may lie, if the hash decides the split
-    by_mixture: list[list[PreparedStore]] = []
+    places: dict[str, list[PreparedStore]] = {'hash': [], 'cut': [], 'rank': []}  # where each text's may lie
     for source in mixture.texts:
         names = stores_in_cache.names(source, tokenizer, data, mixture.fingerprints)
-        first, second, old = (PreparedStore(str(cache / name), source.spec) for name in names)
-        fits = stores_in_cache.whole(old) and (mixture.is_one_text or stores_in_cache.split_is_the_hash(old))
-        by_hash.append([first, *([old] if fits else [])])
-        by_mixture.append([second])
+        at = {kind: PreparedStore(str(cache / name), source.spec) for kind, name in names.items()}
+        old_fits = stores_in_cache.whole(at['old']) and (
+            mixture.is_one_text or stores_in_cache.split_is_the_hash(at['old'])
+        )
+        if old_fits and not stores_in_cache.whole(at['hash']):
+            at['hash'] = at['old']
+        for kind, stores in places.items():
+            stores.append(at[kind])
 
-    def found(places: list[list[PreparedStore]]) -> list[PreparedStore | None]:
-        return [next(filter(stores_in_cache.whole, candidates), None) for candidates in places]
+    # How documents have to be split takes reading text, unless stores tell.
+    def tells(kind: str) -> bool:
+        stores = places[kind]
+        if not all(map(stores_in_cache.whole, stores)):
+            return False
+        return kind != 'hash' or bool(mixture.made) or stores_in_cache.has_both_sides(stores)
 
-    # Whether documents have to be cut takes reading text, unless stores tell.
-    places, stores = by_hash, found(by_hash)
-    there = [store for store in stores if store is not None]
-    if len(there) < len(stores) or not (mixture.made or stores_in_cache.has_both_sides(there)):
-        places, stores = by_mixture, found(by_mixture)
-        if None in stores and not mixture.split.cuts:
-            places, stores = by_hash, found(by_hash)
-    result = []
-    for source, candidates, store in zip(mixture.texts, places, stores, strict=True):
-        if store is None:
-            store = candidates[0]
+    kind = next(filter(tells, places), None) or mixture.split.kind
+    result: list[PreparedStore] = []
+    for source, store in zip(mixture.texts, places[kind], strict=True):
+        if any(store.path == other.path for other in result):  # named twice
+            pass
+        elif not stores_in_cache.whole(store):
+            if isinstance(source, GoneSource):
+                raise source.lacks(tokenizer)
             _prepare_source(source, mixture.split, tokenizer, data, store, say)
         else:
             require_tokenizer([store], tokenizer, 'the one in use')
@@ -207,7 +224,10 @@ def _prepare_source(
             _write_store(source, split, tokenizer, data, temporary, say)
             sync_tree(temporary)
             if path.exists() and not stores_in_cache.whole(store):
-                shutil.rmtree(path)
+                aside = move_aside(path)
+                if stores_in_cache.whole(PreparedStore(str(aside), store.spec)):  # without locks: just come there
+                    move_into_place(aside, path)
+                shutil.rmtree(aside, ignore_errors=True)
             move_into_place(temporary, path)
             sync(path.parent)
         finally:
@@ -222,10 +242,10 @@ def _write_store(
     placed = split.place(source)
     batch = _take(placed)
     if not batch:
-        raise UserError(f"data.sources: '{source.spec}' is empty: no document has text")
+        raise UserError(f"data.sources: '{source.spec}' is empty: no document has text{_left_out([source])}")
     # A thread encodes this batch on all cores while this one reads, splits and counts.
     while batch:
-        with Background(_encoding(tokenizer, batch, round_trip)) as encoding:
+        with Background(partial(round_trip.encode, batch)) as encoding:
             following = _take(placed)
             statistics.add(batch)
             for document, tokens in zip(batch, encoding.result(progress.still), strict=True):
@@ -234,15 +254,15 @@ def _write_store(
         batch = following
     tokenizer.save(path / 'tokenizer.json')
     skipped = source.skipped.count if source.skipped else 0
-    if source.skipped and skipped:
-        say(f'{source.spec}: {skipped:,} records are left out; the first: {source.skipped.first}')
+    if skipped:
+        say(f'{source.spec}: {source.skipped}')
     writer.finish({
         'tokenizer': tokenizer.fingerprint,
         'eot_id': tokenizer.eot_id,
         'vocab_size': tokenizer.vocab_size,
         'source': _described(source, data),
         'heldout_fraction': data.heldout_fraction,
-        'split': 'cut' if split.cuts else 'hash',
+        'split': split.kind,
         'skipped': skipped,
         'round_trip': round_trip.record(),
         'baselines': statistics.record(),
@@ -250,16 +270,10 @@ def _write_store(
     progress.done(writer.num_tokens)
 
 
-def _encoding(
-    tokenizer: Tokenizer, batch: Sequence[Placed], round_trip: RoundTrip
-) -> Callable[[Callable[[], bool]], list[Integer[ndarray, '_']]]:
-    def work(stopped: Callable[[], bool]) -> list[Integer[ndarray, '_']]:
-        tokens = tokenizer.encode_batch([document.text for document in batch], stopped)
-        if not stopped():
-            round_trip.add(batch, tokens)
-        return tokens
-
-    return work
+def _left_out(sources: list[Source]) -> str:
+    """What sources leave out, for the end of an error."""
+    words = [f'{source.spec}: {source.skipped}' for source in sources if source.skipped and source.skipped.count]
+    return f' ({"; ".join(words)})' if words else ''
 
 
 def _described(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:

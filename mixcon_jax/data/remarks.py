@@ -1,25 +1,26 @@
 """What a person should know about stores before training on them."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 from mixcon_jax.data.cache import split_is_the_hash
 from mixcon_jax.data.documents import SPLITS
 from mixcon_jax.data.prepared import PreparedStore
 
+# How the documents of a small mixture are split.
+FEW = {'cut': 'the end of each long one is held out', 'rank': 'those whose hashes are the smallest are held out'}
 FAR = 3.0  # how many times the share of text that was asked for, or this part of it, is worth a word
 
 
 def percent(share: float) -> str:
-    """A share in percent, rounded down: only what is whole is 100 %."""
-    return f'{math.floor(share * 1e4) / 100:g} %'
+    """A share in percent, to two digits; only what is whole is 100 %."""
+    return f'{min(round(share * 100, 2), 100 if share >= 1 else 99.99):g} %'
 
 
-def remarks(stores: Sequence[PreparedStore], fraction: float) -> Iterator[str]:
+def remarks(stores: Sequence[PreparedStore]) -> Iterator[str]:
     """A line on everything that makes scores mean less than they seem to."""
     yield from _lost(stores)
     yield from _split(stores)
-    yield from _shares(stores, fraction)
+    yield from _shares(stores)
 
 
 def _lost(stores: Sequence[PreparedStore]) -> Iterator[str]:
@@ -52,19 +53,24 @@ def _split(stores: Sequence[PreparedStore]) -> Iterator[str]:
                     f'{store.spec}: its split is its own: text that it holds out may be trained on through another'
                     ' source; prepare all from their text'
                 )
-    cut = [store.spec for store in stores if store not in made and store.metadata.get('split') == 'cut']
-    if cut:
-        yield (
-            f'{", ".join(cut)}: too few documents to hold some out whole, so the end of each is held out; a mixture'
-            ' with other text beside them may train on it'
-        )
+    for kind, what in FEW.items():
+        few = [store.spec for store in stores if store not in made and store.metadata.get('split') == kind]
+        if few:
+            yield (
+                f'{", ".join(few)}: too few documents for the hash to hold some out, so {what}; a mixture with other'
+                ' text beside them may train on that'
+            )
 
 
-def _shares(stores: Sequence[PreparedStore], fraction: float) -> Iterator[str]:
+def _shares(stores: Sequence[PreparedStore]) -> Iterator[str]:
     """Documents are held out whole, so a share of documents may be quite another share of the text."""
-    counts = [store.metadata['counts'] for store in stores]
-    train, heldout = (sum(count[split]['bytes'] for count in counts) for split in SPLITS)
-    share = heldout / max(train + heldout, 1)
+    records = [store.metadata for store in stores]
+    train, heldout = (sum(record['counts'][split]['bytes'] for record in records) for split in SPLITS)
+    total = max(train + heldout, 1)
+    sizes = [sum(record['counts'][split]['bytes'] for split in SPLITS) for record in records]
+    # Each store has the fraction that it was prepared with.
+    fraction = sum(record['heldout_fraction'] * size for record, size in zip(records, sizes, strict=True)) / total
+    share = heldout / total
     if share > FAR * fraction or share < fraction / FAR or 1 - share < (1 - fraction) / FAR:
         yield (
             f'{heldout:,} of {train + heldout:,} bytes are held out, {percent(share)}, where data.heldout_fraction is'

@@ -11,11 +11,13 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from mixcon_jax.data import files
+from mixcon_jax.data import files, paths
 from mixcon_jax.data.documents import Document
 from mixcon_jax.errors import UserError
 
@@ -43,7 +45,7 @@ class Source(Protocol):
         """Yields documents that stand for the source; the caller stops after about ``num_bytes``."""
 
     def fingerprint(self) -> str:
-        """Hash of what the source would yield, found without reading the text."""
+        """Hash of what the source would yield, found without reading the text; taken once, when first asked for."""
 
     # Of sources that leave out records which cannot be used: those of the newest reading from the beginning.
     skipped: files.Skipped | None
@@ -94,6 +96,10 @@ class StdlibSource:
         return iter(self)
 
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         sizes = [(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in self.paths]
         return _digest(['stdlib', platform.python_implementation(), platform.python_version(), sizes])
 
@@ -127,6 +133,10 @@ class FilesSource:
 
     def fingerprint(self) -> str:
         """Of each file its absolute path, size and time of modification; the text field, and what is left out."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         stats = []
         for path in self.paths:
             try:
@@ -193,9 +203,26 @@ class HuggingFaceSource:
 
     def fingerprint(self) -> str:
         """Of the name, the text field, and the version and sizes that the hub states, where it does."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         info = getattr(self.dataset, 'info', None)
         stated = [str(getattr(info, key, None)) for key in ('version', 'dataset_size', 'download_checksums')]
         return _digest(['huggingface', self.name, self.text_field, stated, *(['skip'] if self.skip else [])])
+
+
+def in_common(sources: Sequence[Source]) -> Iterator[str]:
+    """A line on sources that have text in common: it counts in each of them, as weights may be meant to have it."""
+    seen: dict[object, str] = {}  # what was read first by which source
+    for source in sources if len(sources) > 1 else ():
+        parts = list(map(paths.identity, source.paths)) if isinstance(source, FilesSource) else [source.spec]
+        for other, count in Counter(seen[part] for part in parts if part in seen).items():
+            if count == len(parts) and other == source.spec:
+                yield f'{source.spec} is named twice: its text counts twice'
+            else:
+                yield f'{source.spec} and {other} have {count:,} files in common: they count in both'
+        seen = dict.fromkeys(parts, source.spec) | seen
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from jaxtyping import Int, Integer
 
 from mixcon_jax.data.background import PROGRESS_SECONDS
 from mixcon_jax.data.documents import SPLITS, Placed
-from mixcon_jax.data.tokenizer import Tokenizer
+from mixcon_jax.data.tokenizer import Piece, Tokenizer
 
 GZIP_LIMIT = 256 << 20  # bytes of held-out text that the gzip baseline compresses
 SAMPLE = 4 << 20  # bytes of training text that are decoded again; held-out text all is
@@ -44,18 +44,29 @@ class Statistics:
 
 
 class RoundTrip:
-    """How much of the text decoding gives back: of all held-out text, and of the first of the training text."""
+    """Encodes, and measures how much decoding gives back: of all held-out text, and of the first of the training text.
+
+    Every piece that is encoded by itself is compared with itself, so memory is bounded however long a document is, and
+    where long ones are cut does not matter.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._back, self._measured = [0, 0], [0, 0]
 
-    def add(self, batch: Sequence[Placed], encoded: Sequence[Integer[np.ndarray, '_']]) -> None:
-        for heldout in (False, True):
-            pairs = [(d, ids) for d, ids in zip(batch, encoded, strict=True) if d.heldout == heldout]
-            if pairs and (heldout or self._measured[heldout] < SAMPLE):
-                self._back[heldout] += self._tokenizer.round_trip([d.text for d, _ in pairs], [ids for _, ids in pairs])
-                self._measured[heldout] += sum(len(d.data) for d, _ in pairs)
+    def encode(
+        self, batch: Sequence[Placed], stopped: Callable[[], bool] = lambda: False
+    ) -> list[Integer[np.ndarray, '_']]:
+        """``Tokenizer.encode_batch`` of the documents."""
+
+        def measure(pieces: list[Piece]) -> None:
+            for heldout in (False, True):
+                mine = [piece for piece in pieces if batch[piece.number].heldout == heldout]
+                if mine and (heldout or self._measured[heldout] < SAMPLE):
+                    self._back[heldout] += self._tokenizer.round_trip(mine)
+                    self._measured[heldout] += sum(len(piece.text.encode()) for piece in mine)
+
+        return self._tokenizer.encode_batch([document.text for document in batch], stopped, measure)
 
     def record(self) -> dict[str, float]:
         """The share of the bytes that come back, of each split; 1.0 only if every byte does."""

@@ -2,7 +2,7 @@
 
 A store is a folder, or a URL that TensorStore reads (``gs://``, ``s3://``, ``https://``):
 
-    metadata.json    version, counts, checksums, sizes of the files, the source's and the tokenizer's fingerprints
+    metadata.json    see metadata.py: counts, checksums, sizes of the files, fingerprints of source and tokenizer
     tokenizer.json
     tokens/          uint16 or uint32 [tokens], documents end to end, without end-of-text
     offsets/         int64 [documents + 1], where each begins
@@ -25,15 +25,14 @@ import tensorstore as ts
 from jaxtyping import Int, Integer
 
 from mixcon_jax.data.documents import SPLITS
+from mixcon_jax.data.metadata import ARRAYS, READABLE, checksum, complaint
 from mixcon_jax.errors import UserError
 
 VERSION = 2
-READABLE = (1, 2)
 SHARD = 1 << 25  # tokens a file: the writer's buffer, 64 or 128 MiB
 CHUNK = 1 << 15  # tokens a chunk: what reading one token costs
 MEMORY_LIMIT = 256 << 20  # bytes of tokens up to which a store is held in memory, and of cached chunks above it
 REMEDY = 'restore it, or delete the folder and prepare the text again'
-ARRAYS = {'tokens': None, 'offsets': 'int64', 'bytes': 'int64', 'split': 'uint8'}
 
 
 def _array_spec(dtype: str) -> dict[str, Any]:
@@ -114,7 +113,7 @@ class StoreWriter:
         self._split.append(heldout)
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
-        """Writes what remains, and metadata.json with the counts and checksums."""
+        """Writes what remains, and metadata.json with the counts and checksums; what else is in it is given."""
         self._tokens.finish()
         digests = {'tokens': self._tokens.sha256.hexdigest()}
         columns = {'offsets': self._offsets, 'bytes': self._bytes, 'split': self._split}
@@ -123,23 +122,28 @@ class StoreWriter:
             appender.append(np.array(values, ARRAYS[name]))
             appender.finish()
             digests[name] = appender.sha256.hexdigest()
-        heldout = np.array(self._split, bool)
-        sizes = {
-            'tokens': np.diff(self._offsets),
-            'bytes': np.array(self._bytes),
-            'documents': np.ones_like(self._bytes),
-        }
-        counts = {
-            split: {name: int(values[heldout == side].sum()) for name, values in sizes.items()}
-            for side, split in enumerate(SPLITS)
-        }
+        counts = counts_of(*(np.array(values, ARRAYS[name]) for name, values in columns.items()))
         files = {
             path.relative_to(self.path).as_posix(): path.stat().st_size
             for path in sorted(self.path.rglob('*'))
             if path.is_file()
         }
         record = {'version': VERSION, **metadata, 'counts': counts, 'sha256': digests, 'files': files}
+        record['checksum'] = checksum(record)
         (self.path / 'metadata.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+
+
+def counts_of(
+    offsets: Int[np.ndarray, '_'],
+    num_bytes: Int[np.ndarray, 'n'],
+    split: Integer[np.ndarray, 'n'],
+) -> dict[str, dict[str, int]]:
+    """How many tokens, bytes and documents there are of each split, as metadata.json has it."""
+    sizes = {'tokens': np.diff(offsets), 'bytes': num_bytes, 'documents': np.ones_like(num_bytes)}
+    return {
+        name: {what: int(values[split == side].sum()) for what, values in sizes.items()}
+        for side, name in enumerate(SPLITS)
+    }
 
 
 def _kvstore(path: str) -> Any:
@@ -177,7 +181,7 @@ def read_metadata(path: str) -> dict[str, Any]:
     """metadata.json of a store.
 
     Raises:
-      UserError: ``path`` is no store, or one of another version of the format.
+      UserError: ``path`` is no store, or one of another version of the format; or it is not what was written.
     """
     try:
         metadata = json.loads(read_file(path, 'metadata.json'))
@@ -186,9 +190,8 @@ def read_metadata(path: str) -> dict[str, Any]:
         raise UserError(f'{path}: damaged token store: metadata.json is not readable; prepare it again') from error
     if version not in READABLE:
         raise UserError(f'{path}: token store of format {version}; this version reads {READABLE}; prepare it again')
-    for key in ('tokenizer', 'eot_id', 'counts', 'sha256', *(('files',) if version > 1 else ())):
-        if key not in metadata:
-            raise UserError(f'{path}: damaged token store: metadata.json lacks {key!r}; {REMEDY}')
+    if words := complaint(metadata):
+        raise UserError(f'{path}: damaged token store: metadata.json {words}; {REMEDY}')
     return metadata
 
 
@@ -270,15 +273,12 @@ class TokenStore:
         """
         path = os.fspath(path)
         metadata = read_metadata(path)
-        try:
-            require_parts(path, metadata)
-            side, eot_id, fingerprint = SPLITS.index(split), metadata['eot_id'], metadata['tokenizer']
-            offsets, num_bytes, sides = (read_array(path, name, metadata) for name in ('offsets', 'bytes', 'split'))
-            tokens = _open_array(path, 'tokens')
-            if not offsets.size == num_bytes.size + 1 == sides.size + 1 or tokens.shape[0] != offsets[-1]:
-                raise UserError(f'{path}: damaged token store: its arrays disagree in length; prepare it again')
-        except KeyError as error:
-            raise UserError(f'{path}: damaged token store: metadata.json lacks {error}; prepare it again') from error
+        require_parts(path, metadata)
+        side, eot_id, fingerprint = SPLITS.index(split), metadata['eot_id'], metadata['tokenizer']
+        offsets, num_bytes, sides = (read_array(path, name, metadata) for name in ('offsets', 'bytes', 'split'))
+        tokens = _open_array(path, 'tokens')
+        if not offsets.size == num_bytes.size + 1 == sides.size + 1 or tokens.shape[0] != offsets[-1]:
+            raise UserError(f'{path}: damaged token store: its arrays disagree in length; prepare it again')
         if tokens.shape[0] * tokens.dtype.numpy_dtype.itemsize <= memory_limit:
             tokens = read_array(path, 'tokens', metadata)
         mine = sides == side

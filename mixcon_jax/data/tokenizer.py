@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -35,6 +36,14 @@ SAMPLE_BYTES = 64 << 20  # a tokenizer learns little more from further text
 PIECE = 1 << 20  # characters encoded at once
 GROUP = 2  # pieces a call of the library: what cannot be interrupted
 WORD = 256  # characters of the longest word that training sees
+
+
+class Piece(NamedTuple):
+    """What is encoded by itself: a text or, of a long one, a part."""
+
+    number: int  # of the text among those that are encoded together
+    text: str
+    ids: Integer[np.ndarray, 'n']
 
 
 class Tokenizer:
@@ -97,13 +106,16 @@ class Tokenizer:
             and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model['vocab'])
         )
 
-    def round_trip(self, texts: Sequence[str], encoded: Sequence[Integer[np.ndarray, '_']]) -> int:
-        """How many UTF-8 bytes of ``texts`` decoding what they were encoded to gives back; see ``came_back``."""
-        decoded = self._backend.decode_batch([ids.tolist() for ids in encoded], skip_special_tokens=False)
-        return sum(came_back(text, other) for text, other in zip(texts, decoded, strict=True))
+    def round_trip(self, pieces: Sequence[Piece]) -> int:
+        """How many UTF-8 bytes of the pieces' texts decoding their tokens gives back; see ``came_back``."""
+        decoded = self._backend.decode_batch([piece.ids.tolist() for piece in pieces], skip_special_tokens=False)
+        return sum(came_back(piece.text, other) for piece, other in zip(pieces, decoded, strict=True))
 
     def encode_batch(
-        self, texts: Sequence[str], stopped: Callable[[], bool] = lambda: False
+        self,
+        texts: Sequence[str],
+        stopped: Callable[[], bool] = lambda: False,
+        seen: Callable[[list[Piece]], None] = lambda pieces: None,
     ) -> list[Integer[np.ndarray, '_']]:
         """Encodes texts on all cores.
 
@@ -113,30 +125,22 @@ class Tokenizer:
         Args:
           texts: What to encode.
           stopped: Asked every few million characters; once it is true, what is returned is of no use.
+          seen: Takes the pieces as they are encoded, a few million characters at once.
         """
-        pieces, counts = [], []
-        for text in texts:
-            cut = list(split_long(text))
-            pieces += cut
-            counts.append(len(cut))
-        encoded = self._encode_pieces(pieces, stopped)
-        result = []
-        for count in counts:
-            parts = [next(encoded) for _ in range(count)]
-            result.append(parts[0] if count == 1 else np.concatenate([np.zeros(0, self.dtype), *parts]))
-        return result
-
-    def _encode_pieces(self, pieces: list[str], stopped: Callable[[], bool]) -> Iterator[Integer[np.ndarray, '_']]:
-        start = size = 0
-        for end, piece in enumerate(pieces, 1):
-            size += len(piece)
-            if size >= GROUP * PIECE or end == len(pieces):
-                if stopped():
-                    yield from (np.zeros(0, self.dtype) for _ in pieces[start:])
-                    return
-                for one in self._backend.encode_batch_fast(pieces[start:end], add_special_tokens=False):
-                    yield np.array(one.ids, self.dtype)
-                start, size = end, 0
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _groups((number, piece) for number, text in enumerate(texts) for piece in split_long(text, PIECE)):
+            if stopped():
+                break
+            encoded = self._backend.encode_batch_fast([text for _, text in group], add_special_tokens=False)
+            pieces = [
+                Piece(number, text, np.array(one.ids, self.dtype))
+                for (number, text), one in zip(group, encoded, strict=True)
+            ]
+            del encoded  # many bytes a token, which must not wait for what is done with the pieces
+            for piece in pieces:
+                parts[piece.number].append(piece.ids)
+            seen(pieces)
+        return [each[0] if len(each) == 1 else np.concatenate([np.zeros(0, self.dtype), *each]) for each in parts]
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, 'n'], skip_special: bool = False) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -232,12 +236,30 @@ def bounded_words(text: str) -> Iterator[str]:
         yield text[start:]
 
 
+def _groups(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Pieces together, as many as make about ``GROUP * PIECE`` characters."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[1])
+        if size >= GROUP * PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
 def split_long(text: str, limit: int = PIECE) -> Iterator[str]:
-    """Yields pieces of at most ``limit`` characters, cut before a line end where one is in the second half."""
+    """Yields pieces of at most ``limit`` characters, cut before a line end where one is in the second half.
+
+    Elsewhere not before a space, if that can be: some tokenizers begin every text with one, and drop it in decoding.
+    """
     start = 0
     while len(text) - start > limit:
         at = text.rfind('\n', start + limit // 2, start + limit)
-        at = at if at > start else start + limit
+        if at <= start:
+            before_space = len(text[start : start + limit + 1].rstrip(' ')) - 1
+            at = start + (before_space if before_space > 0 else limit)
         yield text[start:at]
         start = at
     yield text[start:]

@@ -18,6 +18,8 @@ LEFT_OUT = {
     'JAX_LEGACY_PRNG_KEY': ('allow',),
     'JAX_RANDOM_SEED_OFFSET': ('0',),
     'JAX_TRANSFER_GUARD': ('allow',),
+    'JAX_DISABLE_JIT': OFF,  # what is not compiled as a whole rounds otherwise
+    'JAX_DEFAULT_MATMUL_PRECISION': ('default',),  # model.dtype is the option for it
 }  # fmt: skip
 # What JAX says, when it is imported, of a variable that it cannot read.
 UNREADABLE = re.compile(r"for environment '(?P<environment>JAX_\w+)'|for JAX flag (?P<flag>jax_\w+)")

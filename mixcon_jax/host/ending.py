@@ -19,6 +19,8 @@ FAILED, USER_ERROR, FAULT, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE
 LESS_MEMORY = 'take a smaller batch, sequence or model (train.accum_steps and model.remat save memory in training)'
 # Of the machine, wherever they come from. Others are the user's to mend where they name a file.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS, errno.ESTALE)
+# What JAX says, of any device, when memory runs out: by status or, where it dispatches on a CPU, in words alone.
+NO_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory|OUT_OF_MEMORY')
 # What JAX says of the processes that it trains with when one of them has gone.
 OTHERS = re.compile('UNAVAILABLE|DEADLINE_EXCEEDED|Gloo|[Cc]oordination ?[Ss]ervice')
 
@@ -53,7 +55,7 @@ def failed(error: BaseException) -> int:
             print(f'error: the output cannot be written ({error})', file=sys.stderr)
         return FAILED
     line, code = users(error), USER_ERROR
-    if line is None and type(error).__name__ == 'JaxRuntimeError' and OTHERS.search(str(error)):
+    if line is None and of_jax(error) and OTHERS.search(str(error)):
         line, code = f'another process of this run cannot be reached: {named(error)}', FAILED
     if line is None:
         line, code = f'this is a fault of MixCon: {named(error)}; please report it, with {_kept(error)}', FAULT
@@ -68,13 +70,19 @@ def users(error: BaseException) -> str | None:
     text = str(error)
     if os.strerror(errno.ENOSPC) in text and not isinstance(error, OSError):  # TensorStore's, by any type of exception
         return ' '.join(text.split())[:300]
-    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text or getattr(error, 'errno', 0) == errno.ENOMEM:
-        words = ' '.join(text.removeprefix('RESOURCE_EXHAUSTED: ').split())[:200]
+    without_memory = 'RESOURCE_EXHAUSTED' in text or (of_jax(error) and NO_MEMORY.search(text))
+    if isinstance(error, MemoryError) or without_memory or getattr(error, 'errno', 0) == errno.ENOMEM:
+        words = ' '.join(re.sub('^[A-Z_]+: ', '', text).split())[:200]
         return f'there is not enough memory{f" ({words})" if words else ""}; {LESS_MEMORY}'
     if isinstance(error, OSError) and error.errno and (error.filename is not None or error.errno in MACHINE):
         where = '' if error.filename is None else f'{os.fsdecode(error.filename)}: '
         return f'{where}{os.strerror(error.errno)}'
     return ambient.complaint(error)
+
+
+def of_jax(error: BaseException) -> bool:
+    """Whether JAX raised it at work, told without importing JAX."""
+    return type(error).__name__ == 'JaxRuntimeError'
 
 
 def named(error: BaseException) -> str:

@@ -59,6 +59,11 @@ class Output:
                 print(f'note: the output is lost ({error.strerror}); the command goes on', file=sys.stderr)
 
 
+def lasting(stream: Any) -> Any:
+    """The stream as one whose end ends nothing that writes to it; a guarded one as it is."""
+    return stream if isinstance(stream, Output) else Output(stream, goes_on=True)
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Standard output and error are guarded meanwhile; those that are closed are there, and show nothing."""

@@ -30,7 +30,7 @@ def expand(path: str | os.PathLike[str], name: str = '') -> str:
     if home is None:
         instead = f'{name} to a folder' if name else 'give the path without ~'
         raise UserError(f'{label}: there is no home folder (HOME is not set); set HOME, or {instead}')
-    return os.path.join(home, rest) if rest else home
+    return os.path.join(home, rest.lstrip('/')) if rest else home
 
 
 def expand_path(path: str | os.PathLike[str], name: str = '') -> Path:

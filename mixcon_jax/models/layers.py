@@ -1,4 +1,4 @@
-"""What the layers share: named parameters, weighted losses, RMSNorm, and windows over past tokens of a document."""
+"""What the layers share: named parameters, weighted losses, RMSNorm, a short convolution that respects documents."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mixcon_jax.models.context import Context
-from mixcon_jax.parallel.kernels import causal_conv1d, with_past
+from mixcon_jax.parallel.kernels import causal_conv1d
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 Axes = tuple[str, ...]
@@ -117,45 +117,6 @@ class RMSNorm(nnx.Module):
 def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
     """Multiplies by a weight matrix in x's dtype."""
     return x @ weight[...].astype(x.dtype)
-
-
-class Window:
-    """The last tokens before, and the tokens of, a call: what causal taps read.
-
-    Args:
-      x: `[B, T, C]`, this call's tokens.
-      context: their documents; a tap never reads across a document's start.
-      state: `[B, K, C]`, the last K real tokens before this call, or None to start fresh.
-      length: K, the longest lag that will be read.
-    """
-
-    def __init__(
-        self, x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b k c'] | None, length: int
-    ) -> None:
-        # [B, S, K + T / S, C]: S parts of the sequence on as many devices, each with the K tokens before it.
-        if state is None:
-            self._values = with_past(x, length)
-        else:
-            self._values = jnp.concatenate([state.astype(x.dtype), x], axis=1)[:, None]
-        self._context = context
-        self._length = length
-
-    def lagged(self, lag: int) -> Float[Array, 'b t c']:
-        """Returns each token's predecessor by ``lag`` tokens, zero where that lies before its document."""
-        first, tokens = self._length - lag, self._values.shape[2] - self._length
-        past = self._values[:, :, first : first + tokens].reshape(*self._context.positions.shape, -1)
-        if lag == 0:
-            return past
-        return jnp.where((self._context.positions >= lag)[..., None], past, 0)
-
-    def state(self) -> Float[Array, 'b k c']:
-        """Returns the last K real tokens, skipping padding after them; for a call that began with a state."""
-        tokens, values = self._context.positions.shape[1], self._values[:, 0]
-        if tokens == 1:  # decoding: a select instead of a gather
-            return jnp.where(self._context.mask[..., None], values[:, 1:], values[:, :-1])
-        ends = jnp.max(jnp.where(self._context.mask, jnp.arange(1, tokens + 1), 0), axis=1)
-        index = ends[:, None] + jnp.arange(self._length)
-        return jnp.take_along_axis(values, index[..., None], axis=1)
 
 
 class ShortConv(nnx.Module):

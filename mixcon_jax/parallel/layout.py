@@ -15,22 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array
 
 from mixcon_jax.config import ConfigError
-from mixcon_jax.parallel.split import AXES, BATCH_AXES, SEQUENCE_AXIS
+from mixcon_jax.parallel.axes import AXES, BATCH_AXES, RULES
 from mixcon_jax.trees import Tree, map_named, named_leaves
-
-# Logical axis -> mesh axes. A name that is absent stays whole on every device.
-RULES: dict[str, tuple[str, ...]] = {
-    'batch': BATCH_AXES,
-    'sequence': (SEQUENCE_AXIS,),
-    'shards': (*BATCH_AXES, SEQUENCE_AXIS),
-    'embed': ('fsdp',),
-    'mlp': ('tensor',),
-    'heads': ('tensor',),
-    'kv_heads': ('tensor',),
-    'inner': ('tensor',),
-    'vocab': ('tensor',),
-    'experts': ('expert',),
-}
 
 
 def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

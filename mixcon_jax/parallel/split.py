@@ -1,81 +1,113 @@
-"""The mesh axes by name, and running a computation on each device's own rows, or its own part of the sequence."""
+"""Computations that each device does for its own part of the arrays: what XLA by itself would gather first.
 
+Inside a step on a mesh (step.py enters it by ``jax.sharding.use_abstract_mesh``) the dimensions of a call are shared
+out by the mesh axes of their logical names. Without a mesh, or where an axis does not divide the call, as when one
+token is decoded, it runs whole. Results are the same.
+"""
+
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
-BATCH_AXES = ('data', 'fsdp')  # the mesh axes that share out the rows of a batch
-SEQUENCE_AXIS = 'context'  # the mesh axis that shares out the tokens of a row
+from kernels_pallas.call import Call, bind
+from mixcon_jax.parallel.axes import RULES, SEQUENCE_AXIS
+
+Shares = dict[str, tuple[str, ...]]  # the mesh axes that share out each dimension
 
 
-def by_rows(function: Callable[..., Array], rows: Sequence[Array], whole: Sequence[Array]) -> Array:
-    """Runs ``function(*rows, *whole)`` on each device's own tokens of a batch, which need nothing of one another.
+def split(call: Call) -> Callable[..., Any]:
+    """The function of a kernel's call, on each device's own part, by its context-parallel form where time is shared."""
 
-    For computations that XLA cannot split by itself, such as a sort: without this every device would gather all rows.
+    @functools.wraps(call.function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = bind(call.function, *args, **kwargs)
+        arrays = {name: arguments[name] for name in call.dims if hasattr(arguments[name], 'ndim')}
+        whole = call.whole(arguments)
+        axes = {dim: logical for dim, logical in call.axes.items() if dim not in whole}
+        shares = _shares(axes, {name: call.dims[name] for name in arrays}, arrays)
+        if not shares:
+            return call.function(**arguments)
+        function = call.function
+        if call.context_parallel is not None and any(SEQUENCE_AXIS in axes for axes in shares.values()):
+            function = functools.partial(call.context_parallel, axis_name=SEQUENCE_AXIS)
+        trees = {name: arguments[name] for name in call.trees if arguments[name] is not None}
+        static = {name: value for name, value in arguments.items() if name not in arrays | trees}
+        local = functools.partial(function, **static)
+        return _mapped(local, arrays, call.dims, trees, call.results(arguments), shares)
+
+    return run
+
+
+def by_parts(
+    function: Callable[..., Array],
+    arrays: Mapping[str, Array],
+    dims: Mapping[str, str],
+    result: str,
+    axes: Mapping[str, str],
+) -> Array:
+    """Runs ``function(**arrays)``, which needs nothing of another part, on each device's own part.
+
+    For computations that XLA cannot split by itself, such as a sort. The gradients of an array that is whole on every
+    device are summed over the devices.
 
     Args:
-      function: takes arrays and returns one ``[B, T, ...]``.
-      rows: arrays ``[B, T, ...]``, whose rows and tokens the mesh shares out.
-      whole: arrays that every device gets whole, such as weights; their gradients are summed over the devices.
+      function: takes arrays by name and returns one.
+      dims: the dimensions of each array: ``{'x': 'b t d'}``.
+      result: those of what it returns.
+      axes: the logical axis of each dimension that may be shared out: ``{'b': 'batch'}``.
     """
+    named = {name: tuple(text.split()) for name, text in dims.items()}
+    shares = _shares(axes, named, arrays)
+    if not shares:
+        return function(**arrays)
+    return _mapped(function, arrays, named, {}, result, shares)
+
+
+def shards(logical: str, size: int) -> int:
+    """Into how many parts the mesh of this step splits a dimension of this size: 1 where it does not divide it."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function(*rows, *whole)
-    tokens = SEQUENCE_AXIS if sequence_shards(rows[0].shape[1]) > 1 else None
-    split, everywhere = PartitionSpec(BATCH_AXES, tokens), PartitionSpec()
-    specs = (split,) * len(rows) + (everywhere,) * len(whole)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(*rows, *whole)
+    count = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[logical])
+    return count if size % count == 0 else 1
 
 
-def sequence_shards(length: int) -> int:
-    """Into how many parts the mesh of this step splits a sequence of this length: 1 where it does not divide it."""
-    return _shards((SEQUENCE_AXIS,), length)
+def _shares(axes: Mapping[str, str], dims: Mapping[str, tuple[str, ...]], arrays: Mapping[str, Array]) -> Shares:
+    """The mesh axes of every dimension that this step shares out: all that ask for a mesh axis, or none of them."""
+    sizes: dict[str, int] = {}
+    for name, value in arrays.items():
+        for dim, size in zip(_spread(dims[name], value.ndim), value.shape):
+            sizes.setdefault(dim, size)
+    asked = {dim: RULES[logical] for dim, logical in axes.items() if dim in sizes}
+    split = {dim for dim in asked if shards(axes[dim], sizes[dim]) > 1}
+    whole = {axis for dim in asked.keys() - split for axis in asked[dim]}
+    return {dim: asked[dim] for dim in asked if dim in split and not whole & set(asked[dim])}
 
 
-def token_axes(batch: int, length: int) -> tuple[str, ...]:
-    """The mesh axes that share out the tokens of a batch ``[batch, length]`` in this step, by rows and by sequence."""
-    rows = BATCH_AXES if _shards(BATCH_AXES, batch) > 1 else ()
-    return (*rows, SEQUENCE_AXIS) if sequence_shards(length) > 1 else rows
-
-
-def by_tokens(
+def _mapped(
     function: Callable[..., Any],
-    tokens: Mapping[str, Any],
-    rows: Mapping[str, Any],
-    whole: Mapping[str, Any],
-    outputs: bool | tuple[bool, ...],
-    axes: tuple[str, ...],
+    arrays: Mapping[str, Array],
+    dims: Mapping[str, tuple[str, ...]],
+    trees: Mapping[str, Any],
+    results: str | tuple[str, ...],
+    shares: Shares,
 ) -> Any:
-    """Runs ``function(**tokens, **rows, **whole)`` on each device's own tokens; other mesh axes stay with XLA.
-
-    For what reads other tokens of its row: the function communicates along the mesh axis ``context``. For kernels, too,
-    which XLA cannot split: it would give every device all their inputs.
-
-    Args:
-      function: returns an array or a tuple of them.
-      tokens: arrays ``[B, T, ...]``, or trees of them.
-      rows: arrays ``[B, ...]``, the same on all devices that share a row.
-      whole: arrays that every device gets whole; their gradients are summed over the devices.
-      outputs: of each output, whether it is of tokens or, the same on all devices that share them, of rows.
-      axes: the mesh axes to split over, of ``token_axes``.
-    """
-    by_row = tuple(axis for axis in BATCH_AXES if axis in axes) or None
-    split, per_row = PartitionSpec(by_row, SEQUENCE_AXIS if SEQUENCE_AXIS in axes else None), PartitionSpec(by_row)
+    """The function under ``shard_map``, manual over the mesh axes that share something out."""
+    spec = lambda names: PartitionSpec(*(shares.get(name) for name in names))
+    specs = {name: spec(_spread(dims[name], value.ndim)) for name, value in arrays.items()}
     return jax.shard_map(
-        lambda tokens, rows, whole: function(**tokens, **rows, **whole),
-        in_specs=(split, per_row, PartitionSpec()),
-        out_specs=jax.tree.map(lambda of_tokens: split if of_tokens else per_row, outputs),
-        axis_names=set(axes),
+        lambda arrays, trees: function(**arrays, **trees),
+        in_specs=(specs, PartitionSpec()),
+        out_specs=jax.tree.map(lambda text: spec(text.split()), results),
+        axis_names={axis for axes in shares.values() for axis in axes},
         check_vma=False,
-    )(dict(tokens), dict(rows), dict(whole))
+    )(dict(arrays), dict(trees))
 
 
-def _shards(axes: Sequence[str], size: int) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in axes)
-    return shards if size % shards == 0 else 1
+def _spread(names: tuple[str, ...], rank: int) -> list[str]:
+    """A name for every axis: one with a star, which stands for several or none, is repeated."""
+    stars = rank - sum(not name.startswith('*') for name in names)
+    return [name for name in names for _ in range(stars if name.startswith('*') else 1)]

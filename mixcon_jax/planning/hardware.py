@@ -1,16 +1,43 @@
-"""GPUs to compile for on a machine that has none (the extra ``plan``).
+"""What devices can do: peaks for MFU, and GPUs as XLA's compiler sees them. Loads no JAX.
 
-XLA takes a description of the device in place of the device; the figures are those of the vendor's data sheets and of
-the CUDA device properties. JAX_PLATFORMS must be ``cpu`` before JAX is imported, so that no GPU is looked for.
+The figures are those of the vendors' data sheets and of the CUDA device properties.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-from jax.experimental import topologies
-
-from mixcon_jax.errors import UserError
+# Peak dense bfloat16 (on V100: float16) FLOP/s of one device, from the makers' data sheets, without sparsity. The first
+# entry whose words all stand in ``device_kind`` counts, so that 'H100 PCIe' comes before 'H100'.
+PEAK_FLOPS = (
+    ('GB300', 2500e12),
+    ('GB200', 2500e12),
+    ('B300', 2250e12),
+    ('B200', 2250e12),
+    ('B100', 1750e12),
+    ('H200', 989e12),
+    ('H100 PCIe', 756e12),
+    ('H100 NVL', 835e12),
+    ('H100', 989e12),
+    ('GH200', 989e12),
+    ('H800', 989e12),
+    ('H20', 148e12),
+    ('A100', 312e12),
+    ('A800', 312e12),
+    ('A30', 165e12),
+    ('A40', 149.7e12),
+    ('A10G', 70e12),
+    ('A10', 125e12),
+    ('L40S', 362e12),
+    ('L40', 181e12),
+    ('L4', 121e12),
+    ('A6000', 154.8e12),
+    ('4090', 165.2e12),
+    ('3090', 71e12),
+    ('V100', 125e12),
+    ('TPU v6', 918e12),
+    ('TPU v5p', 459e12),
+    ('TPU v5', 197e12),
+    ('TPU v4', 275e12),
+)
 
 
 @dataclass(frozen=True)
@@ -84,45 +111,10 @@ TARGETS = {
 }
 
 
-def devices(target: str, hosts: int = 1, devices_per_host: int = 1) -> list[Any]:
-    """Returns ``hosts * devices_per_host`` absent devices of a target, to build a mesh from and compile for.
-
-    Raises:
-      UserError: an unknown target, or the extra ``plan`` is not installed.
-    """
-    if target not in TARGETS:
-        raise UserError(f'unknown GPU {target!r}; known: {", ".join(TARGETS)}')
-    try:
-        topology = topologies.get_topology_desc(
-            platform='cuda',
-            topology=f'1x{hosts}x{devices_per_host}',
-            target_config=TARGETS[target].textproto(),
-        )
-    except (RuntimeError, NotImplementedError) as error:
-        raise UserError(f'cannot compile for {target}: {error}; is the extra "plan" installed?') from error
-    found = list(topology.devices)
-    assert len(found) == hosts * devices_per_host
-    return found
-
-
-def compile_for(device: Any, function: Any, *args: Any, **jit_options: Any) -> Any:
-    """Compiles a function for an absent device and abstract arguments; returns JAX's ``Compiled``.
-
-    Args:
-      device: from `devices`; arguments without a sharding are placed on it.
-      function: to be traced and compiled.
-      args: trees of arrays or ``jax.ShapeDtypeStruct``.
-      jit_options: for `jax.jit`.
-    """
-    placed = jax.sharding.SingleDeviceSharding(device)
-
-    def abstract(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None) or placed)
-
-    args = jax.tree.map(abstract, args)
-    # Kernels ask the default device for its architecture.
-    with jax.default_device(device):
-        compiled = jax.jit(function, **jit_options).trace(*args).lower(lowering_platforms=('cuda',)).compile()
-    kind = type(compiled.runtime_executable()).__name__
-    assert kind == 'Executable', f'compiled for the CPU instead ({kind}): an argument lacks a sharding'
-    return compiled
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of a device by its ``jax.Device.device_kind``; None when it is not in the table, as no CPU is."""
+    words = device_kind.replace('-', ' ').lower().split()
+    for name, flops in PEAK_FLOPS:
+        if all(word in words for word in name.lower().split()):
+            return flops
+    return None

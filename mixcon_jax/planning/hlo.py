@@ -71,15 +71,16 @@ class Kernel:
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Computations by name, each its instructions by name, and the entry's name."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = '', None
+    entry = ''
+    current: dict[str, Instruction] | None = None
     for line in text.splitlines():
         header = re.match(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
         if header and not line.startswith(' '):
             current = computations.setdefault(header.group(2), {})
             entry = header.group(2) if header.group(1) else entry
             continue
-        found = INSTRUCTION.match(re.sub(r'/\*.*?\*/', '', line)) if current is not None else None
-        if found:
+        found = INSTRUCTION.match(re.sub(r'/\*.*?\*/', '', line))
+        if found and current is not None:
             name, shape, opcode, rest = found.groups()
             inside, attributes = _closing(rest)
             operands = re.findall(r'%([\w.\-]+)', inside)

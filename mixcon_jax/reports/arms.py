@@ -13,8 +13,8 @@ import numpy as np
 
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting
+from mixcon_jax.options import FREE
 from mixcon_jax.reports.runs import DONE, Run, number
-from mixcon_jax.runs.workdir import FREE
 
 LONG_CONTEXT = 8192  # tokens at which decode state is stated, beside the trained length
 ABSENT = '–'  # the value of an option of model.layers that an arm does not give
@@ -102,7 +102,7 @@ def _sizes(model: str, seq_len: int) -> Sizes:
 
 
 def group(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
-    """Groups runs that differ only in the seed and in options that enter no update (``workdir.FREE``).
+    """Groups runs that differ only in the seed and in options that enter no update (``options.FREE``).
 
     Arms come in the order in which their lowest seeds were started, which for a sweep is the experiment file's order;
     if they differ in one number alone, in that number's order.

@@ -1,6 +1,7 @@
 """`mixcon report`: run directories become tables and figures that one can put into a paper, or argue with.
 
-Reads metrics.jsonl and config.json alone, so it works while runs are going on and changes nothing in them.
+Reads metrics.jsonl and the configuration (that of the newest checkpoint where there is one, else config.json), so it
+works while runs are going on and changes nothing in them.
 """
 
 import dataclasses

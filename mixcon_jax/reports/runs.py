@@ -12,7 +12,9 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax import config as configs
+from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.folders import walk
 from mixcon_jax.runs import records, saved
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.records import Record
@@ -27,7 +29,7 @@ class Run:
 
     Attributes:
       path: the folder, as it was found.
-      config: the resolved configuration.
+      config: the resolved configuration, as ``saved.configuration`` has it.
       records: the whole records of metrics.jsonl.
     """
 
@@ -123,11 +125,7 @@ class Run:
 
 def number(record: Record | None, key: str) -> float:
     """A field as a number; NaN where it is missing, null or something else."""
-    value = (record or {}).get(key)
-    try:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        return math.nan
+    return parsing.number((record or {}).get(key))
 
 
 def find(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
@@ -158,20 +156,13 @@ def find(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
 
 def _run_folders(folders: Sequence[str | Path]) -> Iterator[Path]:
     """Every folder that is or was to be a run's, in the order of their names; hidden ones are passed over."""
-    seen = set()
     for top in folders:
         if not path_of(top, 'FOLDER').is_dir():
             raise UserError(f'{top} is not a folder; give a workdir of `mixcon train`, or a folder above some')
-        for path, inner, files in os.walk(path_of(top), followlinks=True):
-            real = os.path.realpath(path)
-            if real in seen:
-                inner.clear()
-                continue
-            seen.add(real)
-            if 'metrics.jsonl' in files or ('config.json' in files and 'checkpoints' in inner):
-                yield Path(path)
-                inner[:] = [name for name in inner if name not in NO_RUNS_INSIDE]
-            inner[:] = sorted(name for name in inner if not name.startswith('.'))
+    for path, inner, files in walk(path_of(top) for top in folders):
+        if 'metrics.jsonl' in files or ('config.json' in files and 'checkpoints' in inner):
+            yield path
+            inner[:] = [name for name in inner if name not in NO_RUNS_INSIDE]
 
 
 def read(folder: Path) -> tuple[Run, str]:
@@ -185,9 +176,8 @@ def read(folder: Path) -> tuple[Run, str]:
     """
     path = folder / 'config.json'
     try:
-        # The file has what may change from start to start; without it, the checkpoint has the rest.
-        kept = None if path.exists() else saved.newest(folder / 'checkpoints')
-        config = configs.validate(configs.from_dict(kept['config']) if kept else configs.read(path))
+        known = saved.configuration(folder)
+        config = configs.validate(configs.from_dict(known) if known is not None else configs.read(path))
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f'{path}: {error}') from error
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # JSON, but no configuration
@@ -198,11 +188,7 @@ def read(folder: Path) -> tuple[Run, str]:
         lines = [line for line in path.read_bytes().split(b'\n')[:-1] if line.strip()]
     except OSError as error:
         raise UserError(f'{path} cannot be read ({os.strerror(error.errno or 0)})') from error
-    good = tuple(
-        record
-        for record in records.read(path)
-        if type(record['step']) is int and record['step'] >= 0 and isinstance(record['kind'], str)
-    )
+    good = tuple(records.read(path))
     if lines and not good:
         raise UserError(f'{path} holds no readable record')
     bad = max(0, len(lines) - len(good))

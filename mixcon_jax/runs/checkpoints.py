@@ -10,11 +10,7 @@ checkpoint that is damaged is set aside as ``<step>.damaged`` and the one before
 import contextlib
 import dataclasses
 import functools
-import math
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,18 +20,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mixcon_jax.runs import mark
-
-from mixcon_jax.runs import readback
-
-from mixcon_jax.runs import records
-
-from mixcon_jax.runs import saved
-from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.hush import hush_orbax
 from mixcon_jax.host.paths import expand_folder
-from mixcon_jax.runs.saved import MODEL, UNFINISHED, Damaged
+from mixcon_jax.runs import mark, readback, records, retention, saved
+from mixcon_jax.runs.checksums import checksums
+from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
@@ -84,7 +74,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self._say, self._read_only = Path(folder).absolute(), say, read_only
         self._keep_last, self._keep_best = keep_last, keep_best
-        self._pending: tuple[int, Future[None]] | None = None
+        self._pending: tuple[int, Future[list[str]]] | None = None
         self._worker, self._stack = ThreadPoolExecutor(1, 'checkpoint'), contextlib.ExitStack()
         hush_orbax()
         if not read_only:
@@ -95,15 +85,14 @@ class Checkpoints:
         evaluated = {record['step']: record['loss'] for record in written if record['kind'] == 'eval'}
         self._losses = {step: self._saved_loss(step) or evaluated.get(step) for step in saved.steps(self.folder)}
         options = ocp.CheckpointManagerOptions(read_only=read_only, create=False)  # keeps all: _prune() deletes
-        handlers = {'model': ocp.StandardCheckpointHandler(), 'optimizer': ocp.StandardCheckpointHandler()}
-        handlers |= {'meta': ocp.JsonCheckpointHandler()}
-        self._plain = self._stack.enter_context(readback.plain_path(self.folder))
-        self._manager = ocp.CheckpointManager(self._plain, options=options, item_handlers=handlers)
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ARRAYS} | {'meta': ocp.JsonCheckpointHandler()}
+        self._plain = self._stack.enter_context(readback.PlainPath(self.folder))
+        self._manager = ocp.CheckpointManager(self._plain.path, options=options, item_handlers=handlers)
 
     def _clean(self) -> None:
         """Removes what unfinished saves left."""
         if jax.process_index() == 0:
-            _remove_unfinished(self.folder)
+            retention.remove_unfinished(self.folder)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices('checkpoints: cleaned')
 
@@ -120,7 +109,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest held-out loss among those that are kept, or None if none was evaluated."""
-        return next(iter(best_steps(self.steps(), self._losses)), None)
+        return next(iter(retention.best_steps(self.steps(), self._losses)), None)
 
     def learn(self, step: int, heldout_loss: float) -> None:
         """Takes the held-out loss of a checkpoint that was saved before it was evaluated."""
@@ -147,36 +136,25 @@ class Checkpoints:
             'arrays': {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
             'checksums': checksums(arrays),
         }
-        model = {name: array for name, array in arrays.items() if name.startswith(MODEL)}
-        rest = {name: array for name, array in arrays.items() if name not in model}
-        args = ocp.args.Composite(
-            model=ocp.args.StandardSave(model),
-            optimizer=ocp.args.StandardSave(rest),
-            meta=ocp.args.JsonSave({'sha256': saved.digest(contents), 'contents': contents}),
-        )
+        items = {item: ocp.args.StandardSave(_part(arrays, item)) for item in ARRAYS}
+        described = ocp.args.JsonSave({'sha256': saved.digest(contents), 'contents': contents})
+        args = ocp.args.Composite(**items, meta=described)
         self._losses[meta.step] = meta.heldout_loss
         with self._explained(meta.step):
+            self._plain.mend()
             self._manager.save(meta.step, args=args, force=True)
             self._pending = meta.step, self._worker.submit(self._complete, meta.step, saved.digest(contents))
 
-    def _complete(self, step: int, digest: str) -> None:
-        """In a thread: waits for the save, reads it back and deletes what it makes superfluous."""
+    def _complete(self, step: int, digest: str) -> list[str]:
+        """In a thread: waits for the save, reads it back and deletes what it makes superfluous; returns what to say."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
-        if jax.process_index() == 0:
-            readback.verify(self._plain, step, digest)
-            self._prune()
-
-    def _prune(self) -> None:
-        """Deletes checkpoints that are neither among the newest nor among the best."""
-        steps = self.steps()
-        kept = {*steps[-self._keep_last :], *best_steps(steps, self._losses)[: self._keep_best]}
-        for step in steps:
-            if step not in kept:
-                # Renamed first: a kill on the way leaves nothing that looks like a checkpoint.
-                scratch = self.folder / f'{step}{UNFINISHED}-deleted'
-                os.rename(self.folder / str(step), scratch)
-                _remove(scratch)
+        if jax.process_index() > 0:
+            return []
+        readback.verify(self.folder, step, digest)
+        with contextlib.suppress(OSError):  # a checkpoint is one without the note, too
+            saved.note_files(self.folder, step)
+        return retention.prune(self.folder, self._losses, self._keep_last, self._keep_best)
 
     def finished(self) -> int | None:
         """The step of a save that has become complete since the last call, if any; never waits.
@@ -198,7 +176,8 @@ class Checkpoints:
             return None
         step, future = self._pending
         with self._explained(step):
-            future.result()
+            for line in future.result():
+                self._say(line)
         self._pending = None
         return step
 
@@ -213,7 +192,7 @@ class Checkpoints:
             last = f'checkpoint {max(kept)} is intact' if kept else 'there is none before it'
             if isinstance(error, Damaged):
                 if jax.process_index() == 0:
-                    _set_aside(self.folder / str(step))
+                    retention.set_aside(self.folder / str(step))
                 raise UserError(
                     f'checkpoint {step} in {self.folder} cannot be read back ({error}); set aside as {step}.damaged;'
                     f' {last}; check the disk and run again'
@@ -221,7 +200,7 @@ class Checkpoints:
             text = ' '.join(_causes(error))
             if not isinstance(error, OSError) and not any(words in text for words in (*FULL, 'Permission denied')):
                 raise
-            _remove_unfinished(self.folder)
+            retention.remove_unfinished(self.folder)
             reason = next((words for words in FULL[:3] if words in text), text.splitlines()[0][:200])
             raise UserError(
                 f'cannot save checkpoint {step} in {self.folder}: {reason}; {last}; make room and run again'
@@ -236,7 +215,7 @@ class Checkpoints:
         self._worker.shutdown()
         self._stack.close()
         if not self._read_only and jax.process_index() == 0:
-            _remove_unfinished(self.folder)
+            retention.remove_unfinished(self.folder)
 
     def reached_preemption(self, step: int) -> bool:
         """With several processes: whether all have agreed to stop after this step because one was told to."""
@@ -299,8 +278,8 @@ class Checkpoints:
         wanted = named_leaves(abstract_state)
         _require_equal({n: [str(x.dtype), list(x.shape)] for n, x in wanted.items()}, contents['arrays'], step)
         arrays: dict[str, jax.Array] = {}
-        for item, of_model in (('model', True), ('optimizer', False)):
-            arrays |= self._arrays(step, item, {n: x for n, x in wanted.items() if n.startswith(MODEL) == of_model})
+        for item in ARRAYS:
+            arrays |= self._arrays(step, item, _part(wanted, item))
         _verify(arrays, contents['checksums'])
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), meta
 
@@ -309,8 +288,7 @@ class Checkpoints:
         whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
             name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings.get(name, whole))
-            for name, (dtype, shape) in contents['arrays'].items()
-            if name.startswith(MODEL)
+            for name, (dtype, shape) in _part(contents['arrays'], 'model').items()
         }
         arrays = self._arrays(step, 'model', wanted)
         _verify(arrays, contents['checksums'])
@@ -337,12 +315,13 @@ class Checkpoints:
     def _item(self, step: int, **args: Any) -> Any:
         """Restores one item; whatever goes wrong inside Orbax, for its files are at fault."""
         (name,) = args
+        self._plain.mend()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))[name]
         except (jax.errors.JaxRuntimeError, MemoryError):
             raise  # out of memory says nothing about the files
         except Exception as error:
-            raise Damaged(f'{name}: {type(error).__name__}: {_first_line(error)}') from error
+            raise Damaged(f'{name}: {type(error).__name__}: {readback.first_line(error)}') from error
 
     def _together(self, step: int, restore: Callable[[], tuple[Tree, Meta]]) -> tuple[Tree, Meta]:
         """Runs ``restore``; with several processes, all succeed or all take it as damaged."""
@@ -367,17 +346,10 @@ class Checkpoints:
             return
         self._say(f'checkpoint {step} is damaged ({reason}); set aside as {step}.damaged, {then}')
         if jax.process_index() == 0:
-            _set_aside(self.folder / str(step))
+            retention.set_aside(self.folder / str(step))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f'checkpoints: set aside {step}')
         self._manager.reload()
-
-
-def best_steps(steps: Sequence[int], losses: Mapping[int, float | None]) -> list[int]:
-    """The steps whose loss is known and finite, from the lowest loss up; the newer first among equals."""
-    known = {step: losses.get(step) for step in steps}
-    known = {step: loss for step, loss in known.items() if loss is not None and math.isfinite(loss)}
-    return sorted(known, key=lambda step: (known[step], -step))
 
 
 def load_params(
@@ -410,6 +382,11 @@ def load_params(
         checkpoints.close()
 
 
+def _part(arrays: Mapping[str, Any], item: str) -> dict[str, Any]:
+    """Those of the arrays, or of what is known of each, that are of an item."""
+    return {name: array for name, array in arrays.items() if item_of(name) == item}
+
+
 def _verify(arrays: Mapping[str, jax.Array], saved: Mapping[str, str]) -> None:
     for name, checksum in checksums(arrays).items():
         if saved[name] != checksum:
@@ -426,40 +403,6 @@ def _require_equal(wanted: Mapping[str, list], saved: Mapping[str, list], step: 
 
 def _shape(entry: list | None) -> str:
     return 'nothing' if entry is None else f'{entry[0]}{entry[1]}'
-
-
-def _remove(path: Path) -> None:
-    """Deletes a checkpoint's folder, or the link that stands for it."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Removes saves that were cut short; writes of theirs may still be under way, so it takes a few tries."""
-    for _ in range(20):
-        paths = list(folder.glob(f'*{UNFINISHED}*'))
-        for path in paths:
-            _remove(path)
-        if not any(path.exists() for path in paths):
-            break
-        time.sleep(0.1)
-
-
-def _set_aside(path: Path) -> None:
-    """Renames a folder to a name that Orbax takes for no checkpoint."""
-    number, target = 1, path.with_name(f'{path.name}.damaged')
-    while target.exists():
-        number += 1
-        target = path.with_name(f'{path.name}.damaged-{number}')
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, target)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else ''
 
 
 def _causes(error: BaseException | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where a run's wall time goes, and how fast its devices could be: goodput and MFU."""
+"""Where a run's wall time goes: goodput."""
 
 import contextlib
 import time
@@ -6,49 +6,6 @@ from collections.abc import Callable, Iterator
 
 # What time is spent on besides steps. Start-up ends where the loop begins; data is waiting for the next batch.
 KINDS = ('startup', 'compile', 'data', 'checkpoint', 'evaluation')
-
-# Peak dense bfloat16 (on V100: float16) FLOP/s of one device, from the makers' data sheets, without sparsity. The first
-# entry whose words all stand in ``device_kind`` counts, so that 'H100 PCIe' comes before 'H100'.
-PEAK_FLOPS = (
-    ('GB300', 2500e12),
-    ('GB200', 2500e12),
-    ('B300', 2250e12),
-    ('B200', 2250e12),
-    ('B100', 1750e12),
-    ('H200', 989e12),
-    ('H100 PCIe', 756e12),
-    ('H100 NVL', 835e12),
-    ('H100', 989e12),
-    ('GH200', 989e12),
-    ('H800', 989e12),
-    ('H20', 148e12),
-    ('A100', 312e12),
-    ('A800', 312e12),
-    ('A30', 165e12),
-    ('A40', 149.7e12),
-    ('A10G', 70e12),
-    ('A10', 125e12),
-    ('L40S', 362e12),
-    ('L40', 181e12),
-    ('L4', 121e12),
-    ('A6000', 154.8e12),
-    ('4090', 165.2e12),
-    ('3090', 71e12),
-    ('V100', 125e12),
-    ('TPU v6', 918e12),
-    ('TPU v5p', 459e12),
-    ('TPU v5', 197e12),
-    ('TPU v4', 275e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of a device by its ``jax.Device.device_kind``; None when it is not in the table, as no CPU is."""
-    words = device_kind.replace('-', ' ').lower().split()
-    for name, flops in PEAK_FLOPS:
-        if all(word in words for word in name.lower().split()):
-            return flops
-    return None
 
 
 class Clock:

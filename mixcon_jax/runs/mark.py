@@ -5,13 +5,15 @@ It also holds what must not be decided twice before there is a checkpoint: which
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax.runs import saved
+from mixcon_jax.config import leaves
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand_path
+from mixcon_jax.parsing import json_file
+from mixcon_jax.runs import saved
 
 MARK = 'mixcon.json'
 PROGRAM = 'mixcon_jax'
@@ -19,7 +21,6 @@ PROGRAM = 'mixcon_jax'
 NAMES = (
     MARK, 'config.json', 'tokenizer.json', 'metrics.jsonl', 'checkpoints', 'tensorboard', 'profile', 'wandb_id.txt',
 )  # fmt: skip
-GROUPS = {'model', 'data', 'optim', 'train'}  # of every run's config.json
 
 
 def path_of(path: str | Path, option: str = '--workdir') -> Path:
@@ -35,8 +36,8 @@ def path_of(path: str | Path, option: str = '--workdir') -> Path:
 
 def read(folder: str | Path) -> dict[str, Any] | None:
     """What the mark says, or None: there is none of this program."""
-    found = _json(Path(folder) / MARK)
-    return found if found.get('program') == PROGRAM else None
+    found = json_file(Path(folder) / MARK)
+    return found if found is not None and found.get('program') == PROGRAM else None
 
 
 def text(values: Mapping[str, Any]) -> str:
@@ -45,18 +46,16 @@ def text(values: Mapping[str, Any]) -> str:
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether a folder is a run's: by its mark or, of a run from before there were marks, by what only runs hold."""
-    return read(folder) is not None or is_older_run(folder)
+    """Whether a folder is a run's: by its mark or, of a run from before there were marks, by what only runs hold.
 
-
-def is_older_run(folder: str | Path) -> bool:
-    """Whether the folder has no mark, but a run's configuration or a checkpoint with its checksum."""
+    That is a configuration of ours, or a checkpoint that matches its checksum.
+    """
     folder = Path(folder)
-    if read(folder) is not None:
-        return False
-    config = _json(folder / 'config.json')
-    of_a_run = all(isinstance(config.get(group), dict) for group in GROUPS)
-    return of_a_run or saved.newest(folder / 'checkpoints') is not None
+    return (
+        read(folder) is not None
+        or _is_configuration(json_file(folder / 'config.json') or {})
+        or saved.newest(folder / 'checkpoints') is not None
+    )
 
 
 def require_ours(folder: str | Path) -> None:
@@ -94,10 +93,16 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; empty if it cannot be read as one."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _is_configuration(values: Mapping[str, Any]) -> bool:
+    """Whether it is a run's: it names options of ours alone and, as no other program's does by chance, most of them."""
+    known, named = {key for key, _ in leaves()}, set(_keys(values))
+    return named <= known and 2 * len(named) > len(known)
+
+
+def _keys(values: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
+    """The dotted keys of nested objects."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name

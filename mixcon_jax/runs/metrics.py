@@ -18,12 +18,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from mixcon_jax.runs import mark
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.output import lasting
+from mixcon_jax.parsing import number
+from mixcon_jax.runs import mark
 from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.runs.records import Record, RecordLog, keep_until, plain, read
-from mixcon_jax.units import duration, short
 from mixcon_jax.runs.workdir import explained
+from mixcon_jax.units import duration, short
 
 EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps', 'broken')  # read after every step; the rest when it is logged
 LINES = 20  # progress lines of a whole run, at least, when the output is not a terminal; and one a minute
@@ -174,7 +176,7 @@ class Progress:
     """One line that rewrites itself on a terminal; elsewhere a few dozen lines a run."""
 
     def __init__(self, steps: int, stream: Stream, active: bool = True) -> None:
-        self._steps, self._stream, self._active = steps, stream, active
+        self._steps, self._stream, self._active = steps, lasting(stream), active
         self._terminal = stream.isatty()
         self._every = round_down(steps / LINES)
         self._first: tuple[int, int, float] | None = None  # step, tokens and seconds after the first step
@@ -211,14 +213,8 @@ class Progress:
             self._width = 0
 
     def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:  # the terminal or the reader has gone, or the disk is full: what was shown is recorded too
-            gone: Any = self._stream
-            self._stream = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # else Python complains when it ends
-                os.dup2(self._stream.fileno(), gone.fileno())
+        self._stream.write(text)
+        self._stream.flush()
 
 
 class TensorBoard:
@@ -294,21 +290,30 @@ def scalars(record: Record) -> dict[str, float]:
     """
     if record['kind'] not in ('train', 'eval', 'final'):
         return {}
-    values = {}
+    values: dict[str, float] = {}
     for key, value in record.items():
         if key in ('kind', 'step', 'time'):
             continue
         if key in ('stats', 'time_shares'):
             for name, item in value.items():
-                array = np.array(item, np.float64)
-                values[f'{key}/{name}'] = float(array.max(axis=-1).mean() if array.ndim > 1 else array.mean())
-                if array.ndim > 1:
-                    values[f'{key}/{name}_min'] = float(array.min(axis=-1).mean())
-        elif key == 'by_length':
-            values |= {f'{record["kind"]}/accuracy_{length}': part['accuracy'] for length, part in value.items()}
-        elif isinstance(value, int | float):
+                values |= _of_blocks(f'{key}/{name}', item)
+        elif key == 'by_length' and isinstance(value, dict):
+            table = {length: part.get('accuracy') for length, part in value.items() if isinstance(part, dict)}
+            values |= {f'{record["kind"]}/accuracy_{length}': number(share) for length, share in table.items()}
+        elif isinstance(value, bool) or not math.isnan(number(value)):
             values[f'{record["kind"]}/{key}'] = float(value)
     return values
+
+
+def _of_blocks(name: str, item: Any) -> dict[str, float]:
+    """What ``scalars`` gives of a statistic; nothing of what is none, as in a damaged record."""
+    try:
+        array = np.array(item, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return {}
+    if array.ndim < 2 or not array.size:
+        return {name: float(array.mean())} if array.size else {}
+    return {name: float(array.max(axis=-1).mean()), f'{name}_min': float(array.min(axis=-1).mean())}
 
 
 def round_down(number: float) -> int:

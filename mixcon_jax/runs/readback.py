@@ -1,68 +1,141 @@
 """Reading a save back: what it wrote is compared with what it was to write, on the host, one array at a time.
 
-Nothing of the library that wrote it takes part, so whatever went wrong there, or below, is noticed while older
-checkpoints are still there and before a run ends with nothing to load.
+Nothing of the library that wrote it takes part in that, so whatever went wrong there, or below, is noticed while older
+checkpoints are still there and before a run ends with nothing to load. That library then reads what it will need to
+load it: it must find the same arrays.
 """
 
-import contextlib
+import math
+import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from mixcon_jax.errors import UserError
 from mixcon_jax.runs import saved
 from mixcon_jax.runs.checksums import checksum
-from mixcon_jax.errors import UserError
-from mixcon_jax.runs.saved import MODEL, Damaged
+from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 
 # Of a path: characters that no library takes for a pattern, an escape or a part of a URL.
 PLAIN = re.compile(r'[\w ./+=,@:~()-]*')
 
 
-@contextlib.contextmanager
-def plain_path(folder: Path) -> Iterator[Path]:
+class PlainPath:
     """A path of a folder that libraries take as it is: the folder's own or, as with ``[`` in it, that of a link to it.
+
+    To be used in ``with``, at whose end the link goes.
+
+    Attributes:
+      path: the path.
 
     Raises:
       UserError: the system's folder for temporary files has such a path too.
     """
-    if PLAIN.fullmatch(str(folder)):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix='mixcon-') as scratch:
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self._folder = folder, folder
+        if PLAIN.fullmatch(str(folder)):
+            return
+        scratch = tempfile.mkdtemp(prefix='mixcon-')
+        self.path = Path(scratch) / 'checkpoints'
         if not PLAIN.fullmatch(scratch):
+            os.rmdir(scratch)
             raise UserError(f'neither {folder} nor {scratch} is a path that can be saved to; set TMPDIR to a plain one')
-        link = Path(scratch) / 'checkpoints'
-        link.symlink_to(folder)
-        yield link
+        self.path.symlink_to(folder)
+
+    def mend(self) -> None:
+        """Makes the link anew if it is gone: temporary files are cleared away, and a library would make a folder there.
+
+        Raises:
+          OSError: it cannot be made, as where someone else has taken its place.
+        """
+        if self.path == self._folder or (self.path.is_symlink() and self.path.readlink() == self._folder):
+            return
+        self._remove()
+        self.path.parent.mkdir(mode=0o700)
+        self.path.symlink_to(self._folder)
+
+    def _remove(self) -> None:
+        """Removes the folder of the link, with what a library may have made in its place."""
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
+    def __enter__(self) -> 'PlainPath':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path != self._folder:
+            self._remove()
 
 
 def verify(folder: Path, step: int, digest: str) -> None:
     """Reads a checkpoint back.
 
     Args:
-      folder: ``workdir/checkpoints``, a path that libraries take as it is.
+      folder: ``workdir/checkpoints``.
       step: of the checkpoint.
       digest: ``saved.digest`` of what it was to hold besides arrays, their checksums among it.
 
     Raises:
-      Damaged: it does not hold that.
+      Damaged: it does not hold that, or cannot be loaded.
     """
     contents = saved.contents(folder, step)
     if saved.digest(contents) != digest:
         raise Damaged('its metadata is not what was saved')
-    for name, expected in contents['checksums'].items():
-        item = 'model' if name.startswith(MODEL) else 'optimizer'
-        try:
-            array = _read(folder / str(step) / item, name)
-        except Exception as error:  # whatever TensorStore finds
-            line = next(iter(str(error).splitlines()), '')[:160]
-            raise Damaged(f'{name}: {type(error).__name__}: {line}') from error
-        if [str(array.dtype), list(array.shape)] != contents['arrays'][name] or checksum(array) != expected:
-            raise Damaged(f'{name} does not match its checksum')
+    with PlainPath(folder) as plain:  # one of its own: what was written through another may have gone elsewhere
+        for item in ARRAYS:
+            arrays = {name: kind for name, kind in contents['arrays'].items() if item_of(name) == item}
+            for name, kind in arrays.items():
+                _require_intact(plain.path / str(step) / item, name, kind, contents['checksums'][name])
+            _require_loadable(plain.path / str(step) / item, arrays)
+
+
+def _require_intact(item: Path, name: str, kind: list, expected: str) -> None:
+    """Refuses an item that does not hold the array of this name, of this type and shape and with this checksum.
+
+    Raises:
+      Damaged: as said.
+    """
+    try:
+        array = _read(item, name)
+    except Exception as error:  # whatever TensorStore finds
+        raise Damaged(f'{name}: {type(error).__name__}: {first_line(error)}') from error
+    if [str(array.dtype), list(array.shape)] != kind or checksum(array) != expected:
+        raise Damaged(f'{name} does not match its checksum')
+
+
+def _require_loadable(item: Path, arrays: Mapping[str, list]) -> None:
+    """Refuses an item that Orbax cannot load although its arrays are intact.
+
+    Orbax reads all of its own metadata before it loads any array, so to load the smallest one shows that they hold.
+
+    Args:
+      item: the item's folder.
+      arrays: type and shape of each array of it, by name.
+
+    Raises:
+      Damaged: the metadata cannot be read, or are of other arrays.
+    """
+    if not arrays:
+        return
+    handler, host = ocp.PyTreeCheckpointHandler(), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    smallest = min(arrays, key=lambda name: math.prod(arrays[name][1]))
+    try:
+        found = {name: [str(np.dtype(it.dtype)), list(it.shape)] for name, it in handler.metadata(item).items()}
+        args = {smallest: ocp.ArrayRestoreArgs(sharding=host)}
+        handler.restore(item, args=ocp.args.PyTreeRestore({smallest: 0}, args, partial_restore=True))
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        return  # out of memory, which says nothing about the files
+    except Exception as error:  # whatever Orbax finds
+        raise Damaged(f'{item.name}: {type(error).__name__}: {first_line(error)}') from error
+    if found != arrays:
+        raise Damaged(f'the metadata of {item.name} are of other arrays')
 
 
 def _read(item: Path, name: str) -> np.ndarray:
@@ -70,3 +143,8 @@ def _read(item: Path, name: str) -> np.ndarray:
     store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{item}/'}, 'path': f'{name}/'}
     spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
     return np.asarray(ts.open(spec, open=True, read=True).result().read().result())
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what an exception says."""
+    return next(iter(str(error).strip().splitlines()), '')[:160]

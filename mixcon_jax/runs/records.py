@@ -18,27 +18,18 @@ from typing import Any
 import numpy as np
 
 from mixcon_jax.errors import UserError
-
-Record = dict[str, Any]
+from mixcon_jax.parsing import Record, record
 
 
 def read(path: str | Path) -> list[Record]:
-    """All whole records of a file, none if there is no file; a torn line, which a kill may leave, is passed over."""
+    """All records of a file, none if there is no file; other lines, such as a kill may leave, are passed over."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(f'{path} cannot be read ({os.strerror(error.errno or 0)})') from error
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # of JSON or of UTF-8
-            continue
-        if isinstance(record, dict) and {'kind', 'step'} <= record.keys():
-            records.append(record)
-    return records
+    return [found for line in lines if (found := record(line)) is not None]
 
 
 def last(records: list[Record], **wanted: Any) -> Record | None:
@@ -47,15 +38,15 @@ def last(records: list[Record], **wanted: Any) -> Record | None:
 
 
 def keep_until(path: str | Path, step: int) -> list[Record]:
-    """Drops what lies after ``step``, and torn lines, from the file; returns what stays.
+    """Drops what lies after ``step``, and lines that are no records, from the file; returns what stays.
 
     The file is replaced as a whole: a kill leaves either the old one or the new one.
     """
-    path, kept = Path(path), [record for record in read(path) if record['step'] <= step]
+    path, kept = Path(path), [found for found in read(path) if found['step'] <= step]
     if path.exists():
         scratch = path.with_suffix('.rewritten')
         with open(scratch, 'w', encoding='utf-8') as file:
-            file.writelines(_line(record) for record in kept)
+            file.writelines(_line(found) for found in kept)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
@@ -74,11 +65,11 @@ class RecordLog:
         Raises:
           OSError: the disk is full, or the like.
         """
-        record = {'kind': kind, 'step': step, 'time': round(time.time(), 3)} | plain(values)
-        line = _line(record).encode()
+        written = {'kind': kind, 'step': step, 'time': round(time.time(), 3)} | plain(values)
+        line = _line(written).encode()
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return record
+        return written
 
     def sync(self) -> None:
         """Returns once all records are on the disk."""
@@ -115,5 +106,5 @@ def _rounded(value: Any) -> Any:
     return plain(float(f'{value:.6g}')) if isinstance(value, float) else value
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record, separators=(', ', ': ')) + '\n'
+def _line(values: Record) -> str:
+    return json.dumps(values, separators=(', ', ': ')) + '\n'

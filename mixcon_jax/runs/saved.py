@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ITEMS = ('model', 'optimizer', 'meta')
+from mixcon_jax.options import FREE
+from mixcon_jax.parsing import json_file, json_object
+
+ARRAYS = ('model', 'optimizer')  # the items that hold arrays
+FILES = 'meta/files'  # of a checkpoint: which files it consists of, and their sizes
 MODEL = ('params/', 'buffers/')  # of an array's name: what a model needs; all else is in the optimizer's item
 UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is being written or deleted
 
@@ -24,6 +29,11 @@ def steps(folder: str | Path) -> list[int]:
         return []
 
 
+def item_of(name: str) -> str:
+    """The item that holds the array of this name."""
+    return 'model' if name.startswith(MODEL) else 'optimizer'
+
+
 def contents(folder: str | Path, step: int) -> dict[str, Any]:
     """All that a checkpoint holds besides arrays, verified against its checksum.
 
@@ -31,14 +41,14 @@ def contents(folder: str | Path, step: int) -> dict[str, Any]:
       Damaged: it is not there, or not what was saved.
     """
     try:
-        saved = json.loads((Path(folder) / str(step) / 'meta' / 'metadata').read_bytes())
+        saved = json_object((Path(folder) / str(step) / 'meta' / 'metadata').read_bytes())
     except (OSError, ValueError) as error:
         raise Damaged(f'meta: {type(error).__name__}: {error}'[:160]) from error
     try:
         found = saved['contents']
         if saved['sha256'] != digest(found) or found['step'] != step:
             raise Damaged('its metadata does not match its checksum')
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise Damaged(f'its metadata lacks {error}') from error
     return found
 
@@ -53,13 +63,55 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def configuration(workdir: str | Path) -> dict[str, Any] | None:
+    """The configuration of a run as nested dicts, or None if none can be read.
+
+    It is that of the newest checkpoint. What may differ from start to start, and the number of steps, which may grow,
+    are as ``config.json`` has them; before there is a checkpoint, everything is.
+    """
+    written, kept = json_file(Path(workdir) / 'config.json'), newest(Path(workdir) / 'checkpoints')
+    return written if kept is None else _brought_up_to_date(kept['config'], written or {})
+
+
+def _brought_up_to_date(kept: Mapping[str, Any], written: Mapping[str, Any], group: str = '') -> dict[str, Any]:
+    """The options of ``kept`` with those of ``written`` that may have changed since, where they are of its type."""
+    result = dict(kept)
+    for name, value in written.items():
+        key, old = group + name, kept.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            result[name] = _brought_up_to_date(old, value, f'{key}.')
+        elif type(value) is type(old) and (key.startswith(FREE) or key == 'train.steps'):
+            result[name] = value
+    return result
+
+
+def note_files(folder: str | Path, step: int) -> None:
+    """Notes names and sizes of a checkpoint's files beside its checksums, for ``is_whole``."""
+    path = Path(folder) / str(step) / FILES
+    scratch = path.with_name('.files.tmp')
+    scratch.write_text(json.dumps(_files(path.parents[1])), encoding='utf-8')
+    os.replace(scratch, path)
+
+
 def is_whole(folder: str | Path, step: int) -> bool:
-    """Whether nothing of a checkpoint is missing at first sight; its arrays are read only when it is restored."""
+    """Whether nothing of a checkpoint is missing or cut short; its arrays are read only when it is restored."""
+    checkpoint = Path(folder) / str(step)
     try:
         contents(folder, step)
     except Damaged:
         return False
-    return all((Path(folder) / str(step) / item).is_dir() for item in ITEMS)
+    noted = json_file(checkpoint / FILES)
+    if not noted:  # of an earlier version, or killed before it was noted
+        manifests = [checkpoint / item / 'manifest.ocdbt' for item in ARRAYS]
+        return all(path.is_file() and path.stat().st_size for path in manifests)
+    found = _files(checkpoint)
+    return all(found.get(name) == size for name, size in noted.items())
+
+
+def _files(checkpoint: Path) -> dict[str, int]:
+    """The size of every file in a checkpoint's folder, by its path there."""
+    files = (path for path in checkpoint.rglob('*') if path.is_file() and path != checkpoint / FILES)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
 
 
 def digest(contents: Mapping[str, Any]) -> str:

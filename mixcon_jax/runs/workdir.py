@@ -10,8 +10,6 @@ profile/         traces, when log.profile_start asks for them
 """
 
 import contextlib
-import errno
-import fcntl
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -21,18 +19,13 @@ from typing import IO, Any
 import ml_collections
 
 from mixcon_jax import config as configs
-from mixcon_jax.runs import mark
-from mixcon_jax.runs import saved
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import locks
 from mixcon_jax.host.paths import expand_folder
+from mixcon_jax.options import FREE, THROUGH_TOKENS
+from mixcon_jax.parsing import number
+from mixcon_jax.runs import mark, saved
 from mixcon_jax.runs.records import Record, last, read
-
-# What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
-# a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.
-FREE = (
-    'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
-    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.extend',
-)  # fmt: skip
 
 SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
 BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance', 'context': 'context alone'}
@@ -64,23 +57,24 @@ class Workdir:
           UserError: the run here is of another configuration.
         """
         record = last(read(self.metrics), kind='run')
-        if (
-            record is None
-            or record.get('event') != 'done'
-            or record['step'] != configs.get(config, 'train.steps', None)
-            or not is_finite(record)
-        ):
+        if record is None or not is_done(record) or record['step'] != configs.get(config, 'train.steps', None):
             return None
         try:
-            self.require_same(config)
-        except (TypeError, ZeroDivisionError, AttributeError, KeyError):  # what validate() refuses
+            config = configs.check_each(config)
+        except configs.ConfigError:  # which whoever goes on with it says
             return None
+        begun = self.require_same(config)
+        if begun is None or renamed(configs.from_dict(begun['config']), config):
+            return None  # whether it is the same text is for the tokens to say
         return record if saved.is_whole(self.checkpoints, record['step']) else None
 
-    def require_same(self, config: ml_collections.ConfigDict) -> None:
-        """Refuses a configuration that would make other updates than the run here.
+    def require_same(self, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+        """Refuses a configuration that would make other updates than the run here, as far as the two show it.
 
         What the run here is, its newest checkpoint says; config.json counts only while there is none.
+
+        Returns:
+          What that checkpoint holds besides arrays; None if there is none.
 
         Raises:
           UserError: lists what differs.
@@ -90,18 +84,21 @@ class Workdir:
             self.require_updates_of(configs.from_dict(contents['config']), contents['step'], config)
         elif self.config.exists() and self.has_progress():
             self.require_updates_of(configs.read(self.config), 0, config)
+        return contents
 
     def require_updates_of(self, was: ml_collections.ConfigDict, made: int, config: ml_collections.ConfigDict) -> None:
         """Refuses ``config`` if a run of ``was`` cannot go on with it after ``made`` steps.
 
         Another number of steps is taken where it leaves those that are made as they are, or where train.extend asks
-        for it.
+        for it. So are other words for the data, once there is a checkpoint by whose hash they can be judged
+        (``begin.require_same_data``).
 
         Raises:
           UserError: lists what differs.
         """
         differences = configs.differences(configs.resolve(was), configs.resolve(config))
-        changed = {key: values for key, values in differences.items() if not key.startswith(FREE)}
+        free = lambda key: key.startswith(FREE) or (made > 0 and key in THROUGH_TOKENS)
+        changed = {key: values for key, values in differences.items() if not free(key)}
         steps, hint = config.train.steps, ''
         if set(changed) == {'train.steps'}:
             if steps < made:
@@ -114,10 +111,9 @@ class Workdir:
                     ' --config.train.extend=true goes on all the same, with a jump of the learning rate'
                 )
         if changed:
-            listed = ', '.join(f'{key} {was!r} -> {now!r}' for key, (was, now) in changed.items())
             raise UserError(
-                f'{self.path} holds a run of another configuration ({listed}{hint}); set these back, or take another'
-                ' workdir'
+                f'{self.path} holds a run of another configuration ({listed(changed)}{hint}); set these back, or take'
+                ' another workdir'
             )
 
     # ----- what is decided once -----
@@ -125,7 +121,8 @@ class Workdir:
     def init_from(self) -> dict[str, Any] | None:
         """What ``train.init_from`` meant when this run began, as ``commit`` wrote it; None if nothing is known."""
         found = (mark.read(self.path) or {}).get('init_from')
-        return found if isinstance(found, dict) else None
+        known = isinstance(found, dict) and isinstance(found.get('source'), str) and type(found.get('step')) is int
+        return found if known else None
 
     def commit(
         self, config: ml_collections.ConfigDict, tokenizer_json: str, init_from: Mapping[str, Any] | None = None
@@ -137,7 +134,6 @@ class Workdir:
           tokenizer_json: text of the tokenizer.json.
           init_from: ``source``, ``step`` and ``fingerprint`` of the weights that it began with.
         """
-        older = mark.is_older_run(self.path)
         values = {'init_from': dict(init_from)} if init_from else {}
         texts = {self.mark: mark.text(values), self.config: configs.to_json(config), self.tokenizer: tokenizer_json}
         for path, text in texts.items():
@@ -148,9 +144,6 @@ class Workdir:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(scratch, path)
-        if older:  # its events had the name that every program's have; they are drawn anew under ours
-            for path in (self.path / 'tensorboard').glob('events.out.tfevents.*'):
-                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -183,17 +176,38 @@ class Workdir:
 def same_schedule(was: ml_collections.ConfigDict, now: ml_collections.ConfigDict, made: int) -> bool:
     """Whether the learning rates of ``made`` steps are the same under two lengths of the run.
 
-    So they are while it is constant and, of warm-up-stable-decay, before either decay begins: then going on gives what
-    the longer run would have given from the start, bit for bit.
+    So they are while it warms up, while it is constant and, of warm-up-stable-decay, before either decay begins: then
+    going on gives what the longer run would have given from the start, bit for bit.
     """
+    if was.optim.schedule == now.optim.schedule and made <= min(was.optim.warmup_steps, now.optim.warmup_steps):
+        return True
     if was.optim.schedule == now.optim.schedule == 'wsd':
         return all(made <= each.train.steps - each.optim.decay_fraction * each.train.steps for each in (was, now))
     return was.optim.schedule == now.optim.schedule == 'constant'
 
 
+def renamed(was: ml_collections.ConfigDict, now: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """What two configurations say differently of their data, though it may be the same: see ``configs.differences``."""
+    return {key: both for key, both in configs.differences(was, now).items() if key in THROUGH_TOKENS}
+
+
+def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Differences of two configurations in words."""
+    return ', '.join(f'{key} {was!r} -> {now!r}' for key, (was, now) in changed.items())
+
+
 def is_finite(scores: Mapping[str, Any]) -> bool:
     """Whether the loss of held-out scores is a number; a record has null where it was not."""
-    return scores.get('loss') is not None and math.isfinite(scores['loss'])
+    return math.isfinite(number(scores.get('loss')))
+
+
+def is_done(record: Mapping[str, Any]) -> bool:
+    """Whether a record says that a run is done, with everything that is shown of it then."""
+    try:
+        summary(0, record)
+    except (KeyError, TypeError, ValueError, AttributeError):  # it was written by something else
+        return False
+    return record.get('event') == 'done' and isinstance(record['fingerprint'], str) and is_finite(record)
 
 
 def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> Record | None:
@@ -212,14 +226,7 @@ def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> R
 
 def take_lock(file: IO[Any]) -> bool:
     """Whether this process, and those that inherit the file, now hold its lock; also where there are no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network file systems
-            raise
-    return True
+    return locks.take(file) is not False
 
 
 @contextlib.contextmanager
@@ -233,13 +240,14 @@ def explained(path: Path) -> Iterator[None]:
 
 def describe(values: Mapping[str, Any]) -> str:
     """Scores in a line."""
-    numbers = {key: math.nan if values.get(key) is None else values[key] for key in SCORES}
+    numbers = {key: number(values.get(key)) for key in SCORES}
     if not values['bytes']:  # a task
-        lengths = ', '.join(f'{length}: {part["accuracy"]:.3f}' for length, part in values.get('by_length', {}).items())
+        table = values.get('by_length', {})
+        lengths = ', '.join(f'{length}: {part["accuracy"]:.3f}' for length, part in table.items())
         return f'loss {numbers["loss"]:.4f} · accuracy {numbers["accuracy"]:.4f}' + (f' ({lengths})' if lengths else '')
     per_byte = f'{numbers["bits_per_byte"]:.4f} bits per byte'
     if values.get('bits_per_byte') is None:
-        per_byte = 'no bits per byte: the tokens lose text'
+        per_byte = 'no bits per byte: the tokens are not known to hold all of the text'
     return f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f} · {per_byte}'
 
 

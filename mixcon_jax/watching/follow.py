@@ -3,7 +3,6 @@
 Loads neither JAX nor NumPy, writes nothing, and takes no lock: a training process never notices that it is watched.
 """
 
-import json
 import math
 import os
 import time
@@ -12,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixcon_jax import parsing
+from mixcon_jax.host.folders import walk
 from mixcon_jax.host.paths import expand_path
-
-Record = dict[str, Any]
+from mixcon_jax.parsing import Record, number
+from mixcon_jax.runs import saved
 
 RUN_FILES = {'config.json', 'metrics.jsonl'}
 ENDED = ('stopped', 'aborted', 'done')
@@ -22,14 +23,6 @@ BLOCK = 32 << 20  # bytes read at once
 PARSED, NEWEST = 500, 100  # of a block: training records parsed, about; and those at its end, which all are
 PATIENCE, START_PATIENCE = 60.0, 600.0  # seconds a run may be silent, at least: between records, and before the first
 HEAD = 256  # bytes that tell a file from another in its place
-
-
-def number(value: Any) -> float:
-    """A number of a record; what is null there, or is none, counts as NaN."""
-    try:
-        return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        return math.nan
 
 
 class Curve:
@@ -66,7 +59,7 @@ class Run:
 
     Attributes:
       folder: its workdir.
-      config: its configuration, as nested dicts; empty when it cannot be read.
+      config: its configuration, as ``saved.configuration`` has it; empty when it cannot be read.
       train, scores, event: the newest record of kind ``train``, of ``eval`` or ``final``, and of ``run``.
       step: steps made, of the newest record.
       saved: step of the newest complete checkpoint, None before there is one.
@@ -83,7 +76,7 @@ class Run:
         """Begins anew: the file is another one now, and the configuration may be."""
         self._offset, self._head = 0, b''
         self._identity: tuple[int, int] | None = None
-        self.config: dict[str, Any] = _config(self.folder)
+        self.config: dict[str, Any] = saved.configuration(self.folder) or {}
         self.train: Record | None = None
         self.scores: Record | None = None
         self.event: Record | None = None
@@ -124,11 +117,10 @@ class Run:
 
     def _take(self, line: bytes, adjacent: bool) -> None:
         """Reads one record; ``adjacent`` says whether the one before it was read too."""
-        try:
-            record = json.loads(line)
-            kind, step = record['kind'], int(record['step'])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # torn by a kill
+        record = parsing.record(line)
+        if record is None:  # torn by a kill
             return
+        kind, step = record['kind'], record['step']
         now = number(record.get('time'))
         if kind == 'run':
             self.event = record
@@ -220,19 +212,10 @@ class Runs:
 
 def find(roots: Sequence[Path]) -> Iterator[Path]:
     """Folders of runs: those that hold config.json and metrics.jsonl. Hidden folders are passed over."""
-    seen: set[str] = set()
-    for root in roots:
-        for folder, folders, files in os.walk(root, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # by a link as well, perhaps one to a folder above
-                folders.clear()
-                continue
-            seen.add(real)
-            if set(files) >= RUN_FILES:
-                folders.clear()  # checkpoints hold thousands of files
-                yield Path(folder)
-            else:
-                folders[:] = [name for name in folders if not name.startswith('.')]
+    for folder, inner, files in walk(roots):
+        if set(files) >= RUN_FILES:
+            inner.clear()  # checkpoints hold thousands of files
+            yield folder
 
 
 def _thinned(lines: list[bytes]) -> Iterator[tuple[bytes, bool]]:
@@ -248,11 +231,3 @@ def _thinned(lines: list[bytes]) -> Iterator[tuple[bytes, bool]]:
         else:
             yield line, adjacent
             adjacent = True
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / 'config.json').read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}

@@ -23,7 +23,7 @@ from mixcon_jax.models import kinds
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.planning import hlo
-from mixcon_jax.planning.hardware import compile_for, devices
+from mixcon_jax.planning.compiling import compile_for, devices
 
 Shape = jax.ShapeDtypeStruct
 MIB, GIB = 2**20, 2**30

@@ -7,7 +7,6 @@ Nothing is executed. The sums over parameters' gradients are those of data paral
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,27 +22,9 @@ from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.parallel import layout
-from mixcon_jax.planning.hlo import array_bytes, kernels
+from mixcon_jax.planning.collectives import COLLECTIVES, collectives, of_sequence
 
-COLLECTIVES = ('collective-permute', 'all-gather', 'reduce-scatter', 'all-reduce')
 LAYERS = {'mamba': 'mamba'} | dict.fromkeys(presets.CONBA_PRESETS, 'conba') | {'attention': 'attention'}
-
-
-def collectives(module: str) -> dict[str, tuple[int, int]]:
-    """``{kind: (number, bytes)}`` of an optimised module's text, loops followed."""
-    found = dict.fromkeys(COLLECTIVES, (0, 0))
-    for kernel in kernels(module):
-        kind = re.sub('-start$', '', kernel.kind)
-        if kind in found:
-            size = max(array_bytes(kernel.shape), sum(map(array_bytes, kernel.operands)))
-            number, total = found[kind]
-            found[kind] = number + kernel.count, total + kernel.count * size
-    return found
-
-
-def of_sequence(found: dict[str, tuple[int, int]]) -> int:
-    """Bytes of all collectives but the sums, which are over parameters' gradients and statistics."""
-    return sum(size for kind, (_, size) in found.items() if kind != 'all-reduce')
 
 
 def layer_gradient(
@@ -56,7 +37,7 @@ def layer_gradient(
       shards: devices that share a sequence.
       batch, length, dim: of the input.
       data: into how many parts the rows are split.
-      devices: to compile for; JAX's own if empty, absent GPUs (planning.targets) if they are to be.
+      devices: to compile for; JAX's own if empty, absent GPUs (planning.compiling) if they are to be.
     """
     config = configs.default()
     config.model.update(dim=dim, dtype='bfloat16')

@@ -16,6 +16,7 @@ from mixcon_jax import step
 from mixcon_jax.data import TokenStore, TrainBatches
 from mixcon_jax.data.store import StoreWriter
 from mixcon_jax.parallel import layout
+from tests.data.cases import METADATA
 
 TOKENS = 4_000_000
 
@@ -27,7 +28,7 @@ def make_store(path: Path, mean_length: int, seed: int = 0) -> None:
     while writer.num_tokens < TOKENS:
         length = int(draw.geometric(1 / mean_length))
         writer.add(draw.integers(1, 2048, length, np.uint16), 4 * length, False)
-    writer.finish({'tokenizer': 'benchmark', 'eot_id': 0})
+    writer.finish(METADATA | {'tokenizer': 'benchmark', 'eot_id': 0})
 
 
 def tokens_per_second(

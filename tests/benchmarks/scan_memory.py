@@ -28,7 +28,7 @@ MIB = 2**20
 
 def peak_here(target: str, mixer: str, implementation: str, length: int, dim: int) -> int:
     """Peak bytes of a layer at one length; to be called in a process with JAX_PLATFORMS=cpu."""
-    from mixcon_jax.planning.hardware import compile_for, devices
+    from mixcon_jax.planning.compiling import compile_for, devices
     from tests.benchmarks.compiled_bytes import layer
 
     function, args = layer(mixer, 1, length, dim, **IMPLEMENTATIONS[implementation])

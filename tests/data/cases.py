@@ -5,6 +5,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import tokenizers
+
 WORDS = (
     'the state',
     'a',
@@ -26,6 +28,13 @@ WORDS = (
     '🙂',
 )
 
+# What a store's metadata.json must have, and StoreWriter does not know.
+METADATA = {
+    'tokenizer': 'f', 'eot_id': 3, 'vocab_size': 9, 'source': {'spec': 'stdlib', 'fingerprint': 'x'},
+    'heldout_fraction': 0.3, 'split': 'hash', 'skipped': 0, 'round_trip': {'train': 1.0, 'heldout': 1.0},
+    'baselines': {'train_bytes': [1] * 256, 'heldout_bytes': [1] * 256, 'gzip_in': 1, 'gzip_out': 1},
+}  # fmt: skip
+
 
 def make_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     """Texts of one to ``longest`` words, all different."""
@@ -36,3 +45,11 @@ def make_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
 def write_jsonl(path: Path, texts: Sequence[str], field: str = 'text') -> Path:
     path.write_text(''.join(json.dumps({field: text, 'id': i}) + '\n' for i, text in enumerate(texts)))
     return path
+
+
+def lossy_tokenizer(path: Path) -> str:
+    vocab = {word: i for i, word in enumerate(['</s>', '[UNK]', 'the', 'state', 'a', 'gain'])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '[UNK]'))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(path))
+    return str(path)

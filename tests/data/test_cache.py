@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from mixcon_jax.data import open_dataset, prepare
 from mixcon_jax.data import store as store_lib
 from mixcon_jax.errors import UserError
-from tests.data.cases import make_texts, write_jsonl
+from tests.data.cases import lossy_tokenizer, make_texts, write_jsonl
 
 
 def contents(cache: Path) -> list[str]:
@@ -49,9 +50,13 @@ def test_text_that_is_gone_is_not_needed_where_its_tokens_are(make_config, corpu
     said = []
     assert prepare(config.data, progress=said.append) == [store]
     assert 'the files are gone; going on with the tokens' in said[0]
-    # Not where anything would have to be made of the text, and the message names the remedy.
-    for options in ({'tokenizer_vocab_size': 310}, {'heldout_fraction': 0.3}):
-        with pytest.raises(UserError, match=r'no file matches .*restore one of them'):
+    # Not where anything would have to be made of the text, and the message names the reason and the remedy.
+    for options, words in (
+        ({'tokenizer_vocab_size': 310}, rf'a tokenizer .* has to learn .* or take data.tokenizer={store.path}'),
+        ({'heldout_fraction': 0.3}, r'they are of data.heldout_fraction 0.2, not 0.3; restore the text'),
+        ({'tokenizer': lossy_tokenizer(tmp_path / 'other.json')}, 'they are of another data.tokenizer; restore'),
+    ):
+        with pytest.raises(UserError, match=f'no file matches .*{words}'):
             prepare(make_config(corpus[1], **options).data, progress=False)
     with pytest.raises(UserError, match='no file matches'):
         prepare(make_config(corpus[1], text_field='body').data, progress=False)
@@ -59,9 +64,40 @@ def test_text_that_is_gone_is_not_needed_where_its_tokens_are(make_config, corpu
         prepare(make_config(f'files:{tmp_path}/other.jsonl').data, progress=False)
     lost = Path(store.path) / 'tokens' / 'c' / '0'
     lost.unlink()
-    with pytest.raises(UserError, match=r'no file matches .*restore one of them'):
+    with pytest.raises(UserError, match=r'no file matches .*; and of its tokens: .* tokens/c/0 is missing; restore it'):
         prepare(config.data, progress=False)
     assert Path(store.path).exists()
+
+
+def test_the_tokenizer_of_text_that_is_gone_is_its_stores(make_config, corpus, tmp_path, monkeypatch):
+    """Where the one that was trained is lost, or would be another one's with the library of today."""
+    config = make_config(corpus[1])
+    [store] = prepare(config.data, progress=False)
+    (tmp_path / 'corpus.jsonl').unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr('tokenizers.__version__', '99')
+        assert prepare(config.data, progress=False) == [store]
+    [tokenizer] = (tmp_path / 'cache').glob('tokenizer-*.json')
+    tokenizer.unlink()
+    assert prepare(config.data, progress=False) == [store]
+
+
+@pytest.mark.parametrize('gone', [0, 1])
+def test_one_source_that_is_gone_stops_no_other(make_config, corpus, tmp_path, gone):
+    """Wherever it stands among them: whether the other has to be split by the hash, its own store tells."""
+    paths = [write_jsonl(tmp_path / f'{i}.jsonl', make_texts(30, seed=i)) for i in range(2)]
+    config = make_config(*(f'files:{path}' for path in paths))
+    stores = prepare(config.data, progress=False)
+    paths[gone].unlink()
+    shutil.rmtree(stores[1 - gone].path)
+    assert prepare(config.data, progress=False) == stores
+    # Its side counts: the other has a single document, which need not be cut.
+    [alone] = prepare(make_config(corpus[1]).data, progress=False)
+    (tmp_path / 'corpus.jsonl').unlink()
+    single = f'files:{write_jsonl(tmp_path / "single.jsonl", make_texts(1, seed=5))}'
+    pair = [corpus[1], single] if gone else [single, corpus[1]]
+    made = prepare(make_config(*pair, tokenizer=alone.tokenizer).data, progress=False)
+    assert [store.metadata['split'] for store in made] == ['hash'] * 2
 
 
 def test_relative_names_are_compared_from_the_root(make_config, tmp_path, monkeypatch):
@@ -77,12 +113,25 @@ def test_relative_names_are_compared_from_the_root(make_config, tmp_path, monkey
         prepare(config.data, progress=False)
 
 
-def test_a_run_finds_its_data_by_the_hash(make_config, corpus, tmp_path):
+def test_a_run_finds_its_data_by_the_hash(make_config, corpus, tmp_path, capsys):
     config = make_config(corpus[1], f'files:{write_jsonl(tmp_path / "b.jsonl", make_texts(20, seed=1))}')
     dataset = open_dataset(config)
+    capsys.readouterr()
+    assert open_dataset(config, dataset.identity).stores == dataset.stores and not capsys.readouterr().err
     write_jsonl(tmp_path / 'corpus.jsonl', make_texts(30, seed=2))  # changed
     (tmp_path / 'b.jsonl').unlink()  # and gone
     assert open_dataset(config, dataset.identity).stores == dataset.stores
+    first, second = capsys.readouterr().err.splitlines()
+    assert 'corpus.jsonl: changed since' in first and f'going on with its tokens, in {dataset.stores[0].path}' in first
+    assert 'b.jsonl: the files are gone; going on with its tokens' in second
+    # So it does where a store that it named was moved, if the cache has it.
+    named = dataset.stores[0].path
+    shutil.copytree(named, tmp_path / 'store')
+    by_name = make_config(f'store:{tmp_path}/store')
+    assert open_dataset(by_name, dataset.identity[:1]).stores[0].path == f'{tmp_path}/store'
+    shutil.rmtree(tmp_path / 'store')
+    assert open_dataset(by_name, dataset.identity[:1]).stores[0].path == named
+    assert f'store:{tmp_path}/store: no such store is there any more' in capsys.readouterr().err
     other = make_config(corpus[1])
     assert open_dataset(other, dataset.identity).identity != dataset.identity
     # A damaged store is not the data, whatever its metadata say.
@@ -122,12 +171,32 @@ def test_without_locks_the_faster_process_wins(make_config, corpus, monkeypatch)
     assert not [name for name in contents(Path(store.path).parent) if '.tmp' in name]
 
 
+def test_a_damaged_store_goes_aside_whole(make_config, corpus, monkeypatch):
+    """Without locks another process may put a whole one in its place at any moment: that one stays."""
+    prepare_module = sys.modules[prepare.__module__]
+    config = make_config(corpus[1])
+    [store] = prepare(config.data, progress=False)
+    shutil.copytree(store.path, f'{store.path}.faster')
+    Path(store.tokenizer).unlink()
+    aside = prepare_module.move_aside
+
+    def late(path):
+        shutil.rmtree(path)
+        shutil.move(f'{path}.faster', path)
+        (path / 'of the faster').touch()
+        return aside(path)
+
+    monkeypatch.setattr(prepare_module, 'move_aside', late)
+    assert prepare(config.data, progress=False) == [store] and Path(store.path, 'of the faster').exists()
+    assert not [name for name in contents(Path(store.path).parent) if '.tmp' in name]
+
+
 def as_format_1(store, cache: Path, key: str) -> None:
     """Puts a store where the version before left it, as it wrote it."""
     path = cache / key
     shutil.move(store.path, path)
     record = json.loads((path / 'metadata.json').read_text())
-    for name in ('round_trip', 'files', 'split', 'skipped'):
+    for name in ('round_trip', 'files', 'split', 'skipped', 'checksum'):
         del record[name]
     record['source'] = {key: record['source'][key] for key in ('spec', 'fingerprint')}
     (path / 'metadata.json').write_text(json.dumps(record | {'version': 1}))
@@ -143,7 +212,7 @@ def test_stores_of_format_1_are_found(make_config, tmp_path, count):
     config = make_config(spec)
     [store] = prepare(config.data, progress=False)
     identity, tokenizer = store.fingerprint, store.load_tokenizer()
-    as_format_1(store, tmp_path / 'cache', names(open_source(spec), tokenizer, config.data, [])[2])
+    as_format_1(store, tmp_path / 'cache', names(open_source(spec), tokenizer, config.data, [])['old'])
     said = []
     [found] = prepare(config.data, progress=said.append)
     assert found.fingerprint == identity and found.metadata['version'] == 1

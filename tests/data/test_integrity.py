@@ -41,3 +41,30 @@ def test_whole_stores_pass_and_damage_is_named(store, tmp_path, capsys):
     for path in (tmp_path / 'nowhere', tmp_path):
         with pytest.raises(UserError, match='token store'):
             verify(str(path))
+
+
+def test_the_metadata_is_verified_too(store):
+    """Whether it has a checksum of its own, or is from before there was one."""
+    path = store / 'metadata.json'
+    record = json.loads(path.read_text())
+    counts = record['counts'] | {'train': record['counts']['heldout']}
+    for key, value in (('eot_id', 7), ('vocab_size', 9), ('counts', counts), ('split', 'cut'), ('skipped', 1)):
+        path.write_text(json.dumps(record | {key: value}))
+        with pytest.raises(UserError, match=r'damaged token store: metadata.json differs from its checksum'):
+            verify(str(store))
+        if key in ('eot_id', 'vocab_size', 'counts'):
+            path.write_text(json.dumps({k: v for k, v in (record | {key: value}).items() if k != 'checksum'}))
+            with pytest.raises(UserError, match=rf'damaged token store: metadata.json has {key} .*, not '):
+                verify(str(store))
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != 'checksum'}))
+    assert verify(str(store))['documents'] == 40
+
+
+@pytest.mark.parametrize('name', ['', 'nowhere', 'file', 'empty'])
+def test_what_is_no_store_is_bad_input(tmp_path, name, capsys):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(SystemExit) as end:
+        cli.main(['data', 'verify', name and str(tmp_path / name)])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out and err.startswith('error: ') and 'data.cache_dir' in err

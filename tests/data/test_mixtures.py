@@ -2,16 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 
 from mixcon_jax.data import HeldoutBatches, TokenStore, TrainBatches, prepare
 from mixcon_jax.data.documents import text_hash
+from mixcon_jax.data.remarks import percent
+from mixcon_jax.data.statistics import Statistics
 from mixcon_jax.errors import UserError
-from tests.data.cases import make_texts, write_jsonl
+from tests.data.cases import lossy_tokenizer, make_texts, write_jsonl
 
 
 def sides(stores) -> dict[str, set[str]]:
@@ -61,7 +61,8 @@ def test_a_mixture_too_small_for_the_hash_says_so(make_config, overlapping):
     stores = prepare(make_config(*overlapping[1:3]).data, progress=lines.append)
     found = sides(stores)
     assert found['train'] and found['heldout'] and not found['train'] & found['heldout']
-    assert any('too few documents to hold some out whole' in line for line in lines)
+    assert any('too few documents for the hash' in line for line in lines)
+    assert {store.metadata['split'] for store in stores} == {'rank'}
     # These stores are not taken for those of a mixture that the hash splits, nor the other way round.
     more = sides(prepare(make_config(*overlapping).data, progress=False))
     assert not more['train'] & more['heldout']
@@ -70,6 +71,22 @@ def test_a_mixture_too_small_for_the_hash_says_so(make_config, overlapping):
 
 def hash_of(text: str) -> int:
     return text_hash(text.encode())
+
+
+@pytest.mark.parametrize(
+    'share, words',
+    [
+        (0, '0 %'),
+        (0.57, '57 %'),
+        (0.29, '29 %'),
+        (0.12345, '12.35 %'),
+        (0.999999, '99.99 %'),
+        (1, '100 %'),
+        (1 - 2**-53, '99.99 %'),
+    ],
+)
+def test_shares_are_rounded_and_only_the_whole_is_a_hundred(share, words):
+    assert percent(share) == words
 
 
 def test_a_share_of_documents_that_is_no_share_of_text_is_said(make_config, tmp_path):
@@ -92,14 +109,10 @@ def test_a_share_of_documents_that_is_no_share_of_text_is_said(make_config, tmp_
     said.clear()
     prepare(make_config(f'files:{tmp_path}/even.jsonl').data, progress=said.append)
     assert not any('bytes are held out' in line for line in said)
-
-
-def lossy_tokenizer(path: Path) -> str:
-    vocab = {word: i for i, word in enumerate(['</s>', '[UNK]', 'the', 'state', 'a', 'gain'])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, '[UNK]'))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.save(str(path))
-    return str(path)
+    # A store is compared with the fraction that it was prepared with.
+    [half] = prepare(make_config(f'files:{tmp_path}/even.jsonl', heldout_fraction=0.5).data, progress=False)
+    prepare(make_config(f'store:{half.path}', heldout_fraction=0.05).data, progress=said.append)
+    assert not any('bytes are held out' in line for line in said)
 
 
 def test_lost_text_is_measured_and_said(make_config, corpus, tmp_path):
@@ -119,7 +132,7 @@ def test_lost_text_is_measured_and_said(make_config, corpus, tmp_path):
         old = tmp_path / f'old-{share}'
         shutil.copytree(store.path, old)
         record = json.loads((old / 'metadata.json').read_text())
-        for key in ('round_trip', 'files', 'split', 'skipped'):
+        for key in ('round_trip', 'files', 'split', 'skipped', 'checksum'):
             del record[key]
         (old / 'metadata.json').write_text(json.dumps(record | {'version': 1}))
         config.data.sources, config.data.tokenizer = (f'store:{old}',), 'bpe'
@@ -166,3 +179,60 @@ def test_batches_of_one_source_are_those_of_before_beside_an_empty_one(make_conf
     assert two.epochs(3)[1] == 0
     with pytest.raises(UserError, match='no train documents'):
         TrainBatches(make_config('b'), [empty])
+
+
+def test_a_source_that_is_named_twice_is_prepared_once_and_said(make_config, corpus, tmp_path):
+    lines = []
+    first, second = prepare(make_config(corpus[1], corpus[1]).data, progress=lines.append)
+    assert first == second and sum('documents/s' in line for line in lines) == 1
+    assert any('is named twice: its text counts twice' in line for line in lines)
+    assert not any('already prepared' in line for line in lines)
+    # Files that sources have in common likewise, whatever their names there.
+    write_jsonl(tmp_path / 'more.jsonl', make_texts(9, seed=1))
+    (tmp_path / 'link.jsonl').symlink_to('corpus.jsonl')
+    for other, count in (('*.jsonl', 1), ('link.jsonl', 1), ('more.jsonl', 0)):
+        lines.clear()
+        prepare(make_config(corpus[1], f'files:{tmp_path}/{other}').data, progress=lines.append)
+        assert sum(f'have {count} files in common: they count in both' in line for line in lines) == count
+
+
+def test_data_with_an_empty_side_is_refused(make_config, overlapping):
+    """Of a store that was prepared in a mixture: by itself it has nothing to score, or nothing to learn from."""
+    stores = prepare(make_config(*overlapping).data, progress=False)
+    for store, words in ((stores[1], 'no document is held out'), (stores[3], 'all documents are held out')):
+        with pytest.raises(UserError, match=rf'store:{store.path}: {words}, so there is no \w+ text; name other'):
+            prepare(make_config(f'store:{store.path}').data, progress=False)
+    assert prepare(make_config(f'store:{stores[1].path}', f'store:{stores[3].path}').data, progress=False)
+    with pytest.raises(UserError, match='no document is held out'):
+        prepare(make_config(f'store:{stores[1].path}', overlapping[2]).data, progress=False)
+
+
+@pytest.mark.parametrize('tokenizer', ['bpe', 'given'])
+def test_where_every_record_is_left_out_the_first_says_why(make_config, corpus, tmp_path, tokenizer):
+    write_jsonl(tmp_path / 'body.jsonl', make_texts(30), field='body')
+    options = {'bad_records': 'skip'}
+    if tokenizer == 'given':
+        options['tokenizer'] = prepare(make_config(corpus[1]).data, progress=False)[0].tokenizer
+    spec = f'files:{tmp_path}/body.jsonl'
+    for sources in ([spec], [corpus[1], spec]):
+        with pytest.raises(UserError, match=r"is empty: .*30 records are left out; the first: .*:1: no field 'text'"):
+            prepare(make_config(*sources, **options).data, progress=False)
+
+
+def test_what_a_store_remembers_of_its_text_is_from_before_it_was_read(make_config, corpus, tmp_path, monkeypatch):
+    config, changed = make_config(corpus[1]), []
+
+    def change(statistics, batch):
+        if not changed:
+            write_jsonl(tmp_path / 'corpus.jsonl', make_texts(50))
+            changed.append(add(statistics, batch))
+        else:
+            add(statistics, batch)
+
+    add = Statistics.add
+    with monkeypatch.context() as patch:
+        patch.setattr(Statistics, 'add', change)
+        [store] = prepare(config.data, progress=False)
+    [after] = prepare(config.data, progress=False)
+    assert changed and after.path != store.path
+    assert after.metadata['source']['fingerprint'] != store.metadata['source']['fingerprint']

@@ -225,9 +225,13 @@ def test_huggingface_errors(monkeypatch):
         open_source('huggingface:a')
 
 
-def test_parquet_that_is_not_utf8_is_named_with_its_row(tmp_path, monkeypatch):
+@pytest.mark.parametrize('indices', [None, pyarrow.int8(), pyarrow.int32()])
+def test_parquet_that_is_not_utf8_is_named_with_its_row(tmp_path, monkeypatch, indices):
+    """Also in columns that were written as dictionaries."""
     monkeypatch.setattr(files, 'ROWS', 2)
     values = pyarrow.array([b'a', b'b', b'caf\xe9', b'c']).view(pyarrow.string())
+    if indices is not None:
+        values = pyarrow.DictionaryArray.from_arrays(pyarrow.array(range(4), indices), values)
     pyarrow.parquet.write_table(pyarrow.table({'text': values}), tmp_path / 'x.parquet')
     with pytest.raises(UserError) as error:
         texts_of(f'files:{tmp_path}/*.parquet')
@@ -245,6 +249,12 @@ def test_bad_records_are_left_out_and_counted(tmp_path):
         assert source.skipped.count == 7 and 'a.jsonl:2: not valid JSON' in source.skipped.first
     assert source.fingerprint() != open_source(f'files:{tmp_path}/*').fingerprint()
     # A file that ends too early is no bad record: nobody knows what else is missing.
+    for end in (b'{"text": "b', b'{"text": "caf\xc3', b'{"text": "b"', b'{"text": "b\0\0\0'):
+        (tmp_path / 'end.jsonl').write_bytes(b'{"text": "a"}\n' + end)
+        with pytest.raises(UserError, match=r'end.jsonl:2: .*; it has no line end: is the file truncated\?'):
+            texts_of(f'files:{tmp_path}/end.jsonl', skip=True)
+    (tmp_path / 'end.jsonl').write_bytes(b'{"text": "a"}\n{"body": "b"}')  # whole, and of no use
+    assert texts_of(f'files:{tmp_path}/end.jsonl', skip=True) == ['a']
     (tmp_path / 'c.txt.gz').write_bytes(gzip.compress(b'text' * 99)[:-9])
     with pytest.raises(UserError, match='truncated'):
         list(source.__class__(f'files:{tmp_path}/*', skip=True))

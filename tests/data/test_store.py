@@ -10,8 +10,7 @@ import pytest
 from mixcon_jax.data import store as store_lib
 from mixcon_jax.data.store import StoreWriter, TokenStore
 from mixcon_jax.errors import UserError
-
-METADATA = {'tokenizer': 'f', 'eot_id': 3}
+from tests.data.cases import METADATA
 
 
 def write(
@@ -114,6 +113,23 @@ def test_missing_parts_are_noticed(tmp_path):
         (tmp_path / 'aside').rename(part)
     metadata = tmp_path / 's' / 'metadata.json'
     record = json.loads(metadata.read_text())
+    for name, value in (('eot_id', 4), ('counts', record['counts'] | {'train': record['counts']['heldout']})):
+        metadata.write_text(json.dumps(record | {name: value}))
+        refused('metadata.json differs from its checksum')
+    for name, value, words in (
+        ('eot_id', '3', "has a str as 'eot_id'"),
+        ('eot_id', True, "has a bool as 'eot_id'"),
+        ('counts', [], "has a list as 'counts'"),
+        ('counts', record['counts'] | {'train': {'tokens': 1, 'bytes': 1}}, "lacks 'counts.train.documents'"),
+        ('sha256', {'tokens': 'x'}, "lacks 'sha256.offsets'"),
+        ('files', {'tokens/c/0': '3'}, "has a str as 'files.tokens/c/0'"),
+        ('baselines', record['baselines'] | {'train_bytes': [1]}, "has no list of 256 as 'baselines.train_bytes'"),
+        ('round_trip', None, "has a NoneType as 'round_trip'"),
+    ):
+        metadata.write_text(json.dumps(record | {name: value}))
+        refused(f'metadata.json {words}')
+    metadata.write_text(json.dumps([record]))
+    refused('metadata.json is not readable')
     metadata.write_text(json.dumps({**record, 'version': 99}))
     refused('format 99')
     metadata.write_text(json.dumps({'version': 1}))
@@ -145,7 +161,7 @@ def test_every_part_must_be_there_before_anything_is_read(tmp_path, monkeypatch,
         file.relative_to(path).as_posix() for file in path.rglob('*') if file.parent != path and file.is_file()
     )
     if version == 1:  # without sizes; the small arrays are read whole and compared with their checksums
-        del record['files']
+        del record['files'], record['checksum']
         (path / 'metadata.json').write_text(json.dumps({**record, 'version': 1}))
     TokenStore.open(path, 'train', 0)
     for name in names:

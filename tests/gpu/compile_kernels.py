@@ -53,7 +53,7 @@ def compile_here(target: str, names: list[str]) -> dict[str, dict]:
     from kernels_pallas.selective_scan.mosaic_gpu import forward as _  # noqa: F401  the package before its modules
     from kernels_pallas.selective_scan.mosaic_gpu import tuning
     from kernels_pallas.selective_scan.mosaic_gpu.tiles import FLOAT, Problem
-    from mixcon_jax.planning.hardware import compile_for, devices
+    from mixcon_jax.planning.compiling import compile_for, devices
     from tests.gpu import sass
 
     forward = sys.modules['kernels_pallas.selective_scan.mosaic_gpu.forward']

@@ -74,13 +74,13 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from kernels_pallas import choice
+    from kernels_pallas import dispatch
     from mixcon_jax import config as configs
     from mixcon_jax.parallel.layout import batch_sharding, make_mesh
-    from mixcon_jax.planning import hardware
+    from mixcon_jax.planning import compiling
     from mixcon_jax.step import BATCH_KEYS, make_steps
 
-    device = hardware.devices('h100')[0]
+    device = compiling.devices('h100')[0]
 
     def step(implementation: str = '', whole: bool = False) -> dict:
         """Programs of ours in a step of three layers, lowered or wholly compiled, and what was warned of."""
@@ -94,7 +94,7 @@ def main() -> None:
         rows = batch_sharding(mesh)
         types = dict.fromkeys(BATCH_KEYS, np.int32) | {'loss_mask': bool}
         batch = {key: jax.ShapeDtypeStruct((128, 256), kind, sharding=rows) for key, kind in types.items()}
-        choice.warn_once.cache_clear()
+        dispatch.warn_once.cache_clear()
         jax.clear_caches()
         with jax.default_device(device), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter('always')

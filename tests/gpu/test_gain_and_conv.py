@@ -76,7 +76,7 @@ def main() -> None:
 
     from kernels_pallas.adaptive_gain import matrix_gain
     from kernels_pallas.causal_conv1d import causal_conv1d
-    from mixcon_jax.planning.hardware import compile_for, devices
+    from mixcon_jax.planning.compiling import compile_for, devices
 
     shape = jax.ShapeDtypeStruct
     batch, length, heads, width = 8, 4096, 256, 32

@@ -5,7 +5,7 @@ Nothing runs here. What runs, in the interpreter, is in tests/kernels_pallas/tes
 
 import pytest
 
-from mixcon_jax.planning import hardware as planning
+from mixcon_jax.planning import compiling as planning
 from tests.gpu.compile_kernels import FULL, VARIANTS, Variant, compiled, table
 
 BARRIERS = {

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.selective_scan import selective_scan
-from mixcon_jax.planning import hardware
+from mixcon_jax.planning import compiling
 from mixcon_jax.planning.hlo import ARRAY, parse
 
 # A program for a device that is not there cannot be read back from the cache, and is compiled.
@@ -73,7 +73,7 @@ def test_equals_the_unsharded_call():
 @pytest.fixture
 def absent():
     """A mesh of H100s that are not there, and the arguments' shapes on it."""
-    mesh = mesh_of(hardware.devices('h100', devices_per_host=4))
+    mesh = mesh_of(compiling.devices('h100', devices_per_host=4))
     dtype = {'reset': jnp.bool_} | dict.fromkeys(('A', 'D', 'dt_bias', 'initial_state'), jnp.float32)
     return mesh, {
         name: jax.ShapeDtypeStruct(shape, dtype.get(name, jnp.bfloat16), sharding=NamedSharding(mesh, SPECS[name]))

@@ -10,7 +10,7 @@ import warnings
 import jax
 import pytest
 
-from kernels_pallas import cards, cases, choice, platform, verify
+from kernels_pallas import cards, cases, dispatch, platform, verify
 from kernels_pallas.cards import Card
 
 KERNELS = ['adaptive_gain', 'causal_conv1d', 'selective_scan']
@@ -21,7 +21,7 @@ def fresh(monkeypatch):
     """No environment of the user's, and nothing remembered."""
     monkeypatch.delenv(cards.TRUST, raising=False)
     cards.forget()
-    choice.warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     yield
     cards.forget()
 
@@ -232,18 +232,12 @@ def test_writing_keeps_other_cards_and_replaces_their_like(tmp_path):
         assert cards.read(path) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- choice
-def takes(implementation=None, refusal=None, **options) -> bool:
-    """Through a chain of calls as long as that of an api, so that the warning names the right line."""
-    return choice.takes_kernel(
-        'matrix_gain',
-        implementation,
-        lambda: refusal,
-        'chunked',
-        lambda: ('width32',),
-        kernel='adaptive_gain',
-        **options,
-    )
+# ------------------------------------------------------------------------------------------------------------- dispatch
+def takes(implementation=None, refusal=None, silent=False) -> bool:
+    """Whether the kernel runs; through a chain of calls as long as that of an api: a warning names the right line."""
+    kernel = dispatch.Candidate('mosaic_gpu', bool, lambda: refusal, lambda: ('width32',), silent=silent)
+    candidates = kernel, dispatch.Candidate('chunked', bool)
+    return dispatch.choose('matrix_gain', implementation, candidates, kernel='adaptive_gain') is kernel
 
 
 def test_an_unverified_kernel_is_replaced_with_one_warning(copy, hopper, monkeypatch):

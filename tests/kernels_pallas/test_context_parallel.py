@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from kernels_pallas import adaptive_gain, attention, context_parallel
-from kernels_pallas.context_parallel import exchange
+from kernels_pallas import adaptive_gain, attention, context_parallel, exchange
 from kernels_pallas.selective_scan import selective_scan
 
 B, T, D, N, H, P = 2, 16, 4, 3, 2, 4

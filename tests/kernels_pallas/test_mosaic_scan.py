@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import choice, platform
+from kernels_pallas import dispatch, platform
 from kernels_pallas.selective_scan import PADDED_DT, mosaic_gpu, selective_scan
 from kernels_pallas.selective_scan.mosaic_gpu.tuning import Settings, time_splits
 from tests.kernels_pallas import interpreted
@@ -249,7 +249,7 @@ def test_what_cannot_run_says_why():
 def test_on_a_gpu_what_the_kernels_lack_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setattr(platform, 'platform', lambda: 'gpu')
     monkeypatch.setattr(platform, 'compute_capability', lambda: (9, 0))
-    choice.warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     arrays, _ = draw(Case((1, 4, 5, 3)), 0)
     delay = jnp.full(5, 0.5)
     with pytest.warns(UserWarning, match="runs 'chunked' in place of 'mosaic_gpu': a delay inside the recurrence"):

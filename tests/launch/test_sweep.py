@@ -15,9 +15,9 @@ import time
 
 import pytest
 
-from launch import processes, sweep
+from launch import processes
 from launch.processes import Share, Signals
-from launch.sweep import standing
+from launch.sweep import standing, sweep
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan
 from launch.sweep.show import Screen
@@ -146,8 +146,9 @@ def three(folder):
 def written(case: Case, workdir, step: int, event: str = 'stopped', speed: float = 0.0, seconds: float = 0.0) -> None:
     """Writes what a run of this case leaves that began, made ``step`` steps, saved them and ended so."""
     run = workdir / case.folder
-    for item in saved.ITEMS:
+    for item in (*saved.ARRAYS, 'meta'):
         (run / 'checkpoints' / str(step) / item).mkdir(parents=True)
+        (run / 'checkpoints' / str(step) / item / 'manifest.ocdbt').write_text('x')
     contents = {'step': step, 'config': case.config.to_dict()}
     text = json.dumps({'sha256': saved.digest(contents), 'contents': contents})
     (run / 'checkpoints' / str(step) / 'meta' / 'metadata').write_text(text)

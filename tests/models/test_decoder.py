@@ -33,15 +33,21 @@ def tokens(seed, batch=2, length=12):
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, 64)
 
 
+def called(module, *args):
+    """`module(*args)`, compiled as a whole: op by op each would be compiled by itself."""
+    graphdef, variables = nnx.split(module)
+    return jax.jit(lambda variables, args: nnx.merge(graphdef, variables)(*args))(variables, args)
+
+
 def test_scanned_blocks_equal_the_blocks_one_after_another():
     m, ids = model(), tokens(0)
     context = Context.whole(*ids.shape)
-    hidden, _, aux = m(ids, context)
+    hidden, _, aux = called(m, ids, context)
     x = m.embedding[...][ids]
     graphdef, variables = nnx.split(m.blocks)
+    run = jax.jit(lambda variables, x: nnx.merge(graphdef, variables)(x, context, None))
     for i in range(2):
-        block = nnx.merge(graphdef, jax.tree.map(lambda value, i=i: value[i], variables))
-        x, _, block_aux = block(x, context, None)
+        x, _, block_aux = run(jax.tree.map(lambda value, i=i: value[i], variables), x)
         np.testing.assert_allclose(
             aux['stats']['layer_1/moe_load'][i], block_aux['stats']['layer_1/moe_load'], rtol=1e-5
         )
@@ -102,32 +108,28 @@ def test_packed_cross_entropy_and_gradients_equal_separate_documents(preset):
     total = sum(LENGTHS) + 2
     ids, targets = tokens(2, 1, total), tokens(3, 1, total)
 
-    def loss(params, start, length, context):
+    def loss(params, ids, targets, context):
         m = nnx.merge(graphdef, params)
-        hidden, _, _ = m(ids[:, start : start + length], context)
-        mask = context.mask
-        nll = cross_entropy(hidden, m.head(), targets[:, start : start + length], mask, chunk=4).nll
-        return nll / sum(LENGTHS)
+        hidden, _, _ = m(ids, context)
+        return cross_entropy(hidden, m.head(), targets, context.mask, chunk=4).nll / sum(LENGTHS)
 
-    packed = jax.jit(jax.value_and_grad(lambda p: loss(p, 0, total, packed_context(LENGTHS, total))))
-    starts = np.cumsum([0, *LENGTHS])
-
-    @jax.jit
-    @jax.value_and_grad
-    def separate(p):
-        return sum(loss(p, s, n, Context.whole(1, n)) for s, n in zip(starts, LENGTHS, strict=False))
-
-    (value, grads), (expected, expected_grads) = packed(params), separate(params)
+    longest, starts = max(LENGTHS), np.cumsum([0, *LENGTHS[:-1]])
+    row = lambda x: jnp.stack([jnp.pad(x[0, s : s + n], (0, longest - n)) for s, n in zip(starts, LENGTHS)])
+    alone = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(packed_context([n], longest) for n in LENGTHS))
+    graded = jax.jit(jax.value_and_grad(loss))
+    packed = graded(params, ids, targets, packed_context(LENGTHS, total))
+    separate = graded(params, row(ids), row(targets), alone)
+    (value, grads), (expected, expected_grads) = packed, separate
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for (path, got), (_, want) in zip(nnx.to_flat_state(grads), nnx.to_flat_state(expected_grads), strict=True):
         scale = float(jnp.abs(want[...]).max())
         np.testing.assert_allclose(got[...], want[...], rtol=1e-5, atol=1e-5 * scale, err_msg=str(path))
 
 
-@pytest.mark.parametrize('num_blocks', [1, 2])
+@pytest.mark.parametrize('num_blocks', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_decoding_equals_the_forward_pass(num_blocks):
     m, ids = model(num_blocks=num_blocks), tokens(4)
-    expected, _, _ = m(ids, Context.whole(*ids.shape))
+    expected, _, _ = called(m, ids, Context.whole(*ids.shape))
     graphdef, variables = nnx.split(m)
     step = jax.jit(lambda v, ids, context, state: nnx.merge(graphdef, v)(ids, context, state))
     state, outputs = m.init_state(2, 12), []

@@ -14,10 +14,15 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Buffer, Loss, Parameters, State, masked_mean, normal, output_std
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
-from mixcon_jax.parallel.split import by_rows
+from mixcon_jax.parallel.split import by_parts
 
 TITLE = 'experts: share of tokens'  # of the statistics' table
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
+TOKENS = {'b': 'batch', 't': 'sequence'}  # what devices share out: no token needs another's experts
+DIMS = {
+    'x': 'b t d', 'chosen': 'b t k', 'weights': 'b t k', 'mask': 'b t',
+    'w_gate': 'e d f', 'w_up': 'e d f', 'w_down': 'e f d',
+}  # fmt: skip
 
 
 class MoE(Layer):
@@ -101,7 +106,8 @@ class MoE(Layer):
         probabilities = jax.nn.softmax(logits, axis=-1)
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
         # XLA would gather the scores of all devices for this, too.
-        chosen = by_rows(lambda scores: jax.lax.top_k(scores, options.top_k)[1], (jax.lax.stop_gradient(scores),), ())
+        best = lambda scores: jax.lax.top_k(scores, options.top_k)[1]
+        chosen = by_parts(best, {'scores': jax.lax.stop_gradient(scores)}, {'scores': 'b t e'}, 'b t k', TOKENS)
         if options.renormalize:
             # p / sum(p) of the chosen, from their logits: the p may all be 0 in float32 where the bias has chosen.
             weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1), axis=-1)
@@ -111,11 +117,12 @@ class MoE(Layer):
 
         tokens = x.shape[0] * x.shape[1]
         dense = options.implementation == 'dense' or (not options.implementation and tokens <= DENSE_TOKENS)
-        experts = [w.astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_down)]
+        experts = {name: getattr(self, name).astype(x.dtype) for name in ('w_gate', 'w_up', 'w_down')}
         if dense:
-            y = self._dense(x, chosen, weights, *experts)
+            y = self._dense(x, chosen, weights, **experts)
         else:
-            y = by_rows(self._grouped, (x, chosen, weights, context.mask), experts)
+            arrays = {'x': x, 'chosen': chosen, 'weights': weights, 'mask': context.mask} | experts
+            y = by_parts(self._grouped, arrays, DIMS, 'b t d', TOKENS)
         return y, state, self._aux(logits, probabilities, chosen, context)
 
     def _dense(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+AXIS = 'context'  # the mesh axis, unless another is named
 METHODS = ('permute', 'gather')
 GATHER_UP_TO = 4  # shards: one collective of six maps' bytes, where permutes are three rounds of four in all
 

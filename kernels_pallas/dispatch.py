@@ -1,0 +1,110 @@
+"""Which implementation of a function runs: the one that is asked for, or the first of its candidates that can and may.
+
+A call lists its candidates, the fastest first; each says why it cannot take the call. What is written for a GPU runs
+unasked only where a GPU has shown that it is right.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from kernels_pallas import cards, platform
+
+
+def never() -> None:
+    """The refusal of a candidate that takes every call."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One implementation, for one call.
+
+    Attributes:
+      name: of the implementation.
+      run: computes the call.
+      refuses: why it cannot take this call, or None.
+      variants: of a GPU kernel alone: which of its programs this call runs, by the names of its cards; only asked if it
+        does not refuse.
+      by_name: runs only where it is asked for.
+      silent: no warning where it would be the choice on a GPU and refuses.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    refuses: Callable[[], str | None] = never
+    variants: Callable[[], tuple[str, ...]] | None = None
+    by_name: bool = False
+    silent: bool = False
+
+
+def choose(
+    function: str, implementation: str | None, candidates: Sequence[Candidate], kernel: str | None = None
+) -> Candidate:
+    """The candidate that runs: the one of that name, else the first that belongs here, can, and is verified.
+
+    A warning says, once for each reason, why a GPU kernel was passed over on a GPU.
+
+    Args:
+      function: the name of the entry point.
+      implementation: what the caller asked for; None lets the platform decide.
+      candidates: the best first; the last that is not `by_name` takes every call.
+      kernel: name of the kernel's folder, if it is not the function's.
+
+    Raises:
+      ValueError: there is no implementation of that name, or it refuses.
+    """
+    if implementation is not None:
+        return _named(function, implementation, candidates)
+    *better, last = (candidate for candidate in candidates if not candidate.by_name)
+    for candidate in better:
+        if candidate.variants is not None and platform.platform() != 'gpu':
+            continue
+        if (reason := candidate.refuses()) is not None:
+            if candidate.variants is not None and not candidate.silent:
+                warn_once(f'{function} runs {last.name!r} in place of {candidate.name!r}: {reason}')
+            continue
+        if candidate.variants is None or cards.trusted() or _covered(function, kernel or function, candidate, last):
+            return candidate
+    return last
+
+
+def _named(function: str, implementation: str, candidates: Sequence[Candidate]) -> Candidate:
+    by_name = {candidate.name: candidate for candidate in candidates}
+    if implementation not in by_name:
+        known = ', '.join(reversed(by_name))
+        raise ValueError(f'{function} has no implementation {implementation!r}; available here: {known}')
+    if (reason := by_name[implementation].refuses()) is not None:
+        raise ValueError(f'{function}: implementation {implementation!r} cannot run here: {reason}')
+    return by_name[implementation]
+
+
+def _covered(function: str, kernel: str, candidate: Candidate, instead: Candidate) -> bool:
+    """Whether cards cover the candidate on this GPU; a warning says why not, or that they are of another JAX."""
+    variants = candidate.variants() if candidate.variants is not None else ()
+    major = platform.compute_capability()[0]
+    reason = cards.uncovered(kernel, variants, major, platform.device().device_kind)
+    if reason is not None:
+        warn_once(
+            f'{function} runs {instead.name!r} in place of {candidate.name!r}: {reason};'
+            f' `{cards.COMMAND} {kernel}` verifies it on your GPU, {cards.TRUST}=1 runs it all the same',
+            level=5,
+        )
+        return False
+    if versions := cards.other_jax(kernel, variants, major):
+        warn_once(
+            f'{function} runs {candidate.name!r}, verified with jax {versions}, not with jax {jax.__version__};'
+            f' `{cards.COMMAND} {kernel}` verifies it again',
+            level=5,
+        )
+    return True
+
+
+@functools.cache
+def warn_once(message: str, level: int = 4) -> None:
+    """Warns in the name of the caller of the function that calls ``choose``, which is the fourth frame up."""
+    warnings.warn(message, stacklevel=level)

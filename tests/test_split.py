@@ -1,0 +1,91 @@
+"""Kernels' calls on a mesh: what may be shared out is, needs no communication there, and changes no result."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
+from kernels_pallas.attention.context_parallel import CALL as ATTENTION
+from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
+from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
+from mixcon_jax import config as configs
+from mixcon_jax.parallel import kernels, layout
+from mixcon_jax.parallel.axes import RULES
+
+B, T, D = 2, 6, 4
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+
+
+GAIN = {'e': normal(B, T, 2, 3), 'alpha': jax.nn.sigmoid(normal(B, T, 2)), 'log_decay': -(normal(B, T, 2) ** 2)}
+CALLS = {
+    'selective_scan': {
+        'u': normal(B, T, D), 'dt': jax.nn.softplus(normal(B, T, D)), 'A': -jnp.exp(normal(D, 3)), 'B': normal(B, T, 3),
+        'C': normal(B, T, 3), 'D': normal(D), 'z': normal(B, T, D), 'initial_state': normal(B, D, 3),
+        'readout': (None, None, normal(3, 3)), 'prior': True,
+    },
+    'matrix_gain': GAIN,
+    'diagonal_gain': GAIN,
+    'causal_conv1d': {
+        'x': normal(B, T, D), 'weight': normal(3, D), 'bias': normal(D), 'initial_state': normal(B, 2, D),
+    },
+    'attention': {'q': normal(B, T, 4, 8), 'k': normal(B, T, 2, 8), 'v': normal(B, T, 2, 8)},
+}  # fmt: skip
+
+
+def mesh(**axes: int):
+    config = configs.default().mesh
+    config.update({'data': 1} | axes)
+    return layout.make_mesh(config, jax.devices()[: int(np.prod(list(axes.values())))])
+
+
+@pytest.mark.parametrize('axes', [{'tensor': 2}, {'data': 2, 'tensor': 2}], ids=['tensor', 'rows and tensor'])
+@pytest.mark.parametrize('name', CALLS)
+def test_channels_and_heads_are_shared_out_without_communication(name, axes):
+    function, on = getattr(kernels, name), mesh(**axes)
+    arrays = {key: value for key, value in CALLS[name].items() if isinstance(value, jax.Array)}
+    run = functools.partial(function, **{key: value for key, value in CALLS[name].items() if key not in arrays})
+
+    def on_mesh(arrays):
+        with jax.sharding.use_abstract_mesh(on.abstract_mesh):
+            return run(**arrays)
+
+    text = str(jax.make_jaxpr(on_mesh)(arrays))
+    assert 'shard_map' in text
+    assert not [word for word in ('psum', 'all_gather', 'ppermute', 'all_to_all') if word in text]
+    found = jax.jit(on_mesh)(jax.device_put(arrays, layout.replicated(on)))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, jax.jit(lambda arrays: run(**arrays))(arrays))
+
+
+def test_what_shares_a_mesh_axis_is_split_together_or_not_at_all():
+    """One key head cannot be halved, so that its query heads stay together, too."""
+    arguments = CALLS['attention'] | {'k': normal(B, T, 1, 8), 'v': normal(B, T, 1, 8)}
+    with jax.sharding.use_abstract_mesh(mesh(tensor=2).abstract_mesh):
+        assert 'shard_map' not in str(jax.make_jaxpr(lambda a: kernels.attention(**a))(arguments))
+        assert 'shard_map' in str(jax.make_jaxpr(lambda a: kernels.attention(**a))(CALLS['attention']))
+
+
+def test_noise_is_drawn_for_all_rows_at_once():
+    noise = {'process_noise': (jax.random.key(0), 0.1), 'readout': None}
+    with jax.sharding.use_abstract_mesh(mesh(data=2).abstract_mesh):
+        run = lambda a: kernels.selective_scan(**a, prior=True, **noise)
+        arrays = {key: value for key, value in CALLS['selective_scan'].items() if isinstance(value, jax.Array)}
+        assert 'shard_map' not in str(jax.make_jaxpr(run)(arrays))
+
+
+@pytest.mark.parametrize(
+    'call', [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION], ids=lambda c: c.function.__name__
+)
+def test_a_call_is_declared_whole(call):
+    """Every dimension that may be split is one of the annotations', under a name that the sharding rules know."""
+    dims = {dim for names in call.dims.values() for dim in names}
+    assert set(call.axes) <= dims and set(call.axes.values()) <= set(RULES)
+    wrapped = getattr(kernels, call.function.__name__)
+    assert inspect.signature(wrapped) == inspect.signature(call.function)

@@ -19,11 +19,12 @@ sys.path.insert(0, str(ROOT))
 
 from kernels_pallas import cards, verify  # noqa: E402  after the path
 from mixcon_jax.cli import build_parser  # noqa: E402
-from mixcon_jax.options import OPTIONS, Option  # noqa: E402
+from mixcon_jax.config import table  # noqa: E402
+from mixcon_jax.options import Option  # noqa: E402
 
 # Page of the API reference: its title, and its modules; a * stands for all modules there.
 API = {
-    'config': ('Configuration', ['mixcon_jax.config', 'mixcon_jax.options', 'mixcon_jax.errors']),
+    'config': ('Configuration', [f'mixcon_jax.{name}' for name in ('config', 'options', 'checks', 'errors')]),
     'training': ('Training', ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim']),
     'devices': ('Devices', ['mixcon_jax.parallel.*']),
     'runs': ('Run directories', ['mixcon_jax.runs.*']),
@@ -31,7 +32,12 @@ API = {
     'reports': ('Reports', ['mixcon_jax.reports.*', 'mixcon_jax.watching.watch']),
     'models': (
         'Models',
-        [f'mixcon_jax.models.{name}' for name in ('decoder', 'block', 'layers', 'context', 'presets', 'accounting')],
+        [
+            f'mixcon_jax.models.{name}'
+            for name in (
+                *('layer', 'decoder', 'block', 'pattern', 'kinds', 'layers', 'context', 'presets', 'accounting'),
+            )
+        ],
     ),
     'mixers': ('Mixers and FFNs', ['mixcon_jax.models.mixers.*', 'mixcon_jax.models.ffns.*']),
     'data': ('Data', ['mixcon_jax.data.*']),
@@ -67,7 +73,7 @@ def options_page() -> str:
         '"derive it", which `mixcon config` then spells out. Set options in an experiment file, '
         '`config.model.dim = 256`, or on the command line, `--config.model.dim=256`; a tuple is `a,b,c` there.',
     ]
-    for prefix, options in groups(OPTIONS):
+    for prefix, options in groups(table()):
         lines += ['', f'## {prefix or "The run"} {{ #{prefix or "run"} }}', '']
         lines += ['| option | default | meaning | values |', '|---|---|---|---|']
         for name, option in options.items():

@@ -179,11 +179,10 @@ def _generate(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def _config(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax import config as configs
-    from mixcon_jax.options import leaves
 
     config = configs.validate(configs.load(known.config, overrides))
     if known.help_options:
-        for key, option in leaves():
+        for key, option in configs.leaves():
             print(f'{key} = {configs.get(config, key)!r}\n    {option.meaning}')
     else:
         print(configs.to_json(config), end='')

@@ -1,6 +1,7 @@
 """Configurations: ``default()`` to start from, ``load()`` an experiment file, ``validate()`` before anything compiles.
 
-The options themselves, each with its default and meaning, stand in ``mixcon_jax.options``.
+The options themselves, each with its default and meaning, stand in ``mixcon_jax.options`` and, those of a layer, in the
+layer's file; ``table()`` has them all.
 """
 
 import difflib
@@ -10,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,42 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mixcon_jax.errors import UserError
-from mixcon_jax.host.paths import expand, foreign
-from mixcon_jax.options import OPTIONS, UINT32, Option, beyond, float32, leaves
+from mixcon_jax import options
+from mixcon_jax.checks import check_leaf, divides
+from mixcon_jax.errors import ConfigError, UserError
+from mixcon_jax.host.paths import expand
+from mixcon_jax.models import kinds, pattern
+from mixcon_jax.options import UINT32, Option, beyond
 from mixcon_jax.parsing import json_object
 
+NAMED = 'model.layers.'  # the keys of options that a pattern's names stand for
 
-class ConfigError(UserError):
-    """A configuration that cannot run; the message is one line and names the key."""
+
+def table() -> dict[str, Any]:
+    """Every option by its groups, as nested dicts: those of ``mixcon_jax.options``, and the registered layers' own."""
+    return options.OPTIONS | {'model': options.OPTIONS['model'] | kinds.groups()}
+
+
+def leaves() -> Iterator[tuple[str, Option]]:
+    """Yields ``(dotted key, option)`` for every option."""
+    return options.leaves(table())
+
+
+def known(config: Any) -> dict[str, Option]:
+    """``{dotted key: option}`` of all that this configuration may set, in its ``model.layers`` too."""
+    named = pattern.named_options(_group(config, ('model', 'layers')))
+    return dict(leaves()) | {f'model.layers.{key}': option for key, option in named.items()}
 
 
 def default() -> ml_collections.ConfigDict:
     """Returns a new configuration in which every option has its default."""
 
-    def build(options: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    def build(nodes: Mapping[str, Any]) -> ml_collections.ConfigDict:
         return ml_collections.ConfigDict(
-            {name: node.default if isinstance(node, Option) else build(node) for name, node in options.items()}
+            {name: node.default if isinstance(node, Option) else build(node) for name, node in nodes.items()}
         )
 
-    return build(OPTIONS)
+    return build(table())
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -53,11 +71,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     file = path.split(':')[0]
     if not os.path.isfile(file):
         raise ConfigError(f'experiment file {file} does not exist; give the path of a Python file with get_config()')
+    expected = dict(leaves())
     for override in overrides:
         key = override.split('=')[0]
         if '=' not in override:
             raise ConfigError(f'override {override!r} has no value; write {key}=VALUE')
-        _option(key)
+        if not key.startswith(NAMED):
+            _require(key, expected)
+    if any(override.startswith(NAMED) for override in overrides):
+        _require_given(load(path), overrides)
     argv = ['mixcon', f'--config={path}', *(f'--config.{override}' for override in overrides)]
     sys.modules.pop('config_config', None)  # ml_collections runs every file in this one module, leftovers included
     values = flags.FlagValues()
@@ -83,8 +105,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
 
 def _with_elements(config: ml_collections.ConfigDict, overridden: Sequence[str]) -> ml_collections.ConfigDict:
     """Splits tuples of text that the command line gave as one element; those of an experiment file are as they are."""
+    expected = known(config)
     for key in overridden:
-        value, option = get(config, key, None), _option(key)
+        value, option = get(config, key, None), expected[key]
         if option.element is str and isinstance(value, tuple) and len(value) == 1:
             put(config, key, _split(str(value[0]), option))
     return config
@@ -92,6 +115,15 @@ def _with_elements(config: ml_collections.ConfigDict, overridden: Sequence[str])
 
 def _split(text: str, option: Option) -> tuple[str, ...]:
     return tuple(part.strip() for part in re.split(option.between, text) if part.strip())
+
+
+def _require_given(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Refuses overrides in ``model.layers`` of what the experiment file does not set: names there are its own."""
+    given = [key for key in flatten(config) if key.startswith(NAMED)]
+    for key in (override.split('=')[0] for override in overrides):
+        if key.startswith(NAMED) and key not in given:
+            has = f'it sets {", ".join(given)}' if given else 'it names no layers'
+            raise ConfigError(f'override {key}: the experiment file does not set it; {has}')
 
 
 def _place(file: str, error: BaseException) -> str:
@@ -112,7 +144,7 @@ def _hint(line: str) -> str:
 def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a copy with numbers and tuples in their option's type: ``1`` for a float is ``1.0``, ``'a,b'`` splits."""
     values = config.to_dict()  # a plain one: setting a ConfigDict's entries to another type is slow
-    for key, option in leaves():
+    for key, option in known(values).items():
         *path, name = key.split('.')
         group = _group(values, path)
         value = group.get(name)
@@ -135,11 +167,11 @@ def _float(value: int) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _group(values: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+def _group(values: Any, path: Sequence[str]) -> Any:
     """The dict at a path of nested ones; a new one where there is none."""
     for name in path:
         found = values.get(name)
-        values = found if isinstance(found, dict) else {}
+        values = found if isinstance(found, dict | ml_collections.ConfigDict) else {}
     return values
 
 
@@ -183,8 +215,11 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-    """Returns the resolved configuration as indented JSON."""
-    return json.dumps(config.to_dict(), indent=2) + '\n'
+    """Returns the configuration as indented JSON; ``model.layers`` only where it names any."""
+    values = config.to_dict()
+    if not _group(values, ('model', 'layers')):
+        _group(values, ('model',)).pop('layers', None)
+    return json.dumps(values, indent=2) + '\n'
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
@@ -194,10 +229,12 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Reads ``config.to_dict()``'s form, also after a round trip through JSON."""
-    config = default().to_dict()
+    config, expected = default().to_dict(), known(values)
     for key, value in flatten(ml_collections.ConfigDict(dict(values))).items():
-        _option(key)
+        _require(key, expected)
         *path, name = key.split('.')
+        if key.startswith(NAMED):
+            config['model']['layers'].setdefault(path[-1], {})
         _group(config, path)[name] = value
     return canonical(ml_collections.ConfigDict(config))
 
@@ -217,11 +254,7 @@ def read(path: str | Path) -> ml_collections.ConfigDict:
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a copy in which every 0 that means "derive it" is spelled out."""
     config = canonical(config)
-    model = config.model
-    model.attention.head_dim = model.attention.head_dim or model.dim // model.attention.num_heads
-    model.ssm.dt_rank = model.ssm.dt_rank or -(-model.dim // 16)
-    model.mlp.hidden_dim = model.mlp.hidden_dim or -(-8 * model.dim // 48) * 16
-    model.moe.hidden_dim = model.moe.hidden_dim or max(1, model.mlp.hidden_dim // model.moe.top_k)
+    config.model = pattern.resolve(config.model)
     config.eval.batch_size = config.eval.batch_size or config.train.batch_size
     return config
 
@@ -237,7 +270,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
       ConfigError: names the key and says what would be right.
     """
     config = check_each(config)
-    _check_model(config.model)
+    pattern.check(config.model)
     _check_data(config.data)
     if config.optim.warmup_steps > config.train.steps:
         raise ConfigError(
@@ -257,73 +290,14 @@ def check_each(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
       ConfigError: names the key and says what would be right.
     """
     config = canonical(config)
-    for key in flatten(config):
-        _option(key)
-    for key, option in leaves():
-        _check_leaf(key, get(config, key), option)
+    expected, given = known(config), flatten(config)
+    pattern.check_names(_group(config, ('model', 'layers')))
+    for key in given:
+        _require(key, expected)
+    for key, option in expected.items():
+        if not key.startswith(NAMED) or key in given:
+            check_leaf(key, get(config, key), option)
     return config
-
-
-def _check_leaf(key: str, value: Any, option: Option) -> None:
-    expected = type(option.default)
-    if type(value) is not expected:
-        raise ConfigError(f'{key}={value!r} is a {type(value).__name__}; it must be a {expected.__name__}')
-    items = value if option.element is not None else (value,)
-    for item in items:
-        if option.element is not None and type(item) is not option.element:
-            raise ConfigError(f'{key}={value!r}: its elements must be {option.element.__name__}s')
-        if isinstance(item, int | float) and (words := beyond(item, option.most)):
-            raise ConfigError(f'{key}={item!r} {words}')
-        if isinstance(item, str):
-            _check_text(key, item)
-    if option.path and not value.strip() and value != option.default:
-        raise ConfigError(f'{key}={value!r} is empty; name {option.path}')
-    if option.check is None:
-        return
-    if not option.check.holds(value):
-        raise ConfigError(f'{key}={value!r} must be {option.check.words}')
-    rounded = [float32(item) if isinstance(item, float) else item for item in items]
-    if not option.check.holds(tuple(rounded) if option.element is not None else rounded[0]):
-        shown = rounded if option.element is not None else rounded[0]
-        raise ConfigError(f'{key}={value!r} is {shown} in float32 and must be {option.check.words}')
-
-
-def _check_text(key: str, text: str) -> None:
-    if (found := foreign(text)) is not None:
-        raise ConfigError(f'{key}={found!r} is not UTF-8; give it in UTF-8')
-    if '\0' in text:
-        raise ConfigError(f'{key}={text!r} holds a NUL character')
-
-
-def _check_model(model: ml_collections.ConfigDict) -> None:
-    from mixcon_jax.models.block import parse_layer
-
-    for layer in model.pattern:
-        try:
-            mixer, ffn, _ = parse_layer(layer)
-        except ValueError as error:
-            raise ConfigError(f'model.pattern: {error}') from error
-        if mixer.startswith('conba') and model.conba.control != 'none':
-            _divides('model.conba.head_dim', model.conba.head_dim, 'the inner width', model.ssm.expand * model.dim)
-        if mixer == 'attention':
-            _divides('model.attention.num_kv_heads', model.attention.num_kv_heads,
-                     'model.attention.num_heads', model.attention.num_heads)  # fmt: skip
-            if not model.attention.head_dim:
-                _divides('model.attention.num_heads', model.attention.num_heads, 'model.dim', model.dim)
-            head_dim = model.attention.head_dim or model.dim // model.attention.num_heads
-            if model.attention.rope and head_dim % 2:
-                raise ConfigError(f'model.attention.head_dim={head_dim} must be even when model.attention.rope is on')
-        if ffn == 'moe' and model.moe.top_k > model.moe.num_experts:
-            raise ConfigError(
-                f'model.moe.top_k={model.moe.top_k} exceeds model.moe.num_experts={model.moe.num_experts};'
-                ' choose at most all'
-            )
-    if model.ssm.dt_min > model.ssm.dt_max:
-        raise ConfigError(f'model.ssm.dt_min={model.ssm.dt_min} exceeds model.ssm.dt_max={model.ssm.dt_max}')
-    if model.conba.feedback_iters and model.conba.control == 'none':
-        raise ConfigError(
-            f'model.conba.feedback_iters={model.conba.feedback_iters} feeds back a gain; choose a model.conba.control'
-        )
 
 
 def _check_data(data: ml_collections.ConfigDict) -> None:
@@ -344,8 +318,8 @@ def _check_data(data: ml_collections.ConfigDict) -> None:
 
 def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
     mesh, batch = config.mesh, config.train.batch_size
-    _divides('train.accum_steps', config.train.accum_steps, 'train.batch_size', batch)
-    _divides('mesh.context', mesh.context, 'data.seq_len', config.data.seq_len)
+    divides('train.accum_steps', config.train.accum_steps, 'train.batch_size', batch)
+    divides('mesh.context', mesh.context, 'data.seq_len', config.data.seq_len)
     for axis in ('expert', 'tensor'):
         if mesh[axis] != 1:
             raise ConfigError(
@@ -355,7 +329,7 @@ def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> N
     if num_devices is not None:
         rest = mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
         if data == -1:
-            _divides('the product of mesh.fsdp, expert, context and tensor', rest, 'the number of devices', num_devices)
+            divides('the product of mesh.fsdp, expert, context and tensor', rest, 'the number of devices', num_devices)
             data = num_devices // rest
         if data * rest != num_devices:
             raise ConfigError(
@@ -365,28 +339,29 @@ def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> N
             )
     if data != -1:
         shards = data * mesh.fsdp
-        _divides(
+        divides(
             'mesh.data x mesh.fsdp', shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps
         )
-        _divides('mesh.data x mesh.fsdp', shards, 'eval.batch_size', config.eval.batch_size or batch)
+        divides('mesh.data x mesh.fsdp', shards, 'eval.batch_size', config.eval.batch_size or batch)
 
 
-def _divides(name: str, value: int, whole_name: str, whole: int) -> None:
-    if whole % value:
-        raise ConfigError(f'{name}={value} must divide {whole_name}={whole}')
+def _require(key: str, expected: Mapping[str, Option]) -> None:
+    """Refuses a key that no option has, with the one that was meant.
 
-
-def _option(key: str) -> Option:
-    known = dict(leaves())
-    if key in known:
-        return known[key]
-    inside = [name for name in known if name.startswith(key + '.')]
+    Raises:
+      ConfigError: there is none.
+    """
+    if key in expected:
+        return
+    if key + '.' == NAMED:
+        raise ConfigError(f"{key} holds groups of options by name; write {NAMED}NAME = dict(kind='...', ...)")
+    inside = [name for name in expected if name.startswith(key + '.')]
     if inside:
         raise ConfigError(f'{key} is a group of options; set one of them, such as {inside[0]}')
     # A key that is right but for its group is more likely meant than one that merely looks alike.
     last = key.split('.')[-1]
-    same = [name for name in known if name.split('.')[-1] == last]
-    close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    same = [name for name in expected if name.split('.')[-1] == last]
+    close = same or difflib.get_close_matches(key, expected, n=1, cutoff=0.0)
     raise ConfigError(f'unknown option {key}; did you mean {close[0]}?')
 
 

@@ -1,11 +1,12 @@
-"""Learning-rate schedules and optimizers, with the group of every parameter decided by its name and axes.
+"""Learning-rate schedules and optimizers, with the group of every parameter decided by what it says of itself.
 
 Blocks are stacked: a norm's scale is a matrix ``[layers, embed]`` to anyone who counts dimensions. So groups look at
-logical axis names only, and an update of stacked layers equals the updates of the layers one by one.
+logical axis names, and at what says that it must not decay, and an update of stacked layers equals the updates of the
+layers one by one.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,18 +73,17 @@ def stacked_axes(axes: tuple[str | None, ...]) -> int:
     return count
 
 
-def is_matrix(name: str, axes: tuple[str | None, ...]) -> bool:
-    """Whether a parameter is a weight matrix, the only kind that decays.
+def is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """Whether a parameter is a weight matrix: the only kind that decays, unless it says that it must not.
 
     Not among them: what is a vector per layer (norms, biases, skips, scales, kappa); depthwise convolutions and delay
-    taps, which are vectors per lag; ``A_log``; and the embedding, of which a batch touches few rows while decay
-    would shrink all. This contains what must not decay by SCIENCE, section 1.7.
+    taps, which are vectors per lag. Of matrices, ``A_log`` must not decay, nor the embedding, of which a batch touches
+    few rows while decay would shrink all.
     """
-    special = name.rsplit('/', 1)[-1] in ('A_log', 'embedding')
-    return len(axes) - stacked_axes(axes) >= 2 and 'conv' not in axes and not special
+    return len(axes) - stacked_axes(axes) >= 2 and 'conv' not in axes
 
 
-def muon_dimensions(name: str, axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
+def muon_dimensions(axes: tuple[str | None, ...]) -> MuonDimensionNumbers | None:
     """Input and output axes of a matrix that Muon orthogonalises; None where AdamW is used.
 
     Muon takes the projections between wide features: attention, mixer inputs and outputs, MLPs and experts. AdamW
@@ -92,7 +92,7 @@ def muon_dimensions(name: str, axes: tuple[str | None, ...]) -> MuonDimensionNum
     """
     first = stacked_axes(axes)
     sides = axes[first:]
-    if not is_matrix(name, axes) or not set(sides) <= set(WIDE_AXES):
+    if not is_matrix(axes) or not set(sides) <= set(WIDE_AXES):
         return None
     # Heads may come with their width, [embed, heads, head_dim] or [heads, head_dim, embed]; embed is a side by itself.
     split = len(sides) - 1 if sides[-1] == 'embed' else 1
@@ -100,19 +100,22 @@ def muon_dimensions(name: str, axes: tuple[str | None, ...]) -> MuonDimensionNum
     return MuonDimensionNumbers(reduction_axis=dims[:split], output_axis=dims[split:])
 
 
-def describe_groups(optimizer: str, logical_axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, Group]:
+def describe_groups(
+    optimizer: str, logical_axes: Mapping[str, tuple[str | None, ...]], undecayed: Collection[str] = ()
+) -> dict[str, Group]:
     """The group of every parameter, by name.
 
     Args:
       optimizer: ``config.optim.name``.
       logical_axes: axis names of every parameter, as ``trees.logical_axes`` gives them.
+      undecayed: names of those that must not decay, as ``trees.undecayed`` gives them; Muon takes none of these.
     """
     groups = {}
     for name, axes in logical_axes.items():
-        group = optimizer
+        group, decayed = optimizer, is_matrix(axes) and name not in undecayed
         if optimizer == 'muon':
-            group = 'adamw' if muon_dimensions(name, axes) is None else 'muon'
-        groups[name] = Group(group, is_matrix(name, axes))
+            group = 'muon' if decayed and muon_dimensions(axes) is not None else 'adamw'
+        groups[name] = Group(group, decayed)
     return groups
 
 
@@ -161,7 +164,9 @@ def aspect(x: Float[Array, '...'], dimensions: MuonDimensionNumbers) -> float:
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, logical_axes: Mapping[str, tuple[str | None, ...]]
+    config: ml_collections.ConfigDict,
+    logical_axes: Mapping[str, tuple[str | None, ...]],
+    undecayed: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """The optimizer at its peak learning rate; the step multiplies its updates by the schedule's share.
 
@@ -172,8 +177,9 @@ def make_optimizer(
     Args:
       config: ``config.optim``.
       logical_axes: axis names of every parameter.
+      undecayed: names of those that must not decay.
     """
-    groups = describe_groups(config.name, logical_axes)
+    groups = describe_groups(config.name, logical_axes, undecayed)
     decay = optax.add_decayed_weights(
         config.weight_decay, mask=lambda params: map_named(lambda name, _: groups[name].decayed, params)
     )
@@ -193,7 +199,10 @@ def make_optimizer(
             stacked = {name: stacked_axes(axes) for name, axes in logical_axes.items()}
             return optax.chain(per_matrix(adafactor, stacked), decay, rate)
         case 'muon':
-            dimensions = {name: muon_dimensions(name, axes) for name, axes in logical_axes.items()}
+            dimensions = {
+                name: muon_dimensions(axes) if groups[name].name == 'muon' else None
+                for name, axes in logical_axes.items()
+            }
             muon = optax.chain(
                 scale_by_muon(
                     beta=config.momentum,

@@ -1,4 +1,7 @@
-"""The table of options: every leaf of the configuration with its default, its meaning and the values it may take."""
+"""What an option is, and the table of all that are not of a layer: default, meaning and the values it may take.
+
+A layer declares its own options in its file; ``mixcon_jax.config.table()`` has all of them together.
+"""
 
 import math
 import struct
@@ -39,6 +42,25 @@ class Option:
     most: int = INT32  # of an integer
     between: str = ','  # a pattern of what lies between elements that the command line gives as one
     path: str = ''  # of an option that holds a path: what to name there; it may be empty only where that is the default
+    derive: Callable[[Any], Any] | None = None  # of a layer's option: what 0 stands for, from ``config.model``
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What a layer reports of itself at every step, as ``mixcon watch`` shows it.
+
+    Attributes:
+      meaning: in words.
+      title: of the table it stands in; statistics of one title stand together, in the order of their declaration.
+      form: ``number``, a column; ``shares`` that add up to 1, a bar each; and beside a title's bars ``aside``, a number,
+        or ``exception``, a share that is told where it is not 0.
+      label: its name there; that in the metrics, if left out.
+    """
+
+    meaning: str
+    title: str = 'statistics'
+    form: str = 'number'
+    label: str = ''
 
 
 def float32(value: float) -> float:
@@ -109,71 +131,8 @@ OPTIONS: dict[str, Any] = {
             'none', 'What the backward pass recomputes: nothing, everything in a block, or all but matrix products.',
             one_of('none', 'block', 'dots'),
         ),
-        'attention': {
-            'num_heads': Option(4, 'Query heads.', POSITIVE),
-            'num_kv_heads': Option(2, 'Key and value heads; divides num_heads.', POSITIVE),
-            'head_dim': Option(0, 'Width of a head; 0 means dim / num_heads.', COUNT),
-            'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
-            'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
-            'block_size': Option(256, 'Queries and keys a tile of the portable blockwise attention.', POSITIVE),
-        },
-        'ssm': {
-            'd_state': Option(16, 'States N per channel, of Mamba and Conba.', POSITIVE),
-            'd_conv': Option(4, 'Width of the short causal convolution.', POSITIVE),
-            'expand': Option(2, 'Inner width d_in as a multiple of dim.', POSITIVE),
-            'dt_rank': Option(0, 'Rank of the step-size projection; 0 means ceil(dim / 16).', COUNT),
-            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0)),
-            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
-            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
-            'implementation': Option(
-                '', 'Selective scan: "" picks the best here.', one_of('', 'reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative', 'mosaic_gpu'),
-            ),
-            'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
-            'keep_every': Option(
-                0, 'Tokens between the states that the GPU kernel keeps for the backward pass; 0 means one a tile, 16 as a rule. 64: a quarter of the memory, more work.', multiple_of(16),
-            ),
-        },
-        'mamba': {
-            'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.'),
-        },
-        'conba': {
-            'state_scaling': Option('output', 'Where the states are scaled (eq. 7).', one_of('none', 'output', 'readout')),
-            'delay': Option(
-                'taps', 'Delayed states (eq. 6): past outputs, one tap inside the loop, or a map of the state.',
-                one_of('none', 'taps', 'companion', 'state'),
-            ),
-            'taps': Option(
-                (1, 2, 4, 8), 'Delays of delay="taps", in tokens.',
-                Check(lambda value: len(value) > 0 and all(v >= 1 for v in value) and len(set(value)) == len(value),
-                      'distinct delays of at least 1'), element=int,
-            ),
-            'control': Option('matrix', 'Adaptive feedback gain (eq. 11).', one_of('none', 'slow', 'diag', 'matrix')),
-            'head_dim': Option(32, 'Channels P that share one gain.', POSITIVE),
-            'reference': Option('diag', 'Desired output y_d (eq. 10): per-channel, zero, or a full projection.', one_of('zero', 'diag', 'proj')),
-            'kappa': Option('free', 'Output mix of the gain: unconstrained, or a sigmoid.', one_of('free', 'bounded')),
-            'feedback_iters': Option(0, 'Passes of true feedback onto the scan\'s input.', between(0, 8)),
-            'gate': Option('full', 'Output gate: full SwiGLU (eq. 12) or Mamba\'s SiLU.', one_of('full', 'mamba')),
-            'process_noise': Option(0.0, 'Standard deviation of w_k (eq. 13), training only.', at_least(0.0)),
-            'observation_noise': Option(0.0, 'Standard deviation of v_k (eq. 14), training only.', at_least(0.0)),
-            'gain_chunk': Option(32, 'Tokens a chunk of the matrix gain.', POSITIVE),
-        },
-        'mlp': {
-            'hidden_dim': Option(0, 'Width of the SwiGLU; 0 means 8/3 dim, rounded up to a multiple of 16.', COUNT),
-        },
-        'moe': {
-            'num_experts': Option(4, 'Experts.', POSITIVE),
-            'top_k': Option(2, 'Experts a token uses.', POSITIVE),
-            'hidden_dim': Option(0, 'Width of one expert; 0 means the mlp\'s width / top_k.', COUNT),
-            'renormalize': Option(False, 'Scale the chosen weights to sum to one, as Mixtral does.'),
-            'balance': Option('loss', 'How load is balanced: by a loss, by a bias on the routing, or not.', one_of('none', 'loss', 'bias')),
-            'balance_coef': Option(1e-2, 'Weight of the balance loss.', at_least(0.0)),
-            'router_z_coef': Option(0.0, 'Weight of the router\'s z-loss.', at_least(0.0)),
-            'bias_rate': Option(1e-3, 'Step of the routing bias with balance="bias".', at_least(0.0)),
-            'implementation': Option(
-                '', 'Expert products: "" picks; dense runs every expert, grouped sorts tokens.', one_of('', 'dense', 'grouped'),
-            ),
-            'group_block': Option(128, 'Rows a block of the grouped product.', POSITIVE),
-        },
+        'layers': {},  # groups of options by the name that a pattern calls them: models/pattern.py
+        # Here follow the groups of the layers, each in its layer's file: models/kinds.py.
     },
     'data': {
         'sources': Option(
@@ -263,8 +222,8 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def leaves(options: Mapping[str, Any] = OPTIONS, prefix: str = '') -> Iterator[tuple[str, Option]]:
-    """Yields ``(dotted key, option)`` for every option."""
+def leaves(options: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Option]]:
+    """Yields ``(dotted key, option)`` for every option of a table."""
     for name, option in options.items():
         if isinstance(option, Option):
             yield prefix + name, option

@@ -25,11 +25,11 @@ from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.parallel import layout
-from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state
+from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state, undecayed
 
 BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
 
-Model = Any  # an nnx.Module called like models.decoder.Decoder, with its head()
+Model = Any  # an nnx.Module called like models.decoder.Decoder, with its head() and update_buffers()
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
 
@@ -107,8 +107,8 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     abstract_model = nnx.eval_shape(lambda: create(config.model, config.seed))
     graphdef, *templates = nnx.split(abstract_model, nnx.Param, Buffer)
     param_template, buffer_template = templates
-    axes = logical_axes(param_template)
-    optimizer = optim.make_optimizer(config.optim, axes)
+    axes, kept = logical_axes(param_template), undecayed(param_template)
+    optimizer = optim.make_optimizer(config.optim, axes, kept)
 
     def build(params: Tree, buffers: Tree) -> Model:
         return nnx.merge(graphdef, to_state(params, param_template), to_state(buffers, buffer_template))
@@ -158,7 +158,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         ),
         logical_axes=axes,
-        groups=optim.describe_groups(config.optim.name, axes),
+        groups=optim.describe_groups(config.optim.name, axes, kept),
         init_state=jax.jit(init_state, out_shardings=shardings, compiler_options=init_options),
         train_step=jax.jit(
             train,
@@ -215,23 +215,11 @@ def microbatch_loss(
         shards=shards,
     )
     part = 1.0 / config.train.accum_steps
-    losses = {name: value * part for name, value in aux['losses'].items()}
-    loss = sums.total / tokens + sum(loss_coefficient(config, name) * value for name, value in losses.items())
+    losses = {name: loss.value * part for name, loss in aux['losses'].items()}
+    loss = sums.total / tokens + sum(aux['losses'][name].weight * value for name, value in losses.items())
     stats = jax.tree.map(lambda value: value * part, aux['stats'])
     means = {'loss': sums.nll / tokens, 'z_loss': sums.z / tokens, 'accuracy': sums.correct / tokens}
     return loss, means | {'stats': stats} | losses
-
-
-def loss_coefficient(config: ml_collections.ConfigDict, name: str) -> float:
-    """The weight of one of the model's auxiliary losses."""
-    moe = config.model.moe
-    match name:
-        case 'balance':
-            return moe.balance_coef if moe.balance == 'loss' else 0.0
-        case 'router_z':
-            return moe.router_z_coef
-        case _:
-            raise ValueError(f'the model reports an auxiliary loss {name!r} that has no coefficient')
 
 
 def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_steps: int) -> Tree:
@@ -275,7 +263,8 @@ def train_step(
 
     Returns:
       The new state, and metrics: ``loss`` (nats per token, without auxiliary terms), ``z_loss``, ``accuracy``
-      (share of scored tokens predicted right), ``balance`` and ``router_z`` where there are experts (all unweighted),
+      (share of scored tokens predicted right), the layers' losses, as ``balance`` and ``router_z`` of experts (all
+      unweighted),
       ``grad_norm`` (before clipping), ``learning_rate``, ``tokens`` (all that are no padding), ``bad``, ``bad_steps``,
       ``skipped``, ``broken`` (whether the new parameters are not finite, as with options that float32 cannot hold; the
       optimizer's moments overflow only where the gradient's norm does), and ``stats``, the model's own.
@@ -303,7 +292,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rate = share(state.step)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
-    buffers = update_buffers(config.model.moe.bias_rate, state.buffers, metrics['stats'])
+    buffers = build(state.params, state.buffers).update_buffers(state.buffers, metrics['stats'])
 
     # ----- unless it went wrong -----
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
@@ -336,24 +325,6 @@ def all_finite(tree: Tree) -> Bool[Array, '']:
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
     return jnp.all(jnp.stack([jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in leaves]) < jnp.inf)
-
-
-def update_buffers(rate: float, buffers: Tree, stats: Mapping[str, Array]) -> Tree:
-    """Moves each routing bias towards the experts that got less than their share (Wang et al., 2024).
-
-    Args:
-      rate: step of the bias, ``model.moe.bias_rate``.
-      buffers: leaves ``blocks/layers/{j}/ffn/router_bias`` `[num_blocks, E]`.
-      stats: holds ``layer_{j}/moe_load`` `[num_blocks, E]`, the mean over microbatches.
-    """
-
-    def update(name: str, value: Array) -> Array:
-        if not name.endswith('/router_bias'):
-            return value
-        load = stats[f'layer_{name.split("/")[2]}/moe_load']
-        return value + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
-
-    return map_named(update, buffers)
 
 
 def eval_step(config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch) -> dict[str, Array]:

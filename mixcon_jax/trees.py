@@ -48,6 +48,14 @@ def to_state(tree: Mapping[str, Any], template: State) -> State:
     )
 
 
+def undecayed(state: State) -> frozenset[str]:
+    """The names of the variables that say of themselves that weight decay must leave them alone."""
+    flat = nnx.to_flat_state(state)
+    return frozenset(
+        '/'.join(map(str, path)) for path, variable in flat if not variable.get_metadata().get('decay', True)
+    )
+
+
 def logical_axes(state: State) -> dict[str, tuple[str | None, ...]]:
     """Each variable's logical axis names by its name.
 

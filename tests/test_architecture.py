@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ('mixcon_jax', 'kernels_pallas', 'launch', 'experiments')
 
 # Whatever may be imported by everyone: they import nothing of ours but each other.
-FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'host', 'options', 'config', 'parallel')}
+FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'host', 'options', 'checks', 'config', 'parallel')}
 # What starts runs; only launchers and one another may import it.
 TOP = {'mixcon_jax.train', 'mixcon_jax.cli', 'mixcon_jax.__main__', 'launch'}
 
@@ -127,6 +127,20 @@ def test_experiments_are_data(name: str):
     assert all(any_within(other, allowed) for other in ours(name)), ours(name)
     assert 'mixcon_jax.models.accounting' not in imports(name, lazy=False), 'only sweep() may count parameters'
     assert not {other for other in imports(name) if other.split('.')[0] in ('jax', 'flax', 'optax', 'orbax')}
+
+
+def test_a_configuration_is_read_without_jax():
+    """What mixcon_jax.config imports when it is imported, and what that imports, with the packages around them."""
+    seen: set[str] = set()
+    todo = ['mixcon_jax.config']
+    while todo:
+        name = todo.pop()
+        for other in imports(name, lazy=False):
+            assert other.split('.')[0] not in ('jax', 'flax', 'optax', 'orbax', 'numpy', 'kernels_pallas'), name
+            parts = other.split('.')
+            todo += {'.'.join(parts[:size]) for size in range(1, len(parts) + 1)} & MODULES.keys() - seen
+        seen.add(name)
+    assert {'mixcon_jax.checks', 'mixcon_jax.models.kinds', 'mixcon_jax.models.mixers'} <= seen
 
 
 def test_imports_have_no_circle():

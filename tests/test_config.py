@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mixcon_jax import config as configs
-from mixcon_jax.config import ConfigError
-from mixcon_jax.options import INT32, SMALLEST, UINT32, Option, beyond, float32, leaves
+from mixcon_jax.checks import check_leaf
+from mixcon_jax.config import ConfigError, leaves
+from mixcon_jax.options import INT32, SMALLEST, UINT32, Option, beyond, float32
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_every_option_can_be_overridden_on_the_command_line(experiment, key, opt
 
 @pytest.mark.parametrize('key, option', list(leaves()), ids=[key for key, _ in leaves()])
 def test_every_default_passes_its_own_check_and_has_a_meaning(key, option):
-    configs._check_leaf(key, option.default, option)
+    check_leaf(key, option.default, option)
     assert option.meaning.endswith(('.', ')', '"')), option.meaning
 
 
@@ -194,9 +195,9 @@ def test_integers_that_32_bits_cut_are_refused_and_the_key_named(key):
     most, option = UINT32 if key == 'seed' else INT32, dict(leaves())[key]
     for value in (most + 1, most + 6, 2**63, 10**400, -(2**31) - 1):
         with pytest.raises(ConfigError, match=rf'^{key}=.*at most {most}$'):
-            configs._check_leaf(key, (1, value) if option.element else value, option)
+            check_leaf(key, (1, value) if option.element else value, option)
     unchecked = dataclasses.replace(option, check=None)  # most of them would be far too many
-    configs._check_leaf(key, (1, most) if option.element else most, unchecked)
+    check_leaf(key, (1, most) if option.element else most, unchecked)
 
 
 @of_kind(float)
@@ -204,7 +205,7 @@ def test_floats_that_float32_makes_infinite_or_zero_are_refused_and_the_key_name
     option = dict(leaves())[key]
     for value in (1e39, -1e39, 1e-39, -1e-39, 5e-324, float('inf'), float('nan')):
         with pytest.raises(ConfigError, match=rf'^{key}=.*(float32|finite)'):
-            configs._check_leaf(key, (0.5, value) if option.element else value, option)
+            check_leaf(key, (0.5, value) if option.element else value, option)
 
 
 def test_integers_that_no_float_holds_are_infinite():

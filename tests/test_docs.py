@@ -24,7 +24,7 @@ import yaml
 
 from mixcon_jax import config as configs
 from mixcon_jax.cli import build_parser, parse_overrides
-from mixcon_jax.options import leaves
+from mixcon_jax.config import leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'

@@ -142,6 +142,22 @@ def test_one_number_that_differs_is_an_axis_and_what_follows_from_it_is_not_show
     assert numeric_axis(arms) is None
 
 
+def test_arms_with_named_layers_differ_in_what_they_give(tmp_path):
+    """An expert's width follows from the named top_k; what an arm does not give is a dash."""
+    pattern = ('conba+big', 'attention+mlp')
+    for name, layers in {'none': {}, 'one': {'top_k': 1}, 'two': {'top_k': 2}}.items():
+        given = {'model__layers': {'big': {'kind': 'moe', **layers}}, 'model__pattern': pattern} if layers else {}
+        write_run(tmp_path / name, name=name, **given)
+    arms = collect([tmp_path]).arms
+    assert [arm.options['model.layers.big.top_k'] for arm in arms] == ['–', 1, 2]
+    assert {key for arm in arms for key in arm.options} == {
+        'model.pattern', 'model.layers.big.kind', 'model.layers.big.top_k',
+    }  # fmt: skip
+    assert [arm.options for arm in collect([tmp_path / 'one', tmp_path / 'two']).arms] == [
+        {'model.layers.big.top_k': 1}, {'model.layers.big.top_k': 2},
+    ]  # fmt: skip
+
+
 def test_weights_of_the_same_seed_of_another_sweep_make_no_new_arm(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f'{seed}', name='tuned', seed=seed, train__init_from=f'runs/base/seed-{seed}')

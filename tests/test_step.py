@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mixcon_jax import config as configs
 from mixcon_jax import step
 from mixcon_jax.errors import UserError
 from mixcon_jax.models.context import Context
@@ -63,6 +64,9 @@ class Plain(nnx.Module):
 
     def head(self):
         return self.embedding[...].T
+
+    def update_buffers(self, buffers, stats):
+        return buffers
 
 
 # ----- one big batch, however it is cut -----
@@ -125,7 +129,7 @@ def test_microbatches_are_strided_rows_and_auxiliary_losses_their_mean():
     for i in range(4):
         part = {key: jnp.asarray(value[i::4]) for key, value in batch.items()}
         aux = model(part['tokens'], Context(part['segment_ids'], part['positions'], train=True))[2]
-        balance.append(aux['losses']['balance'])
+        balance.append(aux['losses']['balance'].value)
         load.append(aux['stats']['layer_0/moe_load'])
     metrics = steps.train_step(state, steps.put(batch))[1]
     np.testing.assert_allclose(metrics['balance'], np.mean(balance), rtol=1e-5)
@@ -148,7 +152,8 @@ def test_gradient_of_the_loss_is_that_of_its_formula():
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), arrays['targets'][..., None], axis=-1)[..., 0]
         z = jax.nn.logsumexp(logits, axis=-1) ** 2
         mean = lambda x: jnp.where(arrays['loss_mask'], x, 0).sum() / arrays['loss_mask'].sum()
-        return mean(nll) + 0.05 * mean(z) + 0.3 * aux['losses']['balance'] + 0.2 * aux['losses']['router_z'], mean(nll)
+        balance, router_z = (aux['losses'][name].value for name in ('balance', 'router_z'))
+        return mean(nll) + 0.05 * mean(z) + 0.3 * balance + 0.2 * router_z, mean(nll)
 
     (_, nll), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
     norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))
@@ -331,6 +336,18 @@ def test_routing_bias_moves_towards_experts_below_their_share():
         assert set(named_leaves(state.buffers)) == {'blocks/layers/0/ffn/router_bias'}
         np.testing.assert_allclose(named_leaves(state.buffers)['blocks/layers/0/ffn/router_bias'], total, rtol=1e-6)
     assert total.shape == (2, 3) and np.any(total != 0)
+
+
+def test_named_experts_move_a_bias_of_their_own():
+    layers = {'big': {'kind': 'moe', 'balance': 'bias', 'bias_rate': 0.5, 'num_experts': 5}}
+    config = tiny_config(model__layers=layers, model__pattern=('attention+moe', 'attention+big'))
+    steps = steps_of(configs.validate(config))
+    state, metrics = steps.train_step(steps.init_state(), steps.put(random_batch(0, 8, LENGTH)))
+    load = np.asarray(metrics['stats']['layer_1/moe_load'])
+    assert load.shape == (2, 5) and metrics['stats']['layer_0/moe_load'].shape == (2, 3)
+    assert set(named_leaves(state.buffers)) == {'blocks/layers/1/ffn/router_bias'}
+    bias = named_leaves(state.buffers)['blocks/layers/1/ffn/router_bias']
+    np.testing.assert_allclose(bias, 0.5 * np.sign(1 / 5 - load), rtol=1e-6)
 
 
 # ----- evaluation -----

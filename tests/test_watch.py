@@ -391,6 +391,19 @@ def test_of_many_layers_the_least_even_and_the_range_are_shown(tmp_path):
         assert (rows['least'], rows['mean'], rows['greatest']) == ('0', '9.5', '19')
 
 
+def test_what_a_layer_does_not_declare_is_shown_all_the_same(tmp_path):
+    """A layer of another version's run, or one whose class is not here; and without a pattern, all that is known."""
+    stats = {'layer_0/size': [1.5], 'layer_0/gain_norm': [2.5]}
+    run = opened(tmp_path / 'run', [STARTED, train(1, 1001, stats=stats)])
+    text = shown(details(run, 1002, 80, 6), 80)
+    assert 'Conba: gain and step' in text and 'statistics' in text and 'size' in text and '1.5' in text
+    run.config = {}
+    assert 'Conba: gain and step' in shown(details(run, 1002, 80, 6), 80)
+    run.config = {'model': {'pattern': ['local+experts', 3], 'layers': {'local': {'kind': 'attention'}, 'x': 3}}}
+    text = shown(details(run, 1002, 80, 6), 80)
+    assert 'Conba' not in text and 'gain norm' in text
+
+
 def test_a_task_shows_accuracy_instead_of_bits_per_byte(tmp_path):
     answers = scores(1, 1002, 0.5) | {'accuracy': 0.875, 'bits_per_byte': None, 'bytes': 0}
     run = opened(tmp_path / 'run', [STARTED, train(1, 1001), answers])

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 import jax
 from flax import nnx
 
-from mixcon_jax.models.block import parse_layer
 from mixcon_jax.models.decoder import Decoder, create
-from mixcon_jax.models.presets import CONBA_OFF
-
-SCAN_OPS_PER_STATE = 7  # decay's exponent and exp, decay times state, input times B, their sum, and C's multiply-add
+from mixcon_jax.models.layers import Parameters
+from mixcon_jax.models.pattern import Part, parts, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +21,8 @@ class Counts:
       total: all of them.
       active: those that one token uses: of E experts, top_k.
       embedding: the embedding's and the output head's share of the total.
-      conba: what Conba adds to the Mamba mixer with norms, contained in total and active.
+      conba: what layers add to those that they extend, Conba to the Mamba mixer with norms; contained in total and
+        active.
     """
 
     total: int
@@ -34,18 +33,15 @@ class Counts:
 
 def parameter_count(model) -> Counts:
     """Counts the parameters of ``config.model``."""
+    layers = _layers(model)
     total = active = embedding = 0
     for path, shape, _ in parameters(model):
         size = math.prod(shape)
         total += size
-        active += round(size * _used_share(model, path))
+        active += round(size * _used_share(layers, path))
         embedding += size if path in ('embedding', 'output') else 0
-    conba = 0
-    if any(parse_layer(spec).mixer == 'conba' for spec in model.pattern):
-        plain = model.copy_and_resolve_references()
-        plain.conba.update(CONBA_OFF | {'observation_noise': 0.0})
-        conba = total - sum(math.prod(shape) for _, shape, _ in parameters(plain))
-    return Counts(total, active, embedding, conba)
+    added = sum(_additions(part) for layer in layers for part in layer.values())
+    return Counts(total, active, embedding, model.num_blocks * added)
 
 
 def width_for(model, total: int, key: str = 'mlp.hidden_dim') -> int:
@@ -96,40 +92,20 @@ def flops_per_token(model, seq_len: int) -> float:
     """Operations of one training token, forward and backward (three times the forward's).
 
     Counts two per multiply-add of every matrix that the token meets (top_k experts, the head, not the embedding's
-    look-up), causal attention over ``seq_len / 2`` keys, the scan's state updates and the matrix gain's products.
+    look-up), and what each layer's class says (``Layer.flops``): causal
+    attention over ``seq_len / 2`` keys, the scan's state updates and the matrix gain's products.
     Elementwise work (gates, taps, norms, a diagonal gain) is left out.
     Recomputation (``remat``) is not counted, as usual for MFU.
     """
-    forward = 0.0
+    layers, forward = _layers(model), 0.0
     for path, shape, axes in parameters(model):
         if path == 'embedding' and not model.tie_embeddings:
             continue
         if len(axes) - ('layers' in axes) >= 2 and not {'conv', 'state'} & set(axes):
-            forward += 2 * math.prod(shape) * _used_share(model, path)
-    for spec in model.pattern:
-        forward += model.num_blocks * _mixer_flops(model, parse_layer(spec).mixer, seq_len)
+            forward += 2 * math.prod(shape) * _used_share(layers, path)
+    for part in (part for layer in layers for part in layer.values()):
+        forward += model.num_blocks * part.load().flops(part.model, seq_len)
     return 3 * forward
-
-
-def _mixer_flops(model, mixer: str, seq_len: int) -> float:
-    """Forward operations of a mixer beside its projections."""
-    inner = model.ssm.expand * model.dim
-    if mixer == 'attention':
-        head_dim = model.attention.head_dim or model.dim // model.attention.num_heads
-        return 2 * model.attention.num_heads * head_dim * seq_len
-    if mixer not in ('mamba', 'conba'):
-        return 0.0
-    scan = SCAN_OPS_PER_STATE * inner * model.ssm.d_state
-    if mixer == 'mamba':
-        return scan
-    conba, gain = model.conba, 0.0
-    if conba.control == 'matrix':
-        gain = inner * (4 * conba.head_dim + 4 * conba.gain_chunk)
-    elif conba.control == 'slow':
-        gain = 2 * inner * conba.head_dim
-    # delay='state' is folded into C, once a token.
-    readout = 2 * model.ssm.d_state**2 * (inner * (conba.state_scaling == 'readout') + (conba.delay == 'state'))
-    return scan * (1 + conba.feedback_iters) + gain * max(1, conba.feedback_iters) + readout
 
 
 def state_bytes(model, max_len: int) -> int:
@@ -142,11 +118,28 @@ def _abstract(model) -> Decoder:
     return nnx.eval_shape(lambda: create(model))
 
 
-def _used_share(model, path: str) -> float:
-    expert = path.rsplit('/', 1)[-1] in ('w_gate', 'w_up', 'w_down') and _is_moe(model, path)
-    return model.moe.top_k / model.moe.num_experts if expert else 1.0
+def _layers(model) -> list[dict[str, Part]]:
+    """The parts of each layer of the pattern, by role, with what they read."""
+    model = resolve(model)
+    return [parts(model, text) for text in model.pattern]
 
 
-def _is_moe(model, path: str) -> bool:
-    layer = path.split('/')[2]
-    return parse_layer(model.pattern[int(layer)]).ffn == 'moe'
+def _used_share(layers: list[dict[str, Part]], path: str) -> float:
+    """The share of a parameter that one token uses, as the layer says that has it: ``blocks/layers/j/role/name``."""
+    blocks, *rest = path.split('/', 4)
+    if blocks != 'blocks' or rest[2] not in ('mixer', 'ffn'):
+        return 1.0
+    part = layers[int(rest[1])][rest[2]]
+    return part.load().active_share(part.model, rest[3])
+
+
+def _additions(part: Part) -> int:
+    """Parameters of one layer that its class adds to the one that it extends."""
+    plain = part.load().without_additions(part.model)
+    return 0 if plain is None else _size(part, part.model) - _size(part, plain)
+
+
+def _size(part: Part, model) -> int:
+    """Parameters of one part, with these options."""
+    layer = nnx.eval_shape(lambda: part.load()(model, Parameters(jax.random.key(0)), 1))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param)))

@@ -1,79 +1,63 @@
 """A block: the layers of one pattern repeat, each a mixer, a mixer then an FFN, or both in parallel."""
 
-import difflib
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.ffns import FFNS
-from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State
-from mixcon_jax.models.mixers import MIXERS
+from mixcon_jax.models.layer import Layer
+from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State
+from mixcon_jax.models.pattern import named_kinds, parse_layer, parts
+
+CLASH = 'ffn_'  # before the name of an FFN's statistic that the mixer has too
 
 
-class LayerSpec(NamedTuple):
-    """One layer of a pattern."""
-
-    mixer: str
-    ffn: str  # '' for none
-    parallel: bool
-
-
-def parse_layer(text: str) -> LayerSpec:
-    """Reads ``'mixer'``, ``'mixer+ffn'`` or ``'mixer|ffn'``.
-
-    Raises:
-      ValueError: an unknown name, with the closest known one.
-    """
-    parallel = '|' in text
-    mixer, separator, ffn = text.partition('|' if parallel else '+')
-    _known(mixer, MIXERS, 'mixer', text)
-    if separator:
-        _known(ffn, FFNS, 'ffn', text)
-    return LayerSpec(mixer, ffn, parallel)
-
-
-def _known(name: str, registry: dict, kind: str, text: str) -> None:
-    if name not in registry:
-        close = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f'layer {text!r} names an unknown {kind} {name!r}; did you mean {close!r} (of {", ".join(registry)})?'
-        )
-
-
-class Layer(nnx.Module):
+class Residual(nnx.Module):
     """Pre-norm residual layer: x += mixer(norm x); x += ffn(norm x). In parallel, both read the same normed x."""
 
     def __init__(self, config, spec: str, params: Parameters, num_layers: int) -> None:
-        mixer, ffn, self.parallel = parse_layer(spec)
+        self.parallel = parse_layer(spec, named_kinds(config)).parallel
         self.mixer_norm = RMSNorm(config.dim, params.scope('mixer_norm'), config.norm_eps, axis='embed')
-        self.mixer = MIXERS[mixer](config, params.scope('mixer'), num_layers)
-        if ffn:
+        made = {
+            role: part.load()(part.model, params.scope(role), num_layers) for role, part in parts(config, spec).items()
+        }
+        self.mixer = made['mixer']
+        if 'ffn' in made:
             if not self.parallel:
                 self.ffn_norm = RMSNorm(config.dim, params.scope('ffn_norm'), config.norm_eps, axis='embed')
-            self.ffn = FFNS[ffn](config, params.scope('ffn'), num_layers)
+            self.ffn = made['ffn']
+
+    def parts(self) -> dict[str, Layer]:
+        """The mixer and, where there is one, the FFN."""
+        return {role: getattr(self, role) for role in ('mixer', 'ffn') if hasattr(self, role)}
 
     def init_state(self, batch: int, max_len: int) -> State:
-        parts: dict[str, Any] = {'mixer': self.mixer, 'ffn': getattr(self, 'ffn', None)}
-        return {name: part.init_state(batch, max_len) for name, part in parts.items() if part is not None}
+        return {role: part.init_state(batch, max_len) for role, part in self.parts().items()}
 
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
-    ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
+    ) -> tuple[Float[Array, 'b t d'], State | None, dict[str, Aux]]:
+        """As of ``Layer``, with the aux of each part by its role."""
         old = {} if state is None else state
         normed = self.mixer_norm(x)
         y, mixer_state, aux = self.mixer(normed, context.fold(0), old.get('mixer'))
         new: State = {'mixer': mixer_state}
+        auxes = {'mixer': aux}
         x = x + y
         if hasattr(self, 'ffn'):
             if not self.parallel:
                 normed = self.ffn_norm(x)
-            y, new['ffn'], ffn_aux = self.ffn(normed, context.fold(1), old.get('ffn'))
+            y, new['ffn'], auxes['ffn'] = self.ffn(normed, context.fold(1), old.get('ffn'))
             x = x + y
-            aux = {kind: aux.get(kind, {}) | ffn_aux.get(kind, {}) for kind in aux.keys() | ffn_aux.keys()}
-        return x, None if state is None else new, aux
+        return x, None if state is None else new, auxes
+
+    def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> dict[str, Any]:
+        """The parts' new buffers by role, from the layer's statistics."""
+        of_ffn = {name.removeprefix(CLASH): value for name, value in stats.items() if name.startswith(CLASH)}
+        seen = {'mixer': stats, 'ffn': {**stats, **of_ffn}}
+        return {role: self.parts()[role].update_buffers(values, seen[role]) for role, values in buffers.items()}
 
 
 class Block(nnx.Module):
@@ -83,7 +67,10 @@ class Block(nnx.Module):
         size = len(config.pattern)
         num_layers = size * config.num_blocks
         self.layers = nnx.List(
-            [Layer(config, spec, params.layer(index * size + j), num_layers) for j, spec in enumerate(config.pattern)]
+            [
+                Residual(config, spec, params.layer(index * size + j), num_layers)
+                for j, spec in enumerate(config.pattern)
+            ]
         )
 
     def init_state(self, batch: int, max_len: int) -> list[State]:
@@ -92,14 +79,30 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: list[State] | None
     ) -> tuple[Float[Array, 'b t d'], list[State | None] | None, Aux]:
-        losses: dict[str, list[Array]] = {}
+        losses: dict[str, list[Loss]] = {}
         stats: dict[str, Array] = {}
         new: list[State | None] = []
         for j, layer in enumerate(self.layers):
-            x, layer_state, aux = layer(x, context.fold(j), None if state is None else state[j])
+            x, layer_state, auxes = layer(x, context.fold(j), None if state is None else state[j])
             new.append(layer_state)
-            for name, value in aux.get('losses', {}).items():
-                losses.setdefault(name, []).append(value)
-            stats |= {f'layer_{j}/{name}': value for name, value in aux.get('stats', {}).items()}
-        means = {name: jnp.stack(values).mean() for name, values in losses.items()}
+            for aux in auxes.values():
+                for name, loss in aux.get('losses', {}).items():
+                    losses.setdefault(name, []).append(loss)
+                for name, value in aux.get('stats', {}).items():
+                    key = f'layer_{j}/{name}'
+                    stats[f'layer_{j}/{CLASH}{name}' if key in stats else key] = value
+        means = {name: Loss.mean(found) for name, found in losses.items()}
         return x, None if state is None else new, {'losses': means, 'stats': stats}
+
+    def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> dict[str, Any]:
+        """The layers' new buffers.
+
+        Args:
+          buffers: ``{'layers': {'j': {role: the part's}}}``, of layers that have any.
+          stats: ``{'layer_j/name': array}``.
+        """
+        new = {}
+        for j, values in buffers['layers'].items():
+            own = {name.partition('/')[2]: value for name, value in stats.items() if name.startswith(f'layer_{j}/')}
+            new[j] = self.layers[int(j)].update_buffers(values, own)
+        return {'layers': new}

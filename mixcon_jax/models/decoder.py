@@ -1,5 +1,8 @@
 """The language model: embedding, stacked pattern blocks scanned over depth, final norm, output head."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -9,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from mixcon_jax.models.block import Block
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, normal
+from mixcon_jax.models.pattern import resolve
 
 
 class Decoder(nnx.Module):
@@ -22,7 +26,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
         init, shape = normal(config.init_std), (config.vocab_size, config.dim)
-        self.embedding = params('embedding', shape, ('vocab', 'embed'), init)
+        self.embedding = params('embedding', shape, ('vocab', 'embed'), init, decay=False)
         self.blocks = nnx.vmap(lambda index: Block(config, params, index))(jnp.arange(config.num_blocks))
         for _, variable in nnx.iter_graph(self.blocks):
             if isinstance(variable, nnx.Variable):
@@ -42,8 +46,8 @@ class Decoder(nnx.Module):
           state: from ``init_state`` or an earlier call; None starts fresh and returns None.
 
         Returns:
-          Hidden features `[B, T, D]` after the final norm, the state, and ``{'losses': means over the layers that have
-          one, 'stats': {'layer_j/name': stacked over blocks}}``.
+          Hidden features `[B, T, D]` after the final norm, the state, and ``{'losses': {name: Loss}, means over the
+          parts of layers that have one, 'stats': {'layer_j/name': stacked over blocks}}``.
         """
         x = self.embedding[...][tokens].astype(self.dtype)
         graphdef, variables = nnx.split(self.blocks)
@@ -67,7 +71,7 @@ class Decoder(nnx.Module):
                 blocks.append(block_state)
                 auxes.append(aux)
             state, aux = {'blocks': blocks}, jax.tree.map(lambda *values: jnp.stack(values), *auxes)
-        aux['losses'] = {name: value.mean() for name, value in aux['losses'].items()}
+        aux['losses'] = jax.tree.map(jnp.mean, aux['losses'])
         return self.final_norm(x), state, aux
 
     def init_state(self, batch: int, max_len: int) -> State:
@@ -75,6 +79,15 @@ class Decoder(nnx.Module):
         graphdef, variables = nnx.split(self.blocks)
         block = nnx.merge(graphdef, jax.tree.map(lambda value: value[0], variables))
         return {'blocks': [block.init_state(batch, max_len) for _ in range(self.config.num_blocks)]}
+
+    def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> dict[str, Any]:
+        """Returns the buffers after a training step, each layer's as the layer says.
+
+        Args:
+          buffers: nested dicts ``{'blocks': {'layers': {'j': ...}}}`` of arrays `[num_blocks, ...]`; empty if none.
+          stats: ``{'layer_j/name': [num_blocks, ...]}``, the mean over microbatches.
+        """
+        return {name: jax.vmap(self.blocks.update_buffers)(values, stats) for name, values in buffers.items()}
 
     def head(self) -> Float[Array, 'd v']:
         """Returns the output weights, float32."""
@@ -87,6 +100,6 @@ class Decoder(nnx.Module):
 
 
 def create(config, seed: int | Int[Array, ''] = 0) -> Decoder:
-    """Builds a decoder from ``config.model``; pure in ``seed``, so ``nnx.eval_shape`` may run it."""
+    """Builds a decoder from ``config.model``, resolved or not; pure in ``seed``, so ``nnx.eval_shape`` may run it."""
     # Frozen, so that the model's structure is hashable and may be a static argument of a jitted function.
-    return Decoder(ml_collections.FrozenConfigDict(config), Parameters(jax.random.key(seed)))
+    return Decoder(ml_collections.FrozenConfigDict(resolve(config)), Parameters(jax.random.key(seed)))

@@ -1,5 +1,6 @@
-"""What the layers share: named parameters, RMSNorm, and a short causal convolution that respects documents."""
+"""What the layers share: named parameters, weighted losses, RMSNorm, a short convolution that respects documents."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,11 +17,29 @@ from mixcon_jax.parallel.kernels import causal_conv1d
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 Axes = tuple[str, ...]
 State = dict[str, Any]
-Aux = dict[str, dict[str, Array]]
+Aux = dict[str, dict[str, Any]]  # losses: name -> Loss; stats: name -> array
 
 
 class Buffer(nnx.Variable):
     """State of a layer that no gradient trains, such as a routing bias."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """An auxiliary loss of a layer: what metrics show, and its weight beside the cross-entropy."""
+
+    value: Any  # a scalar; of stacked blocks one each
+    weight: float = dataclasses.field(default=1.0, metadata={'static': True})
+
+    @staticmethod
+    def mean(losses: Sequence['Loss']) -> 'Loss':
+        """The mean over layers; where their weights differ, that of the values by their weights."""
+        values, weight = [loss.value for loss in losses], losses[0].weight
+        if any(loss.weight != weight for loss in losses):
+            weight = sum(loss.weight for loss in losses) / len(losses)
+            values = [loss.value * (loss.weight / weight) for loss in losses]
+        return Loss(jnp.stack(values).mean(), weight)
 
 
 class Parameters:
@@ -41,13 +60,21 @@ class Parameters:
         """Returns the maker for one layer of the whole model; its index may be traced."""
         return Parameters(self._key, f'{self._path}layer/', index)
 
-    def __call__(self, name: str, shape: Sequence[int], axes: Axes, init: Initializer) -> nnx.Param:
-        """Returns a float32 parameter; ``axes`` names each of its dimensions for sharding and optimizer groups."""
+    def __call__(self, name: str, shape: Sequence[int], axes: Axes, init: Initializer, decay: bool = True) -> nnx.Param:
+        """Returns a float32 parameter.
+
+        Args:
+          name: within the layer; with the seed, the key of its initial values.
+          shape: its sizes.
+          axes: names of its dimensions, for sharding and optimizer groups.
+          init: makes the initial values.
+          decay: whether it shrinks by weight decay if it is a matrix, as nothing else does.
+        """
         if len(shape) != len(axes):
             raise ValueError(f'parameter {name} has shape {tuple(shape)} but axes {axes}; name every dimension')
         # One fold for name and index together: a fold each would dominate the compile time of a small model.
         data = jnp.uint32(zlib.crc32((self._path + name).encode())) + jnp.uint32(self._index) * jnp.uint32(0x9E3779B1)
-        return nnx.Param(init(jax.random.fold_in(self._key, data), tuple(shape)), logical_axes=axes)
+        return nnx.Param(init(jax.random.fold_in(self._key, data), tuple(shape)), logical_axes=axes, decay=decay)
 
 
 def normal(std: float) -> Initializer:

@@ -17,7 +17,7 @@ from mixcon_jax.options import FREE
 from mixcon_jax.reports.runs import DONE, Run, number
 
 LONG_CONTEXT = 8192  # tokens at which decode state is stated, beside the trained length
-DERIVED = ('model.attention.head_dim', 'model.ssm.dt_rank', 'model.mlp.hidden_dim', 'model.moe.hidden_dim')
+ABSENT = '–'  # the value of an option of model.layers that an arm does not give
 Options = dict[str, Any]
 
 
@@ -175,13 +175,18 @@ def natural(text: str) -> list[tuple[int, int | str]]:
 def _differing(groups: Sequence[Sequence[Run]]) -> list[Options]:
     """For each arm its values of the options in which arms differ, but for those that follow from others."""
     every = [_identity(runs[0]) for runs in groups]
-    keys = [key for key in every[0] if len({repr(options[key]) for options in every}) > 1]
-    keys = [key for key in keys if not (key in DERIVED and all(_is_derived(runs[0], key) for runs in groups))]
-    return [{key: options[key] for key in keys} for options in every]
+    named = dict.fromkeys(key for options in every for key in options)  # arms may give groups of model.layers
+    keys = [key for key in named if len({repr(options.get(key)) for options in every}) > 1]
+    keys = [key for key in keys if not all(_is_derived(runs[0], key) for runs in groups)]
+    return [{key: options.get(key, ABSENT) for key in keys} for options in every]
 
 
 def _is_derived(run: Run, key: str) -> bool:
-    """Whether the option has the value that 0 would have given it."""
+    """Whether the option has the value that 0 would have given it, or is left to others as in no ``model.layers``."""
+    if configs.get(run.config, key, None) is None:
+        return True
+    if configs.known(run.config)[key].derive is None:
+        return False
     config = configs.canonical(run.config)
     configs.put(config, key, 0)
     return configs.get(configs.resolve(config), key) == configs.get(run.config, key)

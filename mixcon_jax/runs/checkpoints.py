@@ -20,19 +20,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mixcon_jax.runs import mark
-
-from mixcon_jax.runs import readback
-
-from mixcon_jax.runs import records
-
-from mixcon_jax.runs import retention
-
-from mixcon_jax.runs import saved
-from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.hush import hush_orbax
 from mixcon_jax.host.paths import expand_folder
+from mixcon_jax.runs import mark, readback, records, retention, saved
+from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 from mixcon_jax.trees import Tree, named_leaves
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax.runs import saved
+from mixcon_jax.config import leaves
 from mixcon_jax.errors import UserError
-from mixcon_jax.options import leaves
-from mixcon_jax.parsing import json_file
 from mixcon_jax.host.paths import expand_path
+from mixcon_jax.parsing import json_file
+from mixcon_jax.runs import saved
 
 MARK = 'mixcon.json'
 PROGRAM = 'mixcon_jax'

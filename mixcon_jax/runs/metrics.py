@@ -18,14 +18,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from mixcon_jax.runs import mark
 from mixcon_jax.errors import UserError
-from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.host.output import lasting
 from mixcon_jax.parsing import number
+from mixcon_jax.runs import mark
+from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.runs.records import Record, RecordLog, keep_until, plain, read
-from mixcon_jax.units import duration, short
 from mixcon_jax.runs.workdir import explained
+from mixcon_jax.units import duration, short
 
 EVERY_STEP = ('loss', 'tokens', 'bad', 'bad_steps', 'broken')  # read after every step; the rest when it is logged
 LINES = 20  # progress lines of a whole run, at least, when the output is not a terminal; and one a minute

@@ -18,9 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from mixcon_jax.errors import UserError
 from mixcon_jax.runs import saved
 from mixcon_jax.runs.checksums import checksum
-from mixcon_jax.errors import UserError
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 
 # Of a path: characters that no library takes for a pattern, an escape or a part of a URL.

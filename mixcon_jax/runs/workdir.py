@@ -19,13 +19,12 @@ from typing import IO, Any
 import ml_collections
 
 from mixcon_jax import config as configs
-from mixcon_jax.host import locks
-from mixcon_jax.runs import mark
-from mixcon_jax.runs import saved
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import locks
+from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.options import FREE, THROUGH_TOKENS
 from mixcon_jax.parsing import number
-from mixcon_jax.host.paths import expand_folder
+from mixcon_jax.runs import mark, saved
 from mixcon_jax.runs.records import Record, last, read
 
 SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')

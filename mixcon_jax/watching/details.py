@@ -1,4 +1,4 @@
-"""One run in detail: loss over steps, other numbers, where time goes, experts and gains."""
+"""One run in detail: loss over steps, other numbers, where time goes, and what its layers report."""
 
 import itertools
 import math
@@ -11,6 +11,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mixcon_jax.models.pattern import statistics
+from mixcon_jax.options import Statistic
 from mixcon_jax.units import short
 from mixcon_jax.watching import charts
 from mixcon_jax.watching.cells import grid, newest, percent, progress, room_beside, state_cell, time_left, titles
@@ -20,13 +22,13 @@ SHARES = {
     'goodput': ('steps', 'green'), 'startup': ('start-up', 'blue'), 'compile': ('compile', 'magenta'),
     'data': ('data', 'red'), 'checkpoint': ('checkpoint', 'yellow'), 'evaluation': ('evaluation', 'cyan'),
 }  # fmt: skip
-GAIN = ('gain_norm', 'correction', 'kappa', 'alpha', 'decay')  # in this order; what else there is follows
+BESIDE = ('aside', 'exception')  # forms of statistics that stand beside the bars of their title
 FEW = 8  # layers that are shown one by one
 SIDE_BY_SIDE = 120  # columns from which on the model's statistics stand beside the chart
 
 
 def details(run: Run, now: float, width: int, chart: int) -> RenderableType:
-    """One run: loss over steps in ``chart`` lines, other numbers, where time goes, experts and gains."""
+    """One run: loss over steps in ``chart`` lines, other numbers, where time goes, what its layers report."""
     title = Text.assemble((titles([run])[0], 'bold'), f' · seed {run.option("seed", "?")} · {run.folder}')
     head = Text(f'step {run.step}/{run.steps or "?"} ', no_wrap=True) + progress(run) + ' ' + state_cell(run, now)
     head.append(
@@ -37,7 +39,8 @@ def details(run: Run, now: float, width: int, chart: int) -> RenderableType:
     layers = per_layer(stats if isinstance(stats, dict) else {}, len(run.option('model.pattern', [])))
     halves = width // 2 - 2 if width >= SIDE_BY_SIDE and layers else width
     left = [*_chart(run, halves, chart), _numbers(run, now, halves), _time(run, halves)]
-    right = [*experts(layers, halves), *gains(layers)]
+    declared = statistics(run.option('model.pattern', []), run.option('model.layers', {}))
+    right = reported(layers, declared, halves)
     if halves == width:
         return Group(Rule(title, align='left'), head, *left, *right)
     panes = Table.grid(padding=(0, 4, 0, 0))
@@ -130,36 +133,71 @@ def per_layer(stats: Mapping[str, Any], pattern: int) -> dict[int, dict[str, Any
     return dict(sorted(layers.items()))
 
 
-def experts(layers: Mapping[int, Mapping[str, Any]], width: int) -> list[RenderableType]:
-    """Each expert's share of its layer's load as a bar; of many layers those whose load is least even."""
-    loads = {
-        layer: [number(share) for share in values['moe_load']]
+def reported(
+    layers: Mapping[int, Mapping[str, Any]], declared: Mapping[str, Statistic], width: int
+) -> list[RenderableType]:
+    """Tables of what the layers report, bars first: one a title, in the order of the layers' declarations."""
+    found = dict.fromkeys(name for values in layers.values() for name in values)
+    tables: dict[str, dict[str, Statistic]] = {}
+    for name in [*(name for name in declared if name in found), *(name for name in found if name not in declared)]:
+        statistic = declared.get(name, Statistic(''))
+        tables.setdefault(statistic.title, {})[name] = statistic
+    bars, columns = [], []
+    for title, group in tables.items():
+        for name, statistic in group.items():
+            if statistic.form == 'shares':
+                bars += shares(title, name, group, layers, width)
+        columns += numbers(title, {key: each for key, each in group.items() if each.form == 'number'}, layers)
+    return [*bars, *columns]
+
+
+def shares(
+    title: str,
+    name: str,
+    together: Mapping[str, Statistic],
+    layers: Mapping[int, Mapping[str, Any]],
+    width: int,
+) -> list[RenderableType]:
+    """A layer's shares as bars, as of the load of its experts; of many layers those whose shares are least even.
+
+    Args:
+      title: of the table.
+      name: of the statistic.
+      together: the statistics of the title, of which some stand beside the bars.
+      layers: the values by layer and name.
+      width: characters.
+    """
+    parts = {
+        layer: [number(share) for share in values[name]]
         for layer, values in layers.items()
-        if isinstance(values.get('moe_load'), list) and values['moe_load']
+        if isinstance(values.get(name), list) and values[name]
     }
-    if not loads:
+    if not parts:
         return []
-    worst = sorted(loads, key=lambda layer: -max(loads[layer]) * len(loads[layer]))[:FEW]
+    worst = sorted(sorted(parts, key=lambda layer: -max(parts[layer]) * len(parts[layer]))[:FEW])
     rows: list[list[str | Text]] = []
-    for layer in sorted(worst):
-        load, dropped = loads[layer], number(layers[layer].get('moe_dropped'))
-        entropy = number(layers[layer].get('moe_entropy'))
-        words = [
-            f'{percent(min(load))} to {percent(max(load))}',
-            f'entropy {entropy:.2f}' if math.isfinite(entropy) else '',
-            f'dropped {percent(dropped)}' if dropped > 0 else '',
-        ]
+    for layer in worst:
+        words = [f'{percent(min(parts[layer]))} to {percent(max(parts[layer]))}']
+        words += [_beside(other, layers[layer].get(key)) for key, other in together.items() if other.form in BESIDE]
         rows.append([f'layer {layer}', *words])
     room = room_beside(rows, width)
-    rows = [[*row, _bars(loads[layer], room)] for row, layer in zip(rows, sorted(worst))]
-    counts = {len(load) for load in loads.values()}
+    rows = [[*row, _bars(parts[layer], room)] for row, layer in zip(rows, worst)]
+    counts = {len(load) for load in parts.values()}
     even = f', {percent(1 / counts.pop())} is even' if len(counts) == 1 else ''
-    some = f'; worst {FEW} of {len(loads)} layers' if len(loads) > FEW else ''
-    return [Text(f'experts: share of tokens{even}{some}', 'bold'), grid(rows, width)]
+    some = f'; worst {FEW} of {len(parts)} layers' if len(parts) > FEW else ''
+    return [Text(f'{title}{even}{some}', 'bold'), grid(rows, width)]
+
+
+def _beside(statistic: Statistic, found: Any) -> str:
+    """A number beside the bars, in words; nothing of an exception that is none."""
+    value = number(found)
+    if statistic.form == 'exception':
+        return f'{statistic.label} {percent(value)}' if value > 0 else ''
+    return f'{statistic.label} {value:.2f}' if math.isfinite(value) else ''
 
 
 def _bars(load: Sequence[float], room: int) -> Text:
-    """A bar for each expert, red where it has over twice or under a quarter of its fair share.
+    """A bar for each share, red where it has over twice or under a quarter of its fair share.
 
     Where there is no room for all, neighbours share a bar, of the one that is further from fair.
     """
@@ -173,27 +211,26 @@ def _bars(load: Sequence[float], room: int) -> Text:
     return line
 
 
-def gains(layers: Mapping[int, Mapping[str, Any]]) -> list[RenderableType]:
-    """The other statistics, Conba's gain above all: a line for each layer, or for many their range and mean."""
-    found = {name: None for values in layers.values() for name in values if not name.startswith('moe_')}
-    names = [name for name in GAIN if name in found] + [name for name in found if name not in GAIN]
+def numbers(
+    title: str, names: Mapping[str, Statistic], layers: Mapping[int, Mapping[str, Any]]
+) -> list[RenderableType]:
+    """Statistics that are one number a layer: a line for each layer, or for many their range and mean."""
     having = [layer for layer, values in layers.items() if any(name in values for name in names)]
     if not having:
         return []
     table = Table(box=None, padding=(0, 2, 0, 0), header_style='dim')
     table.add_column('')
-    for name in names:
-        table.add_column(name.replace('_', ' '), justify='right', no_wrap=True)
+    for name, statistic in names.items():
+        table.add_column(statistic.label or name.replace('_', ' '), justify='right', no_wrap=True)
     values = {name: [number(layers[layer].get(name)) for layer in having] for name in names}
     if len(having) <= FEW:
         for row, layer in enumerate(having):
             table.add_row(f'layer {layer}', *(_digits(values[name][row]) for name in names))
-    else:
-        finite = {name: [value for value in values[name] if math.isfinite(value)] for name in names}
-        for title, summary in (('least', min), ('mean', lambda items: sum(items) / len(items)), ('greatest', max)):
-            table.add_row(title, *(_digits(summary(finite[name] or [math.nan])) for name in names))
-    title = 'Conba' if any(name in found for name in GAIN) else 'layers'
-    return [Text(f'{title}: gain and step' if len(having) <= FEW else f'{title}: {len(having)} layers', 'bold'), table]
+        return [Text(title, 'bold'), table]
+    finite = {name: [value for value in values[name] if math.isfinite(value)] for name in names}
+    for words, summary in (('least', min), ('mean', lambda items: sum(items) / len(items)), ('greatest', max)):
+        table.add_row(words, *(_digits(summary(finite[name] or [math.nan])) for name in names))
+    return [Text(f'{title.partition(":")[0]}: {len(having)} layers', 'bold'), table]
 
 
 def _digits(value: float) -> str:

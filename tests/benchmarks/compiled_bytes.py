@@ -19,9 +19,9 @@ from kernels_pallas.adaptive_gain import diagonal_gain, matrix_gain
 from kernels_pallas.causal_conv1d import causal_conv1d
 from kernels_pallas.causal_conv1d import mosaic_gpu as conv_mosaic
 from mixcon_jax import config as configs
+from mixcon_jax.models import kinds
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import MIXERS
 from mixcon_jax.planning import hlo
 from mixcon_jax.planning.compiling import compile_for, devices
 
@@ -113,7 +113,7 @@ def layer(mixer: str, batch: int, length: int, dim: int, backward: bool = True, 
     config.model.ssm.update(ssm)
     model = configs.validate(config).model
     graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: MIXERS[mixer](model, Parameters(jax.random.key(0)), 4)), nnx.Param
+        nnx.eval_shape(lambda: kinds.load(mixer)(model, Parameters(jax.random.key(0)), 4)), nnx.Param
     )
 
     def forward(params, x, positions, segment_ids):

@@ -13,10 +13,9 @@ from flax import nnx
 
 from kernels_pallas.selective_scan import selective_scan
 from mixcon_jax import config as configs
-from mixcon_jax.models import presets
+from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import MIXERS
 from tests.benchmarks.timing import compare, table
 
 BASELINE = 'mamba layer'
@@ -37,7 +36,7 @@ def layer_gradient(mixer: str, options: dict, dim: int, batch: int, length: int)
     config = configs.default()
     config.model.dim = dim
     config.model.conba.update(options)
-    layer = MIXERS[mixer](configs.validate(config).model, Parameters(jax.random.key(0)), 4)
+    layer = kinds.load(mixer)(configs.validate(config).model, Parameters(jax.random.key(0)), 4)
     graphdef, params = nnx.split(layer, nnx.Param)
     x = jax.random.normal(jax.random.key(1), (batch, length, dim))
 

@@ -18,10 +18,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixcon_jax import config as configs
-from mixcon_jax.models import presets
+from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import MIXERS
 from mixcon_jax.parallel import layout
 from mixcon_jax.planning.collectives import COLLECTIVES, collectives, of_sequence
 
@@ -49,7 +48,7 @@ def layer_gradient(
     config = configs.validate(config)
     used = (devices or jax.devices())[: data * shards]
     mesh = layout.make_mesh(config.mesh, used)
-    mixer = nnx.eval_shape(lambda: MIXERS[LAYERS[name]](config.model, Parameters(jax.random.key(0)), 1))
+    mixer = nnx.eval_shape(lambda: kinds.load(LAYERS[name])(config.model, Parameters(jax.random.key(0)), 1))
     graphdef, params = nnx.split(mixer)
     everywhere = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec('data', 'context'))

@@ -7,18 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixcon_jax import config as configs
-from mixcon_jax.models import presets
+from mixcon_jax.models import kinds, pattern, presets
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.ffns import FFNS
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import MIXERS
 
 DIM = 32
 
-# name -> (layer, options below config.model)
+# name -> (what a pattern calls the layer, options below config.model)
 CASES = {
     'attention': ('attention', {'attention.block_size': 8}),
     'attention_rope': ('attention', {'attention.rope': True, 'attention.block_size': 8}),
+    'attention_named': (
+        'local',
+        {'layers.local': {'kind': 'attention', 'rope': True, 'num_kv_heads': 4}, 'attention.block_size': 8},
+    ),
     'mamba': ('mamba', {}),
     'mamba_norms': ('mamba', {'mamba.norms': True, 'ssm.chunk': 5}),
     'conba': ('conba', {}),
@@ -67,11 +69,12 @@ def perturbed(module, seed, scale=0.3):
 @functools.cache
 def layer(name, dtype='float32', seed=0):
     """Returns the named layer, perturbed."""
-    kind, options = CASES[name]
+    called, options = CASES[name]
     if dtype == 'bfloat16':  # the tests at 4096 tokens: tiles as in real runs
         options = options | {'attention.block_size': 256, 'conba.gain_chunk': 32, 'ssm.chunk': 0}
     config = model_config(options, dtype)
-    return perturbed((MIXERS | FFNS)[kind](config, Parameters(jax.random.key(seed)), 4), seed + 1)
+    kind = kinds.load(pattern.named_kinds(config).get(called, called))
+    return perturbed(kind(pattern.variant(config, called), Parameters(jax.random.key(seed)), 4), seed + 1)
 
 
 @functools.cache

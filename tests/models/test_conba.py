@@ -11,7 +11,8 @@ from flax import nnx
 from mixcon_jax.models import presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import Conba, Mamba
+from mixcon_jax.models.mixers.conba import Conba
+from mixcon_jax.models.mixers.mamba import Mamba
 from tests.models.cases import DIM, model_config, perturbed
 
 T = 9

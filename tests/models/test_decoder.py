@@ -10,9 +10,9 @@ from flax import nnx
 
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import presets
-from mixcon_jax.models.block import parse_layer
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
+from mixcon_jax.models.pattern import parse_layer
 from tests.models.cases import model_config, packed_context, perturbed
 
 HYBRID = ('conba+mlp', 'conba+moe', 'attention|mlp', 'mamba')

@@ -9,11 +9,9 @@ import numpy as np
 from flax import nnx
 
 from mixcon_jax import config as configs
-from mixcon_jax.models import decoder
+from mixcon_jax.models import decoder, kinds, pattern
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.ffns import FFNS
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.models.mixers import MIXERS
 
 # `make parity` runs the tests on newly computed fixtures.
 FIXTURES = pathlib.Path(os.environ.get('MIXCON_PARITY_FIXTURES', pathlib.Path(__file__).parent / 'fixtures'))
@@ -43,11 +41,11 @@ def model_config(options: dict | None = None, **sizes):
     model.update(sizes)
     for key, value in (options or {}).items():
         configs.put(config, f'model.{key}', value)
-    return model
+    return pattern.resolve(model)
 
 
 def layer(kind: str, config) -> nnx.Module:
-    return (MIXERS | FFNS)[kind](config, Parameters(jax.random.key(0)), 4)
+    return kinds.load(kind)(config, Parameters(jax.random.key(0)), 4)
 
 
 def model(config) -> nnx.Module:

@@ -1,6 +1,6 @@
-"""Channel mixers (FFNs) by the name that a pattern calls them."""
+"""Channel mixers (FFNs) by the name that a pattern calls them, as in ``mixcon_jax.models.mixers``."""
 
-from mixcon_jax.models.ffns.mlp import MLP
-from mixcon_jax.models.ffns.moe import MoE
-
-FFNS = {'mlp': MLP, 'moe': MoE}
+FFNS: dict[str, str | type] = {
+    'mlp': 'mixcon_jax.models.ffns.mlp.MLP',
+    'moe': 'mixcon_jax.models.ffns.moe.MoE',
+}

@@ -1,32 +1,39 @@
 """Dense SwiGLU feed-forward network."""
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float
 
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+from mixcon_jax.options import COUNT, Option
 
 
-def mlp_hidden_dim(config) -> int:
-    """Returns the MLP's width: as given, or 8/3 dim rounded up to a multiple of 16."""
-    return config.mlp.hidden_dim or -(-8 * config.dim // 48) * 16
-
-
-class MLP(nnx.Module):
+class MLP(Layer):
     """down(SiLU(gate x) * up x) (Shazeer, 2020); it keeps no state."""
 
+    OPTIONS = {
+        'mlp': {
+            'hidden_dim': Option(
+                0,
+                'Width of the SwiGLU; 0 means 8/3 dim, rounded up to a multiple of 16.',
+                COUNT,
+                derive=lambda model: -(-8 * model.dim // 48) * 16,
+            )
+        }
+    }
+
+    @classmethod
+    def flops(cls, model, seq_len: int) -> float:
+        return 0.0
+
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
-        width, init = mlp_hidden_dim(config), normal(config.init_std)
+        width, init = config.mlp.hidden_dim, normal(config.init_std)
         self.w_gate = params('w_gate', (config.dim, width), ('embed', 'mlp'), init)
         self.w_up = params('w_up', (config.dim, width), ('embed', 'mlp'), init)
         self.w_down = params(
             'w_down', (width, config.dim), ('mlp', 'embed'), normal(output_std(config.init_std, num_layers))
         )
-
-    def init_state(self, batch: int, max_len: int) -> State:
-        del batch, max_len
-        return {}
 
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: State | None

@@ -1,18 +1,22 @@
 """Mixture of SwiGLU experts: softmax router, top-k, dropless."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
+from mixcon_jax.checks import at_most
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.ffns.mlp import mlp_hidden_dim
-from mixcon_jax.models.layers import Aux, Buffer, Parameters, State, masked_mean, normal, output_std
+from mixcon_jax.models.layer import Layer
+from mixcon_jax.models.layers import Aux, Buffer, Loss, Parameters, State, masked_mean, normal, output_std
+from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
 from mixcon_jax.parallel.split import by_parts
 
+TITLE = 'experts: share of tokens'  # of the statistics' table
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
 TOKENS = {'b': 'batch', 't': 'sequence'}  # what devices share out: no token needs another's experts
 DIMS = {
@@ -21,18 +25,65 @@ DIMS = {
 }  # fmt: skip
 
 
-class MoE(nnx.Module):
+class MoE(Layer):
     """y = sum over the k chosen experts of p_e E_e(x) (Shazeer et al., 2017; Fedus et al., 2021, for the losses).
 
     The weights are the router's probabilities, not renormalised unless asked. No token is dropped. With
     ``balance='bias'`` a bias that no gradient trains is added to the scores for the choice alone (Wang et al., 2024).
     """
 
+    OPTIONS = {
+        'moe': {
+            'num_experts': Option(4, 'Experts.', POSITIVE),
+            'top_k': Option(2, 'Experts a token uses.', POSITIVE),
+            'hidden_dim': Option(
+                0,
+                "Width of one expert; 0 means the mlp's width / top_k.",
+                COUNT,
+                derive=lambda model: max(1, model.mlp.hidden_dim // model.moe.top_k),
+            ),
+            'renormalize': Option(False, 'Scale the chosen weights to sum to one, as Mixtral does.'),
+            'balance': Option(
+                'loss',
+                'How load is balanced: by a loss, by a bias on the routing, or not.',
+                one_of('none', 'loss', 'bias'),
+            ),
+            'balance_coef': Option(1e-2, 'Weight of the balance loss.', at_least(0.0)),
+            'router_z_coef': Option(0.0, "Weight of the router's z-loss.", at_least(0.0)),
+            'bias_rate': Option(1e-3, 'Step of the routing bias with balance="bias".', at_least(0.0)),
+            'implementation': Option(
+                '',
+                'Expert products: "" picks; dense runs every expert, grouped sorts tokens.',
+                one_of('', 'dense', 'grouped'),
+            ),
+            'group_block': Option(128, 'Rows a block of the grouped product.', POSITIVE),
+        }
+    }
+    STATISTICS = {
+        'moe_load': Statistic('Share of the choices that went to each expert.', TITLE, 'shares'),
+        'moe_entropy': Statistic('Entropy of the router, in nats.', TITLE, 'aside', 'entropy'),
+        'moe_dropped': Statistic('Share of the choices that no expert took.', TITLE, 'exception', 'dropped'),
+    }
+
+    @staticmethod
+    def check(model) -> None:
+        at_most(
+            'model.moe.top_k', model.moe.top_k, 'model.moe.num_experts', model.moe.num_experts, 'choose at most all'
+        )
+
+    @classmethod
+    def flops(cls, model, seq_len: int) -> float:
+        return 0.0
+
+    @classmethod
+    def active_share(cls, model, parameter: str) -> float:
+        """Of the experts' weights, those of the chosen ones."""
+        return model.moe.top_k / model.moe.num_experts if parameter in ('w_gate', 'w_up', 'w_down') else 1.0
+
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.moe
         experts, dim = options.num_experts, config.dim
-        width = options.hidden_dim or max(1, mlp_hidden_dim(config) // options.top_k)
-        init = normal(config.init_std)
+        width, init = options.hidden_dim, normal(config.init_std)
         self.router = params('router', (dim, experts), ('embed', 'experts'), init)
         self.w_gate = params('w_gate', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
         self.w_up = params('w_up', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
@@ -44,10 +95,6 @@ class MoE(nnx.Module):
         )
         if options.balance == 'bias':
             self.router_bias = Buffer(jnp.zeros((experts,)), logical_axes=('experts',))
-
-    def init_state(self, batch: int, max_len: int) -> State:
-        del batch, max_len
-        return {}
 
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
@@ -142,8 +189,19 @@ class MoE(nnx.Module):
             'moe_entropy': masked_mean(entropy, context),
             'moe_dropped': 1 - routed.sum() / pairs,  # share of the pairs that no expert took
         }
+        options = self.options
+        balance = experts * jnp.sum(jax.lax.stop_gradient(load) * mean)
+        router_z = masked_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, context)
         losses = {
-            'balance': experts * jnp.sum(jax.lax.stop_gradient(load) * mean),
-            'router_z': masked_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, context),
+            'balance': Loss(balance, options.balance_coef if options.balance == 'loss' else 0.0),
+            'router_z': Loss(router_z, options.router_z_coef),
         }
         return {'losses': losses, 'stats': jax.tree.map(jax.lax.stop_gradient, stats)}
+
+    def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> Mapping[str, Any]:
+        """Moves the routing bias towards the experts that got less than their share (Wang et al., 2024)."""
+        if 'router_bias' not in buffers:
+            return buffers
+        load = stats['moe_load']
+        step = self.options.bias_rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+        return {**buffers, 'router_bias': buffers['router_bias'] + step}

@@ -1,10 +1,11 @@
 """Sequence mixers by the name that a pattern calls them.
 
-To add one: write a class with Attention's contract in a file of its own and name it here.
+To add one: write a class that keeps the contract of ``mixcon_jax.models.layer.Layer`` in a file of its own, and name it
+here, by its dotted path, so that a configuration is read and checked without JAX; a class itself may stand here too.
 """
 
-from mixcon_jax.models.mixers.attention import Attention
-from mixcon_jax.models.mixers.conba import Conba
-from mixcon_jax.models.mixers.mamba import Mamba
-
-MIXERS = {'attention': Attention, 'mamba': Mamba, 'conba': Conba}
+MIXERS: dict[str, str | type] = {
+    'attention': 'mixcon_jax.models.mixers.attention.Attention',
+    'mamba': 'mixcon_jax.models.mixers.mamba.Mamba',
+    'conba': 'mixcon_jax.models.mixers.conba.Conba',
+}

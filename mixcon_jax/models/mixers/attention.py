@@ -2,26 +2,53 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+from mixcon_jax.options import COUNT, POSITIVE, Option, above
 from mixcon_jax.parallel.kernels import attention
 
 
-class Attention(nnx.Module):
-    """Causal attention (Ainslie et al., 2023, for the grouped heads); its state is a preallocated cache.
+class Attention(Layer):
+    """Causal attention (Ainslie et al., 2023, for the grouped heads); its state is a preallocated cache."""
 
-    Args:
-      config: ``config.model``.
-      params: makes the parameters.
-      num_layers: layers of the whole model, for the scale of the output projection.
-    """
+    OPTIONS = {
+        'attention': {
+            'num_heads': Option(4, 'Query heads.', POSITIVE),
+            'num_kv_heads': Option(2, 'Key and value heads; divides num_heads.', POSITIVE),
+            'head_dim': Option(
+                0,
+                'Width of a head; 0 means dim / num_heads.',
+                COUNT,
+                derive=lambda model: model.dim // model.attention.num_heads,
+            ),
+            'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
+            'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
+            'block_size': Option(256, 'Queries and keys a tile of the portable blockwise attention.', POSITIVE),
+        }
+    }
+
+    @staticmethod
+    def check(model) -> None:
+        options = model.attention
+        divides('model.attention.num_kv_heads', options.num_kv_heads, 'model.attention.num_heads', options.num_heads)
+        if not options.head_dim:
+            divides('model.attention.num_heads', options.num_heads, 'model.dim', model.dim)
+        head_dim = options.head_dim or model.dim // options.num_heads
+        if options.rope and head_dim % 2:
+            raise ConfigError(f'model.attention.head_dim={head_dim} must be even when model.attention.rope is on')
+
+    @classmethod
+    def flops(cls, model, seq_len: int) -> float:
+        """Scores and their sum of values, over ``seq_len / 2`` keys in the mean."""
+        return 2 * model.attention.num_heads * model.attention.head_dim * seq_len
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.attention
-        self.head_dim = options.head_dim or config.dim // options.num_heads
+        self.head_dim = options.head_dim
         self.dtype = jnp.dtype(config.dtype)
         q_width, kv_width = options.num_heads * self.head_dim, options.num_kv_heads * self.head_dim
         init = normal(config.init_std)

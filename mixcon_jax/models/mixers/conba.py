@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import (
     Aux,
@@ -24,8 +25,11 @@ from mixcon_jax.models.layers import (
     zeros,
 )
 from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
+from mixcon_jax.models.presets import CONBA_OFF
+from mixcon_jax.options import POSITIVE, Check, Option, Statistic, at_least, between, one_of
 from mixcon_jax.parallel.kernels import causal_conv1d, diagonal_gain, matrix_gain, selective_scan
 
+TITLE = 'Conba: gain and step'  # of the statistics' table
 UNIT_SWISH = 1.2784645427610738  # swish(1 + W(1/e)) = 1: a scaling that starts as the identity
 
 
@@ -35,6 +39,78 @@ class Conba(SelectiveSSM):
     Every mechanism is an option of ``config.model.conba``: ``state_scaling`` (eq. 7), ``delay`` (eq. 6), ``control``
     (eqs 10 and 11), ``gate`` (eq. 12) and noise (eqs 13 and 14).
     """
+
+    OPTIONS = {
+        'conba': {
+            'state_scaling': Option(
+                'output', 'Where the states are scaled (eq. 7).', one_of('none', 'output', 'readout')
+            ),
+            'delay': Option(
+                'taps',
+                'Delayed states (eq. 6): past outputs, one tap inside the loop, or a map of the state.',
+                one_of('none', 'taps', 'companion', 'state'),
+            ),
+            'taps': Option(
+                (1, 2, 4, 8),
+                'Delays of delay="taps", in tokens.',
+                Check(
+                    lambda value: len(value) > 0 and all(v >= 1 for v in value) and len(set(value)) == len(value),
+                    'distinct delays of at least 1',
+                ),
+                element=int,
+            ),
+            'control': Option('matrix', 'Adaptive feedback gain (eq. 11).', one_of('none', 'slow', 'diag', 'matrix')),
+            'head_dim': Option(32, 'Channels P that share one gain.', POSITIVE),
+            'reference': Option(
+                'diag',
+                'Desired output y_d (eq. 10): per-channel, zero, or a full projection.',
+                one_of('zero', 'diag', 'proj'),
+            ),
+            'kappa': Option('free', 'Output mix of the gain: unconstrained, or a sigmoid.', one_of('free', 'bounded')),
+            'feedback_iters': Option(0, "Passes of true feedback onto the scan's input.", between(0, 8)),
+            'gate': Option('full', "Output gate: full SwiGLU (eq. 12) or Mamba's SiLU.", one_of('full', 'mamba')),
+            'process_noise': Option(0.0, 'Standard deviation of w_k (eq. 13), training only.', at_least(0.0)),
+            'observation_noise': Option(0.0, 'Standard deviation of v_k (eq. 14), training only.', at_least(0.0)),
+            'gain_chunk': Option(32, 'Tokens a chunk of the matrix gain.', POSITIVE),
+        }
+    }
+    STATISTICS = {
+        'gain_norm': Statistic('Norm of the gain K at the end of a row.', TITLE),
+        'correction': Statistic('Size of the correction kappa K e beside that of the output.', TITLE),
+        'kappa': Statistic('Share of the correction that is applied.', TITLE),
+        'alpha': Statistic("Step of the gain's update.", TITLE),
+        'decay': Statistic('What remains of the gain at each token.', TITLE),
+    }
+
+    @staticmethod
+    def check(model) -> None:
+        options = model.conba
+        if options.control != 'none':
+            divides('model.conba.head_dim', options.head_dim, 'the inner width', model.ssm.expand * model.dim)
+        elif options.feedback_iters:
+            raise ConfigError(
+                f'model.conba.feedback_iters={options.feedback_iters} feeds back a gain; choose a model.conba.control'
+            )
+
+    @classmethod
+    def flops(cls, model, seq_len: int) -> float:
+        """The scans' updates of their states, the gain's products, and maps of the state."""
+        conba, inner, gain = model.conba, model.ssm.expand * model.dim, 0.0
+        if conba.control == 'matrix':
+            gain = inner * (4 * conba.head_dim + 4 * conba.gain_chunk)
+        elif conba.control == 'slow':
+            gain = 2 * inner * conba.head_dim
+        # delay='state' is folded into C, once a token.
+        readout = 2 * model.ssm.d_state**2 * (inner * (conba.state_scaling == 'readout') + (conba.delay == 'state'))
+        scans = super().flops(model, seq_len) * (1 + conba.feedback_iters)
+        return scans + gain * max(1, conba.feedback_iters) + readout
+
+    @classmethod
+    def without_additions(cls, model) -> Any:
+        """Every mechanism off: Jamba's Mamba mixer, with its norms."""
+        values = model.to_dict()
+        values['conba'] |= CONBA_OFF | {'observation_noise': 0.0}
+        return type(model)(values)
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         super().__init__(config, params, num_layers, norms=True)

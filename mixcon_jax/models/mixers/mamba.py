@@ -5,11 +5,14 @@ from jaxtyping import Array, Float
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, project
 from mixcon_jax.models.mixers.ssm import SelectiveSSM
+from mixcon_jax.options import Option
 from mixcon_jax.parallel.kernels import selective_scan
 
 
 class Mamba(SelectiveSSM):
     """y = selective_scan(u) gated by SiLU(z) (Gu and Dao, 2023, §3.4)."""
+
+    OPTIONS = {'mamba': {'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.')}}
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         super().__init__(config, params, num_layers, norms=config.mamba.norms)

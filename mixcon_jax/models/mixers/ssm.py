@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.selective_scan import PADDED_DT
+from mixcon_jax.checks import at_most
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
     Parameters,
     RMSNorm,
@@ -21,6 +22,9 @@ from mixcon_jax.models.layers import (
     project,
     uniform,
 )
+from mixcon_jax.options import COUNT, POSITIVE, Option, above, multiple_of, one_of
+
+OPS_PER_STATE = 7  # decay's exponent and exp, decay times state, input times B, their sum, and C's multiply-add
 
 
 class ScanInputs(NamedTuple):
@@ -35,7 +39,7 @@ class ScanInputs(NamedTuple):
     conv_state: Float[Array, 'b k i'] | None
 
 
-class SelectiveSSM(nnx.Module):
+class SelectiveSSM(Layer):
     """Input-dependent diagonal state space (Gu and Dao, 2023); subclasses run the scan and the gate.
 
     Args:
@@ -45,11 +49,51 @@ class SelectiveSSM(nnx.Module):
       norms: put an RMSNorm on dt, B and C each, as Jamba does.
     """
 
+    OPTIONS = {
+        'ssm': {
+            'd_state': Option(16, 'States N per channel, of Mamba and Conba.', POSITIVE),
+            'd_conv': Option(4, 'Width of the short causal convolution.', POSITIVE),
+            'expand': Option(2, 'Inner width d_in as a multiple of dim.', POSITIVE),
+            'dt_rank': Option(
+                0,
+                'Rank of the step-size projection; 0 means ceil(dim / 16).',
+                COUNT,
+                derive=lambda model: -(-model.dim // 16),
+            ),
+            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0)),
+            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
+            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
+            'implementation': Option(
+                '',
+                'Selective scan: "" picks the best here.',
+                one_of(
+                    '', 'reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative', 'mosaic_gpu'
+                ),
+            ),
+            'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
+            'keep_every': Option(
+                0,
+                'Tokens between the states that the GPU kernel keeps for the backward pass; 0 means one a tile, 16 as a'
+                ' rule. 64: a quarter of the memory, more work.',
+                multiple_of(16),
+            ),
+        }
+    }
+
+    @staticmethod
+    def check(model) -> None:
+        at_most('model.ssm.dt_min', model.ssm.dt_min, 'model.ssm.dt_max', model.ssm.dt_max)
+
+    @classmethod
+    def flops(cls, model, seq_len: int) -> float:
+        """The scan's updates of its states."""
+        return OPS_PER_STATE * model.ssm.expand * model.dim * model.ssm.d_state
+
     def __init__(self, config, params: Parameters, num_layers: int, norms: bool) -> None:
         options = config.ssm
         self.inner = options.expand * config.dim
         self.d_state = options.d_state
-        self.dt_rank = options.dt_rank or -(-config.dim // 16)
+        self.dt_rank = options.dt_rank
         self.implementation, self.chunk = options.implementation or None, options.chunk or None
         self.keep_every = options.keep_every or None
         self.dtype = jnp.dtype(config.dtype)
@@ -59,7 +103,7 @@ class SelectiveSSM(nnx.Module):
         self.x_proj = params('x_proj', (self.inner, self.dt_rank + 2 * self.d_state), ('inner', 'dt_rank'), init)
         self.dt_proj = params('dt_proj', (self.dt_rank, self.inner), ('dt_rank', 'inner'), uniform(self.dt_rank**-0.5))
         self.dt_bias = params('dt_bias', (self.inner,), ('inner',), _step_sizes(options))
-        self.A_log = params('A_log', (self.inner, self.d_state), ('inner', 'state'), _state_decays)
+        self.A_log = params('A_log', (self.inner, self.d_state), ('inner', 'state'), _state_decays, decay=False)
         self.D = params('D', (self.inner,), ('inner',), ones)
         self.out_proj = params(
             'out_proj', (self.inner, config.dim), ('inner', 'embed'), normal(output_std(config.init_std, num_layers))

@@ -1,0 +1,106 @@
+"""The contract of mixers and FFNs: all that the rest of the program knows of a layer."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import Aux, Parameters, State
+from mixcon_jax.options import Option, Statistic
+
+
+class Layer(nnx.Module):
+    """A mixer or an FFN: one call for training, prefill and decoding, and what must be known to plan with it.
+
+    ``OPTIONS``, ``STATISTICS`` and ``check`` describe the class to whoever reads a configuration, which must not load
+    JAX: they are read from the source of the class (``mixcon_jax.models.kinds``), so they may use literals, the
+    standard library, ``mixcon_jax.options`` and ``mixcon_jax.checks``. A subclass adds to those of its bases.
+
+    Args:
+      config: ``config.model``, resolved; of a part that a pattern calls by a name of ``model.layers``, with the options
+        of that name.
+      params: makes the parameters.
+      num_layers: layers of the whole model, for the scale of the output projection.
+
+    Attributes:
+      OPTIONS: the groups of options that the class adds below ``config.model``, ``{group: {name: Option}}``.
+      STATISTICS: ``{name: Statistic}`` of what a call reports.
+    """
+
+    OPTIONS: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
+    STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
+
+    # ----- of the class: what a configuration makes of it -----
+    @staticmethod
+    def check(model) -> None:
+        """Refuses options of ``config.model``, not yet resolved, that do not go together.
+
+        It runs where a pattern has the layer, after its bases' own.
+
+        Raises:
+          ConfigError: names the key.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def flops(cls, model, seq_len: int) -> float:
+        """Forward operations of one token beside its matrix products, which are counted by themselves: 0 for none.
+
+        Args:
+          model: ``config.model``, resolved.
+          seq_len: tokens of a row.
+        """
+
+    @classmethod
+    def active_share(cls, model, parameter: str) -> float:
+        """The share of a parameter that one token uses; ``parameter`` is its name within the layer."""
+        del model, parameter
+        return 1.0
+
+    @classmethod
+    def without_additions(cls, model) -> Any:
+        """``config.model`` of the layer that this one extends, against which its additions are counted; else None."""
+        del model
+
+    # ----- of the layer -----
+    @abc.abstractmethod
+    def __init__(self, config, params: Parameters, num_layers: int) -> None:
+        pass
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """Returns what decoding carries from call to call, before the first token; nothing if not overridden.
+
+        Args:
+          batch: rows.
+          max_len: tokens that a row may have, for states that grow with them.
+        """
+        del batch, max_len
+        return {}
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Float[Array, 'b t d'], context: Context, state: State | None
+    ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
+        """Runs the layer on T >= 1 tokens.
+
+        Args:
+          x: `[B, T, D]`.
+          context: documents, positions and mode.
+          state: None starts fresh and returns None; else of ``init_state`` or an earlier call.
+
+        Returns:
+          The output, the state, and ``{'losses': {name: Loss}, 'stats': {name: array}}``, either left out if empty.
+        """
+
+    def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> Mapping[str, Any]:
+        """Returns the layer's new buffers after a training step.
+
+        Args:
+          buffers: the values of its ``layers.Buffer`` variables, by name.
+          stats: what its call reported, the mean over the microbatches of the step.
+        """
+        del stats
+        return buffers

@@ -10,9 +10,9 @@ from launch import local
 from launch.sweep import sweep
 from mixcon_jax import cli
 from mixcon_jax import config as configs
+from mixcon_jax.config import leaves
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand, expand_folder, expand_path, foreign
-from mixcon_jax.config import leaves
 from tests.tiny import ROOT
 
 QUICKSTART = ['--config', 'experiments/quickstart.py']

@@ -110,9 +110,10 @@ def commands_page() -> str:
         '`mixcon` exits with 0 when done; [other codes](../run-directory.md#exit-codes) say why not.',
     ]
     parsers = list(leaf_parsers(build_parser()))
-    for path in sorted((ROOT / 'launch').glob('*.py')):
+    for path in sorted((ROOT / 'launch').rglob('*.py')):
         if 'def build_parser(' in path.read_text():
-            parsers.append(importlib.import_module(f'launch.{path.stem}').build_parser())
+            module = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+            parsers.append(importlib.import_module(module).build_parser())
     for parser in parsers:
         lines += ['', f'## {parser.prog}', '', '```text', help_text(parser), '```']
     return '\n'.join(lines) + '\n'

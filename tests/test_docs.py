@@ -249,7 +249,9 @@ def check(command: list[str], written: Path, extended: bool) -> None:
     if program == 'mixcon':
         parser = build_parser()
     elif program == 'python' and arguments[:1] == ['-m'] and arguments[1].startswith('launch.'):
-        parser, arguments = importlib.import_module(arguments[1]).build_parser(), arguments[2:]
+        module = importlib.util.find_spec(arguments[1])
+        name = f'{module.name}.sweep' if module.submodule_search_locations else module.name
+        parser, arguments = importlib.import_module(name).build_parser(), arguments[2:]
     else:
         return
     with contextlib.redirect_stderr(sys.stdout):  # argparse says there what is wrong

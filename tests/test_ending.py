@@ -34,7 +34,7 @@ COMMANDS = {
     'prepare': ('mixcon_jax.data.prepare.prepare', cli.main, ['data', 'prepare', '--config', EXPERIMENT]),
     'verify': ('mixcon_jax.data.integrity.verify_all', cli.main, ['data', 'verify', 'run']),
     'local': ('launch.local.load', local.main, ['--processes', '1', '--config', EXPERIMENT, '--workdir', 'run']),
-    'sweep': ('launch.sweep.cases', sweep.main, ['--config', EXPERIMENT, '--workdir', 'run']),
+    'sweep': ('launch.sweep.sweep.cases', sweep.main, ['--config', EXPERIMENT, '--workdir', 'run']),
 }
 NO_BACKEND = "Unable to initialize backend 'cuda': it is not here (set JAX_PLATFORMS='' to choose another)"
 # What is raised, the exit code, what the line says.

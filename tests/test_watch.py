@@ -235,7 +235,7 @@ RUNNING = [STARTED, *steps(1, 31)]  # the newest record is of second 1025, they 
         ([*RUNNING, train(41, 1125)], 1125 + 301, 'silent'),
         ([*RUNNING, event('stopped', 31, 1026)], 9000, 'stopped'),
         ([*RUNNING, event('aborted', 31, 1026)], 9000, 'aborted'),
-        ([*RUNNING, event('done', 31, 1026)], 9000, 'done'),
+        ([*RUNNING, event('done', 100, 1026)], 9000, 'done'),
         ([*RUNNING, event('stopped', 31, 1026), event('resumed', 31, 9000)], 9100, 'starting'),
         ([*RUNNING, event('stopped', 31, 1026), event('resumed', 31, 9000), train(40, 9010)], 9011, 'running'),
         ([*RUNNING, {'kind': 'checkpoint', 'step': 20, 'time': 1080}], 1090, 'running'),
@@ -281,7 +281,7 @@ def test_an_unknown_length_leaves_no_time(tmp_path):
 def several(tmp_path):
     """A run of each state but one, in folders of their own."""
     write(tmp_path / 'a' / 'seed-0', [*RUNNING, scores(31, 1026, loss=3.25)], name='2:6')
-    write(tmp_path / 'a' / 'seed-1', [*RUNNING, event('done', 31, 1026) | {'seconds': 125}], name='2:6', seed=1)
+    write(tmp_path / 'a' / 'seed-1', [*RUNNING, event('done', 100, 1026) | {'seconds': 125}], name='2:6', seed=1)
     write(tmp_path / 'b', [STARTED | {'time': 1025.0}], name='8:0 [RoPE]')
     write(tmp_path / 'c', [*RUNNING, event('aborted', 31, 1026)], name='diverged')
     write(tmp_path / 'd', [train(5, 700, loss=None)], name='killed')
@@ -326,7 +326,7 @@ def test_runs_of_one_name_and_seed_are_told_apart_by_their_folders(tmp_path):
 def test_more_runs_than_lines_show_the_active_ones_first(tmp_path):
     folders = [tmp_path / f'{number:02d}' for number in range(30)]
     for place, folder in enumerate(folders):
-        ended = [event('done', 31, 1026)] if place < 25 else []
+        ended = [event('done', 100, 1026)] if place < 25 else []
         write(folder, [*RUNNING, *ended], name=f'arm-{place}')
     runs = Runs([tmp_path]).update()
     for height in (10, 20):
@@ -421,7 +421,7 @@ def test_the_details_stay_with_one_run_while_it_runs(tmp_path):
     first, second = opened(tmp_path / 'a', RUNNING), opened(tmp_path / 'b', [*RUNNING, train(41, 1030)])
     assert watching.most_active([first, second], 1031) is second
     assert watching.most_active([first, second], 1031, first) is first
-    append(first.folder, event('done', 41, 1040))
+    append(first.folder, event('done', 100, 1040))
     first.update()
     assert watching.most_active([first, second], 1041, first) is second
     assert watching.most_active([first], 1041, second) is first

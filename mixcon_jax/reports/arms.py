@@ -14,7 +14,8 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting
 from mixcon_jax.options import FREE
-from mixcon_jax.reports.runs import DONE, Run, number
+from mixcon_jax.reports.runs import Run, number
+from mixcon_jax.runs.outcome import DONE
 
 LONG_CONTEXT = 8192  # tokens at which decode state is stated, beside the trained length
 ABSENT = '–'  # the value of an option of model.layers that an arm does not give

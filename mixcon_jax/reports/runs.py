@@ -17,10 +17,10 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.folders import walk
 from mixcon_jax.runs import records, saved
 from mixcon_jax.runs.mark import path_of
+from mixcon_jax.runs.outcome import DONE, outcome
 from mixcon_jax.runs.records import Record
 
 NO_RUNS_INSIDE = ('checkpoints', 'tensorboard', 'profile')  # of a run directory
-DONE, STOPPED, ABORTED, UNFINISHED = 'done', 'stopped', 'aborted', 'unfinished'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,12 +48,9 @@ class Run:
 
     @functools.cached_property
     def state(self) -> str:
-        """``done``, ``stopped`` (saved on a signal), ``aborted`` (not finite) or ``unfinished``: running, or killed."""
-        newest = next((record for record in reversed(self.records) if record['kind'] == 'run'), {})
-        event = newest.get('event')
-        if event == DONE:
-            return DONE if newest['step'] == self.config.train.steps else UNFINISHED
-        return event if event in (STOPPED, ABORTED) else UNFINISHED
+        """What became of it: see ``outcome``."""
+        newest = records.last(list(self.records), kind='run')
+        return outcome(newest, self.config.train.steps, self.path / 'checkpoints')
 
     @functools.cached_property
     def final(self) -> Record | None:

@@ -12,7 +12,8 @@ import numpy as np
 from mixcon_jax.reports.arms import LONG_CONTEXT, Arm, shown
 from mixcon_jax.reports.comparison import CONFIDENCE, Difference, Score, Summary, summary, t_factor
 from mixcon_jax.reports.curves import accuracies, by_length
-from mixcon_jax.reports.runs import DONE, Run, number
+from mixcon_jax.reports.runs import Run, number
+from mixcon_jax.runs.outcome import DONE
 from mixcon_jax.runs.workdir import BASELINES
 from mixcon_jax.units import short
 

@@ -25,6 +25,7 @@ from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.options import FREE, THROUGH_TOKENS
 from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark, saved
+from mixcon_jax.runs.outcome import DONE, outcome
 from mixcon_jax.runs.records import Record, last, read
 
 SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
@@ -57,16 +58,18 @@ class Workdir:
           UserError: the run here is of another configuration.
         """
         record = last(read(self.metrics), kind='run')
-        if record is None or not is_done(record) or record['step'] != configs.get(config, 'train.steps', None):
+        steps = configs.get(config, 'train.steps', None)
+        if record is None or not is_done(record) or outcome(record, steps, self.checkpoints) != DONE:
             return None
         try:
             config = configs.check_each(config)
         except configs.ConfigError:  # which whoever goes on with it says
             return None
         begun = self.require_same(config)
-        if begun is None or renamed(configs.from_dict(begun['config']), config):
-            return None  # whether it is the same text is for the tokens to say
-        return record if saved.is_whole(self.checkpoints, record['step']) else None
+        if begun is None:
+            return record if self.config.exists() else None
+        # Whether it is the same text under another name is for the tokens to say.
+        return None if renamed(configs.from_dict(begun['config']), config) else record
 
     def require_same(self, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
         """Refuses a configuration that would make other updates than the run here, as far as the two show it.
@@ -221,6 +224,8 @@ def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> R
     record = folder.finished(config)
     if record is not None:
         print(f'{folder.path} is {summary(record["step"], record)}', flush=True)
+        if not saved.steps(folder.checkpoints):
+            print('its checkpoints are gone, and its weights with them; another workdir trains anew', flush=True)
     return record
 
 

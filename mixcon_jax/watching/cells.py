@@ -12,6 +12,7 @@ from mixcon_jax.watching.follow import Run, number
 
 COLORS = {
     'starting': 'blue', 'running': 'green', 'silent': 'yellow', 'stopped': 'magenta', 'aborted': 'red', 'done': 'bold',
+    'unfinished': 'magenta',
 }  # fmt: skip
 
 

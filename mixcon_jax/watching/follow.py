@@ -16,9 +16,9 @@ from mixcon_jax.host.folders import walk
 from mixcon_jax.host.paths import expand_path
 from mixcon_jax.parsing import Record, number
 from mixcon_jax.runs import saved
+from mixcon_jax.runs.outcome import ENDS, outcome
 
 RUN_FILES = {'config.json', 'metrics.jsonl'}
-ENDED = ('stopped', 'aborted', 'done')
 BLOCK = 32 << 20  # bytes read at once
 PARSED, NEWEST = 500, 100  # of a block: training records parsed, about; and those at its end, which all are
 PATIENCE, START_PATIENCE = 60.0, 600.0  # seconds a run may be silent, at least: between records, and before the first
@@ -158,13 +158,13 @@ class Run:
         return steps if isinstance(steps, int) and steps > 0 else None
 
     def state(self, now: float) -> str:
-        """``starting``, ``running``, ``silent``, ``stopped`` (saved), ``aborted`` or ``done``.
+        """``starting``, ``running``, ``silent`` or, of one that has ended, its ``outcome``.
 
         A run is silent when no record came for a minute and for three times as long as it ever took; before the first
         record of a step, which waits for compilation, for ten minutes.
         """
-        if self.event is not None and self.event.get('event') in ENDED:
-            return self.event['event']
+        if self.event is not None and self.event.get('event') in ENDS:
+            return outcome(self.event, self.steps or None, self.folder / 'checkpoints')
         patience = max(PATIENCE, 3 * self._longest) if self._recent else START_PATIENCE
         if self.seen and now - self.seen > patience:
             return 'silent'

@@ -67,4 +67,5 @@ def test_what_is_no_store_is_bad_input(tmp_path, name, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(['data', 'verify', name and str(tmp_path / name)])
     out, err = capsys.readouterr()
-    assert end.value.code == 2 and not out and err.startswith('error: ') and 'data.cache_dir' in err
+    told = 'data.cache_dir' if name else 'STORE is empty'
+    assert end.value.code == 2 and not out and err.startswith('error: ') and told in err

@@ -25,6 +25,7 @@ from mixcon_jax.errors import ConfigError, UserError
 from mixcon_jax.host.paths import expand
 from mixcon_jax.models import kinds, pattern
 from mixcon_jax.options import UINT32, Option, beyond
+from mixcon_jax.parallel import axes
 from mixcon_jax.parsing import json_object
 
 NAMED = 'model.layers.'  # the keys of options that a pattern's names stand for
@@ -325,20 +326,9 @@ def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> N
             raise ConfigError(
                 f'mesh.{axis}={mesh[axis]} is not supported yet; use 1 and spread over data, fsdp or context'
             )
-    data = mesh.data
-    if num_devices is not None:
-        rest = mesh.fsdp * mesh.expert * mesh.context * mesh.tensor
-        if data == -1:
-            divides('the product of mesh.fsdp, expert, context and tensor', rest, 'the number of devices', num_devices)
-            data = num_devices // rest
-        if data * rest != num_devices:
-            raise ConfigError(
-                f'the mesh takes {data * rest} devices (mesh.data={data}, mesh.fsdp={mesh.fsdp},'
-                f' mesh.context={mesh.context}),'
-                f' but there are {num_devices}'
-            )
-    if data != -1:
-        shards = data * mesh.fsdp
+    found = mesh if num_devices is None else axes.sizes(mesh, num_devices)
+    if found['data'] != -1:
+        shards = axes.rows(found)
         divides(
             'mesh.data x mesh.fsdp', shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps
         )

@@ -18,7 +18,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.hush import DRIVERS
 from mixcon_jax.host.paths import expand_path
 from mixcon_jax.models.accounting import parameter_count
-from mixcon_jax.parallel.layout import make_mesh
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.step import BATCH_KEYS, make_steps
 
 STEPS, ROWS, LENGTH = 20, 4, 64

@@ -153,6 +153,6 @@ def evaluate(
 
     @jax.jit
     def eval_batch(variables: nnx.State, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        return steps.eval_step(config, nnx.merge(graphdef, variables), 1, batch)
+        return steps.eval_step(config, nnx.merge(graphdef, variables), batch)
 
     return score(lambda batch: eval_batch(variables, jax.tree.map(jnp.asarray, dict(batch))), batches, trained.step)

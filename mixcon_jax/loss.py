@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixcon_jax.parallel.layout import constrain
-from mixcon_jax.parallel.split import shards as shards_of
+from mixcon_jax.parallel.split import shards_of
 
 
 class Sums(NamedTuple):
@@ -36,7 +36,6 @@ def cross_entropy(
     *,
     chunk: int,
     z_coef: float = 0.0,
-    shards: int = 1,
 ) -> Sums:
     """Sums of the cross-entropy over the masked tokens.
 
@@ -45,16 +44,16 @@ def cross_entropy(
     computing the logits again would take four.
 
     Args:
-      hidden: `[B, T, D]` features; B is a multiple of ``shards``.
+      hidden: `[B, T, D]` features.
       head: `[D, V]` output weights.
       targets: `[B, T]` ids below V.
       mask: `[B, T]`, the tokens to score.
       chunk: tokens at a time on each device.
       z_coef: weight of the z-loss, logsumexp(logits)^2 (PaLM, Chowdhery et al., 2022).
-      shards: into how many parts the devices split the rows; each goes through chunks of its own.
     """
     batch, length = targets.shape
-    rows, parts = shards, shards_of('sequence', length)
+    # What a device holds goes through chunks of its own.
+    rows, parts = shards_of('batch', batch), shards_of('sequence', length)
     shards = rows * parts
     tokens = batch * length // shards
     num_chunks = math.ceil(tokens / chunk)

@@ -25,6 +25,7 @@ from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.axes import rows
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state, undecayed
 
 BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
@@ -90,13 +91,13 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
 
     Args:
       config: the experiment.
-      mesh: from ``layout.make_mesh``.
+      mesh: from ``parallel.mesh.make_mesh``.
       create: ``(config.model, seed) -> model``, the Decoder unless a test wants another.
 
     Raises:
       ConfigError: the batch does not split evenly over devices and microbatches.
     """
-    shards, accum = layout.batch_shards(mesh), config.train.accum_steps
+    shards, accum = rows(mesh.shape), config.train.accum_steps
     if config.train.batch_size % (shards * accum):
         raise ConfigError(
             f'train.batch_size {config.train.batch_size} must be a multiple of mesh.data * mesh.fsdp *'
@@ -139,16 +140,16 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return train_step(config, build, optimizer, share, shards, param_shardings, state, batch)
+            return train_step(config, build, optimizer, share, param_shardings, state, batch)
 
     def evaluate(state: TrainState, batch: Batch) -> dict[str, Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return eval_step(config, build(state.params, state.buffers), shards, batch)
+            return eval_step(config, build(state.params, state.buffers), batch)
 
     def put(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        rows = len(batch['tokens']) * jax.process_count()
-        if rows % shards:
-            raise ConfigError(f'a batch of {rows} rows does not split over mesh.data * mesh.fsdp = {shards} devices')
+        count = len(batch['tokens']) * jax.process_count()
+        if count % shards:
+            raise ConfigError(f'a batch of {count} rows does not split over mesh.data * mesh.fsdp = {shards} devices')
         return {key: jax.make_array_from_process_local_data(by_row, np.asarray(batch[key])) for key in BATCH_KEYS}
 
     return Steps(
@@ -192,7 +193,6 @@ def microbatch_loss(
     batch: Batch,
     rng: Array,
     tokens: Float[Array, ''],
-    shards: int,
 ) -> tuple[Float[Array, ''], Metrics]:
     """A microbatch's share of the step's loss: the sum over microbatches is the loss, and so with the metrics.
 
@@ -212,7 +212,6 @@ def microbatch_loss(
         batch['loss_mask'],
         chunk=config.train.loss_chunk,
         z_coef=config.train.z_loss_coef,
-        shards=shards,
     )
     part = 1.0 / config.train.accum_steps
     losses = {name: loss.value * part for name, loss in aux['losses'].items()}
@@ -251,7 +250,6 @@ def train_step(
     build: Callable[[Tree, Tree], Model],
     optimizer: optax.GradientTransformation,
     share: Callable[[Array], Array],
-    shards: int,
     param_shardings: Tree,
     state: TrainState,
     batch: Batch,
@@ -277,7 +275,7 @@ def train_step(
     def gradients(microbatch: Batch, index: Array) -> tuple[Array, Metrics, Tree]:
         def loss(params: Tree) -> tuple[Array, Metrics]:
             model = build(params, state.buffers)
-            return microbatch_loss(config, model, microbatch, jax.random.fold_in(key, index), divisor, shards)
+            return microbatch_loss(config, model, microbatch, jax.random.fold_in(key, index), divisor)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         return value, metrics, jax.lax.with_sharding_constraint(grads, param_shardings)
@@ -327,13 +325,13 @@ def all_finite(tree: Tree) -> Bool[Array, '']:
     return jnp.all(jnp.stack([jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in leaves]) < jnp.inf)
 
 
-def eval_step(config: ml_collections.ConfigDict, model: Model, shards: int, batch: Batch) -> dict[str, Array]:
+def eval_step(config: ml_collections.ConfigDict, model: Model, batch: Batch) -> dict[str, Array]:
     """Sums over a batch's scored tokens: ``nll`` in nats, those predicted right, ``correct``, and all, ``tokens``."""
     batch = {key: layout.constrain(x, 'batch', 'sequence') for key, x in batch.items()}
     context = Context(batch['segment_ids'], batch['positions'], train=False)
     hidden, _, _ = model(batch['tokens'], context)
     mask = batch['loss_mask']
-    sums = cross_entropy(hidden, model.head(), batch['targets'], mask, chunk=config.train.loss_chunk, shards=shards)
+    sums = cross_entropy(hidden, model.head(), batch['targets'], mask, chunk=config.train.loss_chunk)
     return {'nll': sums.nll, 'correct': sums.correct, 'tokens': jnp.sum(mask, dtype=jnp.int32)}
 
 

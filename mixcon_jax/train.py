@@ -22,7 +22,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import Scores, score
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
-from mixcon_jax.parallel.layout import make_mesh
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.runs.checkpoints import Checkpoints, Meta
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.goodput import Clock

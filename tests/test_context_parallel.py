@@ -20,7 +20,7 @@ OPTIONS = {
     'model__ssm__chunk': 2,
     'model__moe__implementation': 'grouped',
     'model__moe__group_block': 4,
-    'model__remat': 'full',
+    'model__remat': 'block',
     'data__seq_len': LENGTH,
     'train__accum_steps': 2,
     'train__z_loss_coef': 0.001,

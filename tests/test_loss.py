@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixcon_jax import config as configs
 from mixcon_jax.loss import cross_entropy
+from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.mesh import make_mesh
 
 SIZES = [(1, 1, 3, 5), (3, 7, 5, 11), (4, 13, 8, 257), (2, 64, 16, 33)]  # B, T, D, V
 
@@ -56,14 +59,23 @@ def test_sums_and_gradients_are_those_of_the_dense_form(size, chunk, z_coef):
         np.testing.assert_allclose(got, 0.37 * want, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize('shards', [1, 2, 6])
-def test_splitting_rows_over_shards_changes_nothing(shards):
+@pytest.mark.parametrize('rows, tokens', [(1, 1), (2, 1), (6, 1), (2, 3)])
+def test_what_devices_share_out_changes_nothing(rows, tokens):
+    """As the mesh of the step splits the batch: rows, the tokens of a row, or both."""
     hidden, head, targets, mask = problem(3, 6, 9, 7, 31)
-    function = jax.value_and_grad(lambda h, w: cross_entropy(h, w, targets, mask, chunk=4, shards=shards)[0], (0, 1))
-    total, grads = jax.jit(function)(hidden, head)
+    config = configs.default().mesh
+    config.update(data=rows, context=tokens)
+    mesh = make_mesh(config, jax.devices()[: rows * tokens])
+
+    @jax.value_and_grad
+    def total(arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return cross_entropy(*arrays, targets, mask, chunk=4)[0]
+
+    found, grads = jax.jit(total)(jax.device_put((hidden, head), layout.replicated(mesh)))
     (want, *_), want_grads = dense(hidden, head, targets, mask, 0.0)
-    np.testing.assert_allclose(total, want, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, want_grads)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, tuple(want_grads))
 
 
 def test_without_gradient_the_sums_are_the_same():

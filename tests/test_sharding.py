@@ -11,6 +11,8 @@ from mixcon_jax import config as configs
 from mixcon_jax import step
 from mixcon_jax.config import ConfigError
 from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.axes import AXES
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.trees import named_leaves
 from tests.training import mesh_of, tiny_config
 
@@ -31,27 +33,27 @@ def mesh_config(**axes):
     ],
 )
 def test_data_takes_what_the_other_axes_leave(axes, shape):
-    mesh = layout.make_mesh(mesh_config(**axes))
-    assert tuple(mesh.shape.values()) == shape and tuple(mesh.shape) == layout.AXES
+    mesh = make_mesh(mesh_config(**axes))
+    assert tuple(mesh.shape.values()) == shape and tuple(mesh.shape) == AXES
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
 @pytest.mark.parametrize('axes', [{'fsdp': 3}, {'data': 3}, {'data': 16}, {'data': 4, 'tensor': 4}, {'tensor': 16}])
 def test_a_mesh_that_does_not_match_the_devices_is_refused(axes):
     with pytest.raises(ConfigError, match=r'mesh\.data .*mesh\.tensor .* number of devices, 8'):
-        layout.make_mesh(mesh_config(**axes))
+        make_mesh(mesh_config(**axes))
 
 
 def test_devices_that_share_rows_are_of_one_process(monkeypatch):
     """Each process loads its own rows, so that none may lie on the devices of two."""
     monkeypatch.setattr(jax, 'process_count', lambda: 4)
-    assert layout.make_mesh(mesh_config(data=4, context=2)).shape['context'] == 2
+    assert make_mesh(mesh_config(data=4, context=2)).shape['context'] == 2
     with pytest.raises(ConfigError, match=r'mesh\.data \* mesh\.fsdp \(2\) .* number of processes, 4'):
-        layout.make_mesh(mesh_config(data=2, context=4))
+        make_mesh(mesh_config(data=2, context=4))
 
 
 def test_specs_follow_the_table():
-    mesh = layout.make_mesh(mesh_config(data=1, fsdp=2, expert=2, tensor=2))
+    mesh = make_mesh(mesh_config(data=1, fsdp=2, expert=2, tensor=2))
     spec = lambda axes, shape: layout.partition_spec(axes, shape, mesh)
     axis = lambda name: (name,)
     assert spec(('layers', 'embed', 'inner'), (3, 4, 6)) == P(None, axis('fsdp'), axis('tensor'))
@@ -116,7 +118,7 @@ def test_experts_multiply_only_their_devices_rows():
     pairs = 16 * 128 * config.model.moe.top_k
     for data, fsdp in ((1, 1), (2, 2)):
         config.mesh.update(data=data, fsdp=fsdp)
-        steps = step.make_steps(config, layout.make_mesh(config.mesh, jax.devices()[: data * fsdp]))
+        steps = step.make_steps(config, make_mesh(config.mesh, jax.devices()[: data * fsdp]))
         types = {key: 'bool' if key == 'loss_mask' else 'int32' for key in step.BATCH_KEYS}
         batch = {key: jax.ShapeDtypeStruct((16, 128), dtype) for key, dtype in types.items()}
         program = steps.train_step.lower(steps.abstract_state, batch).compile().as_text()

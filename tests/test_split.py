@@ -15,6 +15,7 @@ from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCA
 from mixcon_jax import config as configs
 from mixcon_jax.parallel import kernels, layout
 from mixcon_jax.parallel.axes import RULES
+from mixcon_jax.parallel.mesh import make_mesh
 
 B, T, D = 2, 6, 4
 
@@ -42,7 +43,7 @@ CALLS = {
 def mesh(**axes: int):
     config = configs.default().mesh
     config.update({'data': 1} | axes)
-    return layout.make_mesh(config, jax.devices()[: int(np.prod(list(axes.values())))])
+    return make_mesh(config, jax.devices()[: int(np.prod(list(axes.values())))])
 
 
 @pytest.mark.parametrize('axes', [{'tensor': 2}, {'data': 2, 'tensor': 2}], ids=['tensor', 'rows and tensor'])

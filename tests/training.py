@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mixcon_jax import config as configs
-from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.mesh import make_mesh
 
 
 def tiny_config(**options):
@@ -25,7 +25,7 @@ def tiny_config(**options):
 
 def mesh_of(config, devices: int = 1) -> Mesh:
     """The configuration's mesh over the first devices only."""
-    return layout.make_mesh(config.mesh, jax.devices()[:devices])
+    return make_mesh(config.mesh, jax.devices()[:devices])
 
 
 def random_batch(seed: int, rows: int, length: int, vocab: int = 61) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The device mesh, and where parameters, optimizer state and batches lie on it.
+"""Where parameters, optimizer state and batches lie on the device mesh.
 
 Five axes: ``data`` splits the batch and replicates parameters, ``fsdp`` splits both, ``expert`` splits experts,
 ``context`` the sequence, ``tensor`` heads and widths. Every parameter names its dimensions (``logical_axes``); one
@@ -10,43 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from mixcon_jax.config import ConfigError
-from mixcon_jax.parallel.axes import AXES, BATCH_AXES, RULES
+from mixcon_jax.parallel.axes import BATCH_AXES, RULES
 from mixcon_jax.trees import Tree, map_named, named_leaves
-
-
-def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of ``config.mesh`` over all devices; ``data=-1`` takes what the other axes leave.
-
-    Raises:
-      ConfigError: the axes' product is not the number of devices, or devices that share rows are of several processes.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = {axis: config[axis] for axis in AXES}
-    if sizes['data'] == -1:
-        rest = math.prod(sizes[axis] for axis in AXES[1:])
-        sizes['data'] = max(1, len(devices) // rest)
-    if math.prod(sizes.values()) != len(devices):
-        keys = ' * '.join(f'mesh.{axis} ({config[axis]})' for axis in AXES)
-        raise ConfigError(f'{keys} must be the number of devices, {len(devices)}')
-    # Every process loads rows of its own.
-    rows = sizes['data'] * sizes['fsdp']
-    if rows % jax.process_count():
-        raise ConfigError(
-            f'mesh.data * mesh.fsdp ({rows}) must be a multiple of the number of processes, {jax.process_count()}:'
-            ' the devices along the other axes belong to one process'
-        )
-    shape = tuple(sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def partition_spec(

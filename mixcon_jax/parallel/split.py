@@ -68,7 +68,7 @@ def by_parts(
     return _mapped(function, arrays, named, {}, result, shares)
 
 
-def shards(logical: str, size: int) -> int:
+def shards_of(logical: str, size: int) -> int:
     """Into how many parts the mesh of this step splits a dimension of this size: 1 where it does not divide it."""
     mesh = jax.sharding.get_abstract_mesh()
     count = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[logical])
@@ -82,7 +82,7 @@ def _shares(axes: Mapping[str, str], dims: Mapping[str, tuple[str, ...]], arrays
         for dim, size in zip(_spread(dims[name], value.ndim), value.shape):
             sizes.setdefault(dim, size)
     asked = {dim: RULES[logical] for dim, logical in axes.items() if dim in sizes}
-    split = {dim for dim in asked if shards(axes[dim], sizes[dim]) > 1}
+    split = {dim for dim in asked if shards_of(axes[dim], sizes[dim]) > 1}
     whole = {axis for dim in asked.keys() - split for axis in asked[dim]}
     return {dim: asked[dim] for dim in asked if dim in split and not whole & set(asked[dim])}
 

@@ -13,7 +13,7 @@ import jax
 
 from mixcon_jax import config as configs
 from mixcon_jax import step
-from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.mesh import make_mesh
 
 LIMIT = 1.3  # times the compile time of 2 blocks
 DEPTHS = (2, 16)
@@ -24,7 +24,7 @@ def lowered(num_blocks: int) -> jax.stages.Lowered:
     """The train step of a MixCon block, conba, attention and experts, before compilation."""
     config = configs.default()
     config.model.update(num_blocks=num_blocks, pattern=('conba+mlp', 'attention+moe'))
-    mesh = layout.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     steps = step.make_steps(config, mesh)
     shape = (config.train.batch_size, config.data.seq_len)
     types = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}

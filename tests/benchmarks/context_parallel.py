@@ -21,7 +21,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
-from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.planning.collectives import COLLECTIVES, collectives, of_sequence
 
 LAYERS = {'mamba': 'mamba'} | dict.fromkeys(presets.CONBA_PRESETS, 'conba') | {'attention': 'attention'}
@@ -47,7 +47,7 @@ def layer_gradient(
     config.data.seq_len = length
     config = configs.validate(config)
     used = (devices or jax.devices())[: data * shards]
-    mesh = layout.make_mesh(config.mesh, used)
+    mesh = make_mesh(config.mesh, used)
     mixer = nnx.eval_shape(lambda: kinds.load(LAYERS[name])(config.model, Parameters(jax.random.key(0)), 1))
     graphdef, params = nnx.split(mixer)
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -15,7 +15,7 @@ from mixcon_jax import config as config_lib
 from mixcon_jax import step
 from mixcon_jax.data import TokenStore, TrainBatches
 from mixcon_jax.data.store import StoreWriter
-from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.mesh import make_mesh
 from tests.data.cases import METADATA
 
 TOKENS = 4_000_000
@@ -50,7 +50,7 @@ def tokens_per_second(
 def step_tokens_per_second(steps: int = 8) -> float:
     """Tokens a second that the quickstart's train step takes here: the fastest of a few steps."""
     config = config_lib.validate(config_lib.load('experiments/quickstart.py'))
-    compiled = step.make_steps(config, layout.make_mesh(config.mesh, jax.devices()[:1]))
+    compiled = step.make_steps(config, make_mesh(config.mesh, jax.devices()[:1]))
     shape = (config.train.batch_size, config.data.seq_len)
     batch = {key: np.ones(shape, np.int32) for key in step.BATCH_KEYS}
     batch['loss_mask'], batch['positions'] = (

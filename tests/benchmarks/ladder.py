@@ -24,7 +24,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.host.hush import shorten_jax
 from mixcon_jax.models.accounting import flops_per_token, parameter_count
 from mixcon_jax.models.presets import conba, hybrid
-from mixcon_jax.parallel.layout import make_mesh
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.planning.hardware import peak_flops
 from mixcon_jax.step import BATCH_KEYS, make_steps
 

@@ -13,7 +13,7 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax.models.accounting import flops_per_token, parameter_count, width_for
 from mixcon_jax.models.presets import hybrid
-from mixcon_jax.parallel.layout import make_mesh
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.step import BATCH_KEYS, make_steps
 from tests.benchmarks.timing import compare, table
 

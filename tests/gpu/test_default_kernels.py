@@ -76,7 +76,8 @@ def main() -> None:
 
     from kernels_pallas import dispatch
     from mixcon_jax import config as configs
-    from mixcon_jax.parallel.layout import batch_sharding, make_mesh
+    from mixcon_jax.parallel.layout import batch_sharding
+    from mixcon_jax.parallel.mesh import make_mesh
     from mixcon_jax.planning import compiling
     from mixcon_jax.step import BATCH_KEYS, make_steps
 

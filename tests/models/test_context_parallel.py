@@ -14,7 +14,7 @@ from mixcon_jax.models import presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.mixers.conba import Conba
-from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.planning.collectives import collectives, of_sequence
 from tests.models.cases import DIM, layer, model_config, packed_context
 
@@ -37,7 +37,7 @@ def documents(length=T):
 def mesh(shards):
     config = configs.default().mesh
     config.context = shards
-    return layout.make_mesh(config, jax.devices()[:shards])
+    return make_mesh(config, jax.devices()[:shards])
 
 
 @functools.cache

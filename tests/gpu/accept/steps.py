@@ -9,7 +9,7 @@ import numpy as np
 
 from mixcon_jax import config as configs
 from mixcon_jax.models.presets import conba
-from mixcon_jax.parallel.layout import make_mesh
+from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.step import make_steps
 from tests.training import random_batch
 

@@ -325,3 +325,33 @@ def test_every_kind_of_fault_has_tests_and_every_door_has_kinds():
     assert set(doors) == named
     assert kinds[0] and all('`test_' in each for each in tests)
     assert len(set(filter(None, kinds))) == len(list(filter(None, kinds))) > 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The map of the house
+# ---------------------------------------------------------------------------------------------------------------------
+def mapped() -> dict[str, set[str]]:
+    """The words that README's map says of each folder."""
+    text = (ROOT / 'README.md').read_text()
+    lines = text[text.index('## The map of the house') :].split('```')[1].splitlines()
+    found: dict[str, set[str]] = {}
+    folder, parent = '', ''
+    for line in lines:
+        if head := re.match(r'(  )?([a-z_]+)/\s', line + ' '):
+            folder = f'{parent}/{head[2]}' if head[1] else head[2]
+            parent = parent if head[1] else head[2]
+        elif re.match(r'  [a-z]', line):
+            folder = parent
+        found.setdefault(folder, set()).update(re.findall(r'[a-z_0-9]+', line))
+    return found
+
+
+def test_the_map_in_the_readme_names_every_module():
+    """Or its folder, below which every kernel and every layer has files of its own."""
+    words = mapped()
+    for top in ('launch', 'mixcon_jax', 'kernels_pallas'):
+        for path in sorted((ROOT / top).rglob('*.py')):
+            named, folder = path.stem, path.parent
+            while (where := folder.relative_to(ROOT).as_posix()) not in words:
+                named, folder = folder.name, folder.parent
+            assert named.startswith('__') or named in words[where], f'README.md says nothing of {named} in {where}'

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ def test_experiment_is_valid_and_documented(path):
     config = configs.validate(configs.load(str(path)))
     assert config.name
     said = ast.get_docstring(ast.parse(path.read_text())) or ''
-    assert len(said) > 80, f'{path}: the docstring is to say what it is, what it costs and how to run it'
+    name = str(path.relative_to(ROOT))
+    assert len(said.splitlines()[0]) > 40, f'{name}: the docstring is to begin with what it is'
+    assert re.search(r'\b(seconds?|minutes?|hours?|days)\b|GPU', said), f'{name}: the docstring is to say what it costs'
+    run = rf'(mixcon (train|config)|launch\.sweep) --config {re.escape(name)}|make quickstart'
+    assert re.search(run, said), f'{name}: the docstring is to say how to run it'
 
 
 def test_the_quickstart_is_a_whole_mixcon():

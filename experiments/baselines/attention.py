@@ -2,6 +2,8 @@
 
 Eight attention layers; the MLP's width makes up for the smaller mixers, so that it has nano's parameters within 2 %.
 717k tokens take about 2 minutes on one CPU core. The argument ``rope`` turns on rotary positions.
+
+    mixcon train --config experiments/baselines/attention.py --workdir runs/attention
 """
 
 import os

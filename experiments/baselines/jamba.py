@@ -3,6 +3,8 @@
 The pattern is Jamba's (Lieber et al., 2024): attention is layer 4 of 8, and top-2 experts with unnormalised weights
 take the place of every second MLP. As many active parameters as nano within 2 %; with 4 experts, 0.67M in total. 717k
 tokens take about 5 minutes on one CPU core.
+
+    mixcon train --config experiments/baselines/jamba.py --workdir runs/jamba
 """
 
 import os

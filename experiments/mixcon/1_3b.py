@@ -4,6 +4,8 @@
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 20.7 GB in all.
 ``mesh.fsdp`` is 8: it takes a multiple of 8 devices. Learning rate and batch are of the usual size, not tuned. It
 wants your own text: set ``data.sources``.
+
+    mixcon train --config experiments/mixcon/1_3b.py --workdir runs/mixcon_1_3b
 """
 
 from mixcon_jax.config import default

@@ -4,6 +4,8 @@
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 79.7 GB in all.
 ``mesh.fsdp`` is 32: it takes a multiple of 32 devices. Learning rate and batch are of the usual size, not tuned. It
 wants your own text: set ``data.sources``.
+
+    mixcon train --config experiments/mixcon/5b.py --workdir runs/mixcon_5b
 """
 
 from mixcon_jax.config import default

@@ -2,6 +2,8 @@
 
 One block of 8 layers (2 attention, 6 Conba) of width 64, without experts, on the standard library's text with 512 byte
 pairs. 717k tokens take 4 to 5 minutes on one CPU core. The argument names a Conba preset.
+
+    mixcon train --config experiments/mixcon/nano.py --workdir runs/mixcon_nano
 """
 
 from mixcon_jax.config import default

@@ -6,6 +6,10 @@ with 16 symbols). Sequences of at most 64 tokens, where the published versions t
 the first half of the steps) are to make 1500 steps of at most 1024 tokens enough to tell architectures apart. Scored at
 64, 128, 256 and 512 tokens: up to eight times the trained length. The argument names an architecture; the task here is
 selective copying.
+
+By itself one run of it; fifteen take about 15 minutes on 2 CPU cores:
+
+    mixcon train --config experiments/synthetic/base.py --workdir runs/synthetic
 """
 
 from mixcon_jax.config import default

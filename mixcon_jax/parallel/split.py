@@ -7,7 +7,7 @@ token is decoded, it runs whole. Results are the same.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,14 +95,25 @@ def _mapped(
     results: str | tuple[str, ...],
     shares: Shares,
 ) -> Any:
-    """The function under ``shard_map``, manual over the mesh axes that share something out."""
-    spec = lambda names: PartitionSpec(*(shares.get(name) for name in names))
+    """The function under ``shard_map``; mesh axes that share out nothing of it stay with XLA."""
+    used = {axis for axes in shares.values() for axis in axes}
+    # Nor do axes of one device, but where XLA keeps one its CPU compiler aborts at sums of bfloat16 gradients. They go
+    # with what is shared: a gradient is summed over all axes that its array's spec does not name.
+    idle = tuple(
+        axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1 and axis not in used
+    )
+
+    def spec(names: Sequence[str]) -> PartitionSpec:
+        entries = [shares.get(name) for name in names]
+        first = next((i for i, axes in enumerate(entries) if axes), None)
+        return PartitionSpec(*(axes + idle if i == first and axes else axes for i, axes in enumerate(entries)))
+
     specs = {name: spec(_spread(dims[name], value.ndim)) for name, value in arrays.items()}
     return jax.shard_map(
         lambda arrays, trees: function(**arrays, **trees),
         in_specs=(specs, PartitionSpec()),
         out_specs=jax.tree.map(lambda text: spec(text.split()), results),
-        axis_names={axis for axes in shares.values() for axis in axes},
+        axis_names=used | set(idle),
         check_vma=False,
     )(dict(arrays), dict(trees))
 

@@ -280,7 +280,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         )
     if (noise := config.seed + config.train.seed_noise) > UINT32:
         raise ConfigError(f'seed + train.seed_noise={noise} {beyond(noise, UINT32)}')
-    _check_mesh(config, num_devices)
+    check_mesh(config, num_devices)
     return resolve(config)
 
 
@@ -317,7 +317,12 @@ def _check_data(data: ml_collections.ConfigDict) -> None:
         raise ConfigError(f'data.weights={data.weights} must be non-negative with a positive sum')
 
 
-def _check_mesh(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
+def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None) -> None:
+    """Checks what the mesh has to share out and, given their number, that it takes all devices.
+
+    Raises:
+      ConfigError: names the key and says what would be right.
+    """
     mesh, batch = config.mesh, config.train.batch_size
     divides('train.accum_steps', config.train.accum_steps, 'train.batch_size', batch)
     divides('mesh.context', mesh.context, 'data.seq_len', config.data.seq_len)

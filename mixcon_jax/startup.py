@@ -21,8 +21,9 @@ from mixcon_jax.host.compilation import keep_compiled
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
 from mixcon_jax.planning import hardware
-from mixcon_jax.runs.checkpoints import Meta, load_params
+from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir, listed, renamed, same_schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
 from mixcon_jax.trees import map_named, named_leaves

@@ -84,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
         return Result(DONE, record['step'], record['fingerprint'], metrics)
     folder = Workdir(workdir)
     startup.set_up_jax(config)
-    configs.validate(config, jax.device_count())
+    configs.check_mesh(config, jax.device_count())
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         begun = folder.require_same(config)
         with contextlib.ExitStack() as stack:

@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.runs import readback, saved
-from mixcon_jax.runs.checkpoints import Checkpoints, Meta, load_params
+from mixcon_jax.runs.checkpoints import Checkpoints, Meta
 from mixcon_jax.runs.checksums import PIECE, _on_host, _sums, checksums
+from mixcon_jax.runs.weights import load_params
 from mixcon_jax.trees import named_leaves
 
 # Orbax drops its pending reads when one of them fails.

@@ -16,11 +16,12 @@ from mixcon_jax import config as configs
 from mixcon_jax import train as train_module
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.signals import STOPPING, StopRequest
-from mixcon_jax.runs.checkpoints import Checkpoints, load_params
+from mixcon_jax.runs.checkpoints import Checkpoints
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import last, read
 from mixcon_jax.runs.trace import Trace
+from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir
 from mixcon_jax.train import ABORTED, DONE, STOPPED, Result, train
 from tests.test_resume import outcome

@@ -21,10 +21,10 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.reports import runs
 from mixcon_jax.runs import mark, saved
-from mixcon_jax.runs.checkpoints import load_params
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import last, read
+from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir, report_if_finished, same_schedule
 from mixcon_jax.train import ABORTED, DONE, train
 from tests.test_train import contents

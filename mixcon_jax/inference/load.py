@@ -13,8 +13,8 @@ from mixcon_jax.host.compilation import keep_compiled
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer
-from mixcon_jax.runs.checkpoints import load_params
 from mixcon_jax.runs.mark import path_of
+from mixcon_jax.runs.weights import load_params
 from mixcon_jax.trees import named_leaves, to_state
 
 

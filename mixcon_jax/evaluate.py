@@ -20,7 +20,6 @@ from mixcon_jax.data import files
 from mixcon_jax.data.dataset import open_dataset
 from mixcon_jax.data.documents import Document
 from mixcon_jax.data.loader import heldout_from_texts
-from mixcon_jax.data.prepared import require_tokenizer
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference.load import load_model
@@ -142,7 +141,7 @@ def evaluate(
         batches = heldout_from_texts(documents, trained.tokenizer, config, rows)
     else:
         dataset = open_dataset(config, trained.data)
-        require_tokenizer(dataset.stores, trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
+        dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
         if trained.data != dataset.identity:
             raise UserError(
                 f'the data of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'

@@ -1,5 +1,6 @@
 """What a run learns from and is scored on, whatever its kind: prepared text, or a synthetic task."""
 
+import abc
 import dataclasses
 import sys
 from typing import Any
@@ -10,41 +11,85 @@ from mixcon_jax.data import synthetic
 from mixcon_jax.data.cache import changes, prepared_as
 from mixcon_jax.data.loader import HeldoutBatches, TrainBatches
 from mixcon_jax.data.prepare import prepare
-from mixcon_jax.data.prepared import PreparedStore, baselines
+from mixcon_jax.data.prepared import PreparedStore, baselines, require_tokenizer
 from mixcon_jax.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class Dataset(abc.ABC):
     """The data of one configuration; its batches are this process's shares.
 
     Attributes:
       config: the whole configuration.
       tokenizer: of the text, or one that names a task's symbols.
       identity: what the data is known by: other data has another one.
-      stores: of prepared text; empty for a task.
     """
 
     config: ml_collections.ConfigDict
     tokenizer: Tokenizer
     identity: tuple[str, ...]
+
+    @abc.abstractmethod
+    def train_batches(self, **share: int) -> Any:
+        """Endless training batches of process_index of process_count."""
+
+    @abc.abstractmethod
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> Any:
+        """Held-out batches, of ``max_rows`` rows, or with 0 of all."""
+
+    @abc.abstractmethod
+    def baselines(self) -> dict[str, float]:
+        """What simple models reach."""
+
+    @abc.abstractmethod
+    def require_tokenizer(self, tokenizer: Tokenizer, name: str) -> None:
+        """Refuses a model's tokenizer if it is not the data's.
+
+        Raises:
+          UserError: names both.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Dataset):
+    """Prepared text.
+
+    Attributes:
+      stores: of its tokens.
+    """
+
     stores: tuple[PreparedStore, ...]
 
-    def train_batches(self, **share: int) -> Any:
-        """Endless training batches (``TrainBatches`` or ``SyntheticTrain``) of process_index of process_count."""
-        if not self.stores:
-            return synthetic.SyntheticTrain(self.config, **share)
+    def train_batches(self, **share: int) -> TrainBatches:
         return TrainBatches(self.config, self.stores, **share)
 
-    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> Any:
-        """Held-out batches (``HeldoutBatches`` or ``SyntheticHeldout``), of ``max_rows`` rows, or with 0 of all."""
-        if not self.stores:
-            return synthetic.SyntheticHeldout(self.config, batch_size, max_rows=max_rows, **share)
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> HeldoutBatches:
         return HeldoutBatches(self.config, self.stores, batch_size, max_rows=max_rows, **share)
 
     def baselines(self) -> dict[str, float]:
-        """What simple models reach: bits per byte of the held-out text, or the accuracy of guessing."""
-        return baselines(self.stores) if self.stores else synthetic.baselines(self.config)
+        """Bits per byte of the held-out text."""
+        return baselines(self.stores)
+
+    def require_tokenizer(self, tokenizer: Tokenizer, name: str) -> None:
+        require_tokenizer(self.stores, tokenizer, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(Dataset):
+    """A synthetic task, made as it is needed."""
+
+    def train_batches(self, **share: int) -> synthetic.SyntheticTrain:
+        return synthetic.SyntheticTrain(self.config, **share)
+
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> synthetic.SyntheticHeldout:
+        return synthetic.SyntheticHeldout(self.config, batch_size, max_rows=max_rows, **share)
+
+    def baselines(self) -> dict[str, float]:
+        """The accuracy of guessing."""
+        return synthetic.baselines(self.config)
+
+    def require_tokenizer(self, tokenizer: Tokenizer, name: str) -> None:
+        """Any: a task is told by its identity."""
 
 
 def open_dataset(config: ml_collections.ConfigDict, identity: tuple[str, ...] = ()) -> Dataset:
@@ -60,9 +105,9 @@ def open_dataset(config: ml_collections.ConfigDict, identity: tuple[str, ...] = 
     """
     data = config.data
     if synthetic.is_synthetic(data):
-        return Dataset(config, synthetic.tokenizer(data), synthetic.identity(data), ())
+        return Task(config, synthetic.tokenizer(data), synthetic.identity(data))
     known = prepared_as(data, identity)
     for line in changes(known or (), data):
         print(line, file=sys.stderr, flush=True)
     stores = tuple(known or prepare(data))
-    return Dataset(config, stores[0].load_tokenizer(), tuple(store.fingerprint for store in stores), stores)
+    return Text(config, stores[0].load_tokenizer(), tuple(store.fingerprint for store in stores), stores)

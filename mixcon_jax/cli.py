@@ -184,6 +184,8 @@ def _config(known: argparse.Namespace, overrides: list[str]) -> int:
     if known.help_options:
         for key, option in configs.leaves():
             print(f'{key} = {configs.get(config, key)!r}\n    {option.meaning}')
+        print("model.layers.NAME = {'kind': KIND, OPTION: VALUE, ...}")
+        print('    A mixer or FFN by a name for patterns: of that kind, with these of its options replaced.')
     else:
         print(configs.to_json(config), end='')
     return 0

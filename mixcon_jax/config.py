@@ -108,8 +108,8 @@ def _with_elements(config: ml_collections.ConfigDict, overridden: Sequence[str])
     """Splits tuples of text that the command line gave as one element; those of an experiment file are as they are."""
     expected = known(config)
     for key in overridden:
-        value, option = get(config, key, None), expected[key]
-        if option.element is str and isinstance(value, tuple) and len(value) == 1:
+        value, option = get(config, key, None), expected.get(key)
+        if option is not None and option.element is str and isinstance(value, tuple) and len(value) == 1:
             put(config, key, _split(str(value[0]), option))
     return config
 

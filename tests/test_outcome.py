@@ -68,6 +68,18 @@ def test_with_the_last_checkpoint_damaged_it_goes_on_for_all(copied):
     assert set(told(sweep, config).values()) == {False}
 
 
+def test_a_watch_that_is_open_follows_a_run_that_is_made_longer(copied):
+    sweep, config = copied
+    watched = follow.Run(sweep / 'run')
+    watched.update()
+    assert (watched.state(watched.seen), watched.steps) == ('done', 4)
+    longer = config.copy_and_resolve_references()
+    longer.train.steps = 6
+    train(longer, sweep / 'run')
+    watched.update()
+    assert (watched.state(watched.seen), watched.steps, watched.step) == ('done', 6, 6)
+
+
 def test_with_more_steps_wanted_it_goes_on_for_all(copied):
     """Once a start has written the new number down, as it does before its first step."""
     sweep, config = copied

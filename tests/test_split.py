@@ -73,6 +73,15 @@ def test_what_shares_a_mesh_axis_is_split_together_or_not_at_all():
         assert 'shard_map' in str(jax.make_jaxpr(lambda a: kernels.attention(**a))(CALLS['attention']))
 
 
+def test_a_reset_that_another_device_knows_keeps_the_sequence_whole():
+    arguments = {'x': normal(B, T, D), 'weight': normal(3, D)}
+    reset = {'reset': jnp.zeros((B, T), bool).at[:, 0].set(True)}
+    positions = {'positions': jnp.broadcast_to(jnp.arange(T), (B, T))}
+    with jax.sharding.use_abstract_mesh(mesh(context=2).abstract_mesh):
+        text = lambda more: str(jax.make_jaxpr(lambda a: kernels.causal_conv1d(**a)[0])(arguments | more))
+        assert 'ppermute' in text(positions) and 'shard_map' not in text(reset)
+
+
 def test_noise_is_drawn_for_all_rows_at_once():
     noise = {'process_noise': (jax.random.key(0), 0.1), 'readout': None}
     with jax.sharding.use_abstract_mesh(mesh(data=2).abstract_mesh):
@@ -88,5 +97,8 @@ def test_a_call_is_declared_whole(call):
     """Every dimension that may be split is one of the annotations', under a name that the sharding rules know."""
     dims = {dim for names in call.dims.values() for dim in names}
     assert set(call.axes) <= dims and set(call.axes.values()) <= set(RULES)
+    results = call.results({'delay': None, 'prior': True})
+    named = {dim for text in ([results] if isinstance(results, str) else results) for dim in text.split()}
+    assert named <= dims, 'a name that no argument has would be whole on every device'
     wrapped = getattr(kernels, call.function.__name__)
     assert inspect.signature(wrapped) == inspect.signature(call.function)

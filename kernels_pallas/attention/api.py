@@ -7,7 +7,7 @@ from kernels_pallas.attention import one_query, reference, xla
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
 
-WORDS = {'b': 'batch', 't': 'queries', 'h': 'heads', 'd': 'head_dim', 's': 'keys', 'k': 'kv_heads'}
+WORDS = {'b': 'batch', 't': 'queries >= 1', 'h': 'heads', 'd': 'head_dim', 's': 'keys', 'k': 'kv_heads'}
 
 
 def attention(
@@ -63,7 +63,7 @@ def _several_queries(q: Float[Array, 'b t h d']) -> str | None:
 
 def _segments(found, segment_ids, kv_segment_ids):
     """The documents of queries and keys, given the sizes of the call."""
-    if found['h'] % found['k']:
+    if not found['k'] or found['h'] % found['k']:
         raise ValueError(f'attention: k has {found["k"]} heads, expected a divisor of the {found["h"]} query heads')
     if segment_ids is None:
         if kv_segment_ids is not None:

@@ -17,8 +17,13 @@ def causal_conv1d(*args, axis_name: str = exchange.AXIS, **kwargs) -> tuple[jax.
 
     Returns:
       `(y of this shard's tokens, None)`: only what continues a sequence has a use for its last tokens.
+
+    Raises:
+      ValueError: there is a reset or an initial_state.
     """
     call = bind(api.causal_conv1d, *args, **kwargs)
+    if call['reset'] is not None or call['initial_state'] is not None:
+        raise ValueError('causal_conv1d: on a slice of the sequence, give positions, no reset and no initial_state')
     longest = max(call['lags'] or (call['weight'].shape[0] - 1,))
     call |= {'initial_state': exchange.previous(call['x'], longest, axis_name), 'mask': None}
     return api.causal_conv1d(**call)[0], None
@@ -29,5 +34,6 @@ CALL = Call(
     results=lambda _: ('b t c', 'b l c'),
     axes={'b': 'batch', 't': 'sequence', 'c': 'inner'},
     context_parallel=causal_conv1d,
-    whole=lambda arguments: () if arguments['initial_state'] is None else ('t',),
+    # A shard knows no reset before its slice; a state that comes in must go out again.
+    whole=lambda arguments: ('t',) if arguments['reset'] is not None or arguments['initial_state'] is not None else (),
 )

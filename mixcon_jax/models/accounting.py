@@ -12,6 +12,8 @@ from mixcon_jax.models.decoder import Decoder, create
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.pattern import Part, parts, resolve
 
+FAR = 4097  # a width that tells how parameters grow, whatever steps they take
+
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
@@ -50,8 +52,7 @@ def width_for(model, total: int, key: str = 'mlp.hidden_dim') -> int:
     Args:
       model: ``config.model``; it is not changed.
       total: parameters to have.
-      key: the option to choose: a width of the FFNs, in which the number of parameters is affine, up to the rounding of
-        an expert's width that is derived from it.
+      key: the option to choose: a width of the FFNs, with which the number of parameters grows.
 
     Raises:
       ValueError: without any of that width there are too many already, or none of the parameters depend on it.
@@ -60,26 +61,28 @@ def width_for(model, total: int, key: str = 'mlp.hidden_dim') -> int:
     *groups, name = key.split('.')
     options = functools.reduce(lambda group, part: group[part], groups, trial)
 
+    @functools.cache
     def counted(width: int) -> int:
         options[name] = width
         return sum(math.prod(shape) for _, shape, _ in parameters(trial))
 
-    # Of an MLP's width w and of an expert's, which is w // top_k where moe.hidden_dim is 0.
-    unit = model.moe.top_k
-    first = counted(unit)
-    each = counted(unit + 1) - first
-    each_expert = counted(2 * unit) - first - unit * each if unit > 1 else 0
-    slope = each + each_expert / unit
+    least, slope = counted(1), (counted(FAR) - counted(1)) / (FAR - 1)
     if slope <= 0:
         raise ValueError(f'model.{key} changes no number of parameters; choose a width that the pattern uses')
-
-    def computed(width: int) -> int:
-        return first + each * (width - unit) + each_expert * (max(1, width // unit) - 1)
-
-    if total < computed(1) - slope / 2:
-        raise ValueError(f'the model has {computed(1):,} parameters at model.{key}=1, more than the {total:,} wanted')
-    near = max(1, round((total - first) / slope) + unit)
-    return min(range(max(1, near - unit), near + unit + 1), key=lambda width: abs(computed(width) - total))
+    if total < least - slope / 2:
+        raise ValueError(f'the model has {least:,} parameters at model.{key}=1, more than the {total:,} wanted')
+    # Between a width with too few parameters and one with enough, closer and closer, along the line through both.
+    low, high = 0, 1 + math.ceil(max(0, total - least) / slope)
+    while counted(high) < total:
+        low, high = high, 2 * high
+    while high - low > 1:
+        few = counted(low) if low else least - slope
+        middle = low + round((total - few) / (counted(high) - few) * (high - low))
+        middle = min(max(middle, low + 1), high - 1)
+        low, high = (middle, high) if counted(middle) < total else (low, middle)
+    while low > 1 and counted(low - 1) == counted(low):  # a width that is derived may change at every few of this one
+        low -= 1
+    return min((width for width in (low, high) if width), key=lambda width: abs(counted(width) - total))
 
 
 def parameters(model) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:

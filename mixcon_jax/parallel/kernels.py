@@ -1,4 +1,7 @@
-"""The kernels as layers call them: each device computes its own rows, tokens and heads of what the mesh shares out."""
+"""The kernels as layers call them: each device computes its own rows, tokens and heads of what the mesh shares out.
+
+Where a sequence is shared out, ``causal_conv1d`` returns None for the state after it.
+"""
 
 from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION

@@ -2,7 +2,7 @@
 
 Five axes: ``data`` splits the batch and replicates parameters, ``fsdp`` splits both, ``expert`` splits experts,
 ``context`` the sequence, ``tensor`` heads and widths. Every parameter names its dimensions (``logical_axes``); one
-table maps those names to mesh axes, and XLA inserts the communication.
+table (``axes.RULES``) maps those names to mesh axes, and XLA inserts the communication.
 """
 
 import math

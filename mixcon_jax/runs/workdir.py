@@ -94,7 +94,7 @@ class Workdir:
 
         Another number of steps is taken where it leaves those that are made as they are, or where train.extend asks
         for it. So are other words for the data, once there is a checkpoint by whose hash they can be judged
-        (``begin.require_same_data``).
+        (``startup.require_same_data``).
 
         Raises:
           UserError: lists what differs.

@@ -85,6 +85,8 @@ class Run:
         self.curves = {name: Curve() for name in ('loss', 'grad_norm', 'learning_rate', 'heldout')}
         self._recent: deque[tuple[float, int]] = deque(maxlen=NEWEST)  # time and step of this start's train records
         self._longest = 0.0  # seconds between two neighbouring records
+        self._known: Any = None  # what `_ended` follows from
+        self._ended = ''
 
     # ----- reading ---------------------------------------------------------------------------------------------------
 
@@ -125,6 +127,8 @@ class Run:
         if kind == 'run':
             self.event = record
             self._recent.clear()
+            # A start may have another number of steps; it has written its configuration down before it says so.
+            self.config = saved.configuration(self.folder) or self.config
         elif adjacent and self._recent and now > self.seen:  # not before the first, which waits for compilation
             self._longest = max(self._longest, now - self.seen)
         if kind == 'train':
@@ -164,11 +168,21 @@ class Run:
         record of a step, which waits for compilation, for ten minutes.
         """
         if self.event is not None and self.event.get('event') in ENDS:
-            return outcome(self.event, self.steps or None, self.folder / 'checkpoints')
+            return self._outcome()
         patience = max(PATIENCE, 3 * self._longest) if self._recent else START_PATIENCE
         if self.seen and now - self.seen > patience:
             return 'silent'
         return 'running' if self._recent else 'starting'
+
+    def _outcome(self) -> str:
+        """What became of a run that has ended; its checkpoints are looked at only when their folders have changed."""
+        assert self.event is not None
+        checkpoints = self.folder / 'checkpoints'
+        changed = [_changed(folder) for folder in (checkpoints, checkpoints / str(self.event['step']))]
+        known = self.event, self.steps, changed
+        if known != self._known:
+            self._known, self._ended = known, outcome(self.event, self.steps, checkpoints)
+        return self._ended
 
     def seconds_per_step(self) -> float | None:
         """Of the newest records of this start, evaluations and checkpoints between them included."""
@@ -216,6 +230,14 @@ def find(roots: Sequence[Path]) -> Iterator[Path]:
         if set(files) >= RUN_FILES:
             inner.clear()  # checkpoints hold thousands of files
             yield folder
+
+
+def _changed(folder: Path) -> int:
+    """When a folder's entries changed, in nanoseconds; 0 if it is not there."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _thinned(lines: list[bytes]) -> Iterator[tuple[bytes, bool]]:

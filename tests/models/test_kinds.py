@@ -126,12 +126,12 @@ def test_a_mixer_of_ones_own_brings_its_options_their_derivation_and_its_checks(
 @pytest.mark.parametrize(
     'old, new, message',
     [
-        ('/ WIDTH', '/ FLOOR', r"Mine|Base needs 'FLOOR', but is read without its file"),
+        ('/ WIDTH', '/ FLOOR', r"(Mine|Base) needs 'FLOOR', but is read without its file"),
         ('@staticmethod', '@classmethod', r'line 22: check\(model\) of a layer must be a @staticmethod'),
         ('class Mine(Base)', 'class Mine(nnx.Module)', r'the base class nnx.Module of a layer cannot be followed'),
         ('class Base(Layer)', 'class Base', r'does not derive from mixcon_jax\.models\.layer\.Layer'),
         ('class Mine', 'class Other', r'defines no class Mine'),
-        ("{'mine'", "{'ssm'", r"declares options 'ssm', which .*Mine|SelectiveSSM has"),
+        ("{'mine'", "{'ssm'", r"declares options 'ssm', which .*(Mine|SelectiveSSM) has"),
         ("{'mine'", "{'dim'", r"declares options 'dim', which the model has"),
     ],
 )

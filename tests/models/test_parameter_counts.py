@@ -178,6 +178,17 @@ WIDTHS = {
 }
 
 
+def test_widths_of_named_experts_are_found():
+    """Which have numbers of their own, and so derive other widths from the MLP's."""
+    model = configs.default().model
+    model.update(dim=16, vocab_size=61, pattern=('attention+moe', 'attention+big'))
+    model.attention.update(num_heads=2, num_kv_heads=1)
+    model.layers = {'big': {'kind': 'moe', 'top_k': 3, 'num_experts': 5}}
+    wanted = model.copy_and_resolve_references()
+    wanted.mlp.hidden_dim = 96
+    assert width_for(model, parameter_count(wanted).total) == 96
+
+
 @pytest.mark.parametrize('name', WIDTHS)
 def test_no_other_width_comes_nearer_to_the_wanted_parameters(name):
     pattern, top_k, expert, key = WIDTHS[name]

@@ -73,7 +73,7 @@ CASES = [
     Case((1, 12, 128, 8), resets=tuple(range(12)), state=True),
     # bfloat16
     Case((1, 24, 128, 16), jnp.bfloat16, slow=True),
-    Case((2, 40, 128, 16), jnp.bfloat16, **FULL, resets=(16, 20)),
+    Case((2, 40, 128, 16), jnp.bfloat16, **FULL, resets=(16, 20), slow=True),
     Case((1, 7, 5, 8), jnp.bfloat16, **FULL),
     # the tuned tiles
     Case((1, 64, 128, 16), jnp.bfloat16, **FULL, resets=(32,), options=TABLE),
@@ -86,7 +86,7 @@ CASES = [
     # states kept less often
     Case((2, 70, 128, 8), **FULL, resets=(40,), options={'keep_every': 32}),
     Case((2, 100, 128, 8), softplus=True, state=True, options={'keep_every': 48}, slow=True),
-    Case((2, 50, 128, 8), state=True, options={'keep_every': 16, 'settings': Settings(32, 2, 8, 4)}),
+    Case((2, 50, 128, 8), state=True, options={'keep_every': 16, 'settings': Settings(32, 2, 8, 4)}, slow=True),
     # the a-priori outputs
     Case((1, 24, 128, 8), softplus=True, state=True, resets=(9,), options={'prior': True}),
     Case((1, 32, 128, 8), softplus=True, state=True, options={'prior': True, 'splits': 2}, slow=True),

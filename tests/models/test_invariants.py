@@ -120,7 +120,14 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
     assert types[0] == types[1]
 
 
-@pytest.mark.parametrize('name', NAMES)
+# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's.
+LONG = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ('mamba_norms', 'conba_feedback_companion') else name
+    for name in NAMES
+]
+
+
+@pytest.mark.parametrize('name', LONG)
 def test_bfloat16_gradients_are_finite_at_4096_tokens(name):
     length = 4096
     graphdef, params, rest = nnx.split(layer(name, 'bfloat16'), nnx.Param, ...)

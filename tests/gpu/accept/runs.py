@@ -15,9 +15,10 @@ from tests.tiny import ROOT, outcome, start_training, tiny_config
 Say = Callable[[dict[str, Any]], None]
 
 
-def resume(folder: pathlib.Path, say: Say, steps: int, stop_after: int) -> None:
+def resume(folder: pathlib.Path, say: Say, steps: int, stop_after: int, **options: Any) -> None:
     """A run that SIGTERM stops and the same command continues must end like one that nobody stopped, bit for bit."""
-    config = tiny_config(folder, train__steps=steps, eval__every=0, checkpoint__every=steps, log__every=1)
+    options |= {'train__steps': steps, 'eval__every': 0, 'checkpoint__every': steps, 'log__every': 1}
+    config = tiny_config(folder, **options)
     whole, parts = folder / 'whole', folder / 'parts'
     codes = {}
     for name, workdir in (('whole', whole), ('stopped', parts), ('going on', parts)):

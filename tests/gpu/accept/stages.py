@@ -133,11 +133,14 @@ def _run(rest: str, cpu: bool, say: Say) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         if rest == 'resume':
-            runs.resume(folder, say, *((150, 5) if cpu else (200, 30)))
+            if cpu:
+                runs.resume(folder, say, 400, 5, model__pattern=('mamba',))
+            else:
+                runs.resume(folder, say, 200, 30)
         else:
             small = ['train.steps=3', 'optim.warmup_steps=1', 'model.dim=32', 'data.seq_len=32', 'train.loss_chunk=32']
             small += [f'data.sources={write_corpus(folder / "corpus")}', 'data.tokenizer_vocab_size=300']
-            small += ['model.pattern=conba+mlp']
+            small += ['model.pattern=mamba+mlp']
             runs.quickstart(folder, say, [f'--config.{option}' for option in small] if cpu else [])
 
 

@@ -101,17 +101,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         raise ConfigError(f'{_place(file, error)}: {type(error).__name__}: {_first_line(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f'experiment file {path}: get_config() must return a ConfigDict, not {type(config).__name__}')
-    return canonical(_with_elements(config, [override.split('=')[0] for override in overrides]))
-
-
-def _with_elements(config: ml_collections.ConfigDict, overridden: Sequence[str]) -> ml_collections.ConfigDict:
-    """Splits tuples of text that the command line gave as one element; those of an experiment file are as they are."""
-    expected = known(config)
-    for key in overridden:
-        value, option = get(config, key, None), expected.get(key)
-        if option is not None and option.element is str and isinstance(value, tuple) and len(value) == 1:
-            put(config, key, _split(str(value[0]), option))
-    return config
+    return canonical(config)
 
 
 def _split(text: str, option: Option) -> tuple[str, ...]:
@@ -152,8 +142,10 @@ def canonical(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         if isinstance(option.default, float) and type(value) is int:
             group[name] = _float(value)
         elif isinstance(option.default, tuple) and isinstance(value, list | tuple | str):
-            items = list(_split(value, option) if isinstance(value, str) else value)
+            items = [value] if isinstance(value, str) else list(value)
             items = [] if items == [''] else items
+            if option.element is str and len(items) == 1:  # as the command line gives several
+                items = list(_split(str(items[0]), option))
             if option.element is float:
                 items = [_float(item) if type(item) is int else item for item in items]
             group[name] = tuple(items)

@@ -137,7 +137,7 @@ def split_is_the_hash(store: PreparedStore) -> bool:
     """
     metadata = store.metadata
     if metadata['version'] > 1:
-        return metadata['split'] == 'hash'
+        return metadata.get('split') == 'hash'
     offsets, sizes, sides = (read_array(store.path, name, metadata) for name in ('offsets', 'bytes', 'split'))
     kinds = np.stack([np.diff(offsets), sizes])
     return all(len(np.unique(kinds[:, sides == side], axis=1).T) > 1 for side in range(len(SPLITS)))

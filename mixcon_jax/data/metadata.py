@@ -22,17 +22,15 @@ FORMAT_1: dict[Any, Any] = {
     'counts': {split: {'tokens': int, 'bytes': int, 'documents': int} for split in SPLITS},
     'sha256': dict.fromkeys(ARRAYS, str),
 }
-FORMAT_2 = FORMAT_1 | {
-    'split': str,
-    'skipped': int,
-    'round_trip': dict.fromkeys(SPLITS, (int, float)),
-    'files': {...: int},
-}
+FORMAT_2 = FORMAT_1 | {'files': {...: int}}
+# What preparing text says besides; a store that something else has written may lack it.
+SAID = {'split': str, 'skipped': int, 'round_trip': dict.fromkeys(SPLITS, (int, float))}
 
 
 def complaint(metadata: Any) -> str:
     """What is wrong with the metadata of a store of a readable version, in words; empty if nothing is."""
-    wrong = _misfit(metadata, FORMAT_1 if metadata['version'] == 1 else FORMAT_2, '')
+    shape = FORMAT_1 if metadata['version'] == 1 else FORMAT_2
+    wrong = _misfit(metadata, shape | {key: kind for key, kind in SAID.items() if key in metadata}, '')
     # Stores from before there was a checksum have none.
     if not wrong and 'checksum' in metadata and metadata['checksum'] != checksum(metadata):
         return 'differs from its checksum'

@@ -47,7 +47,7 @@ class GoneSource:
         )
 
     def fingerprint(self) -> str:
-        return self._metadata['source']['fingerprint']
+        return self._metadata['source'].get('fingerprint')
 
     def lacks(self, tokenizer: Tokenizer | None = None) -> UserError:
         """The error that says why its tokens do not do, for one tokenizer or any."""
@@ -182,7 +182,7 @@ def prepared_from(spec: str, data: ml_collections.ConfigDict) -> list[PreparedSt
         if (pattern, source.get('text_field', data.text_field)) == wanted:
             found.append(store)
     found.sort(key=lambda store: os.path.getmtime(f'{store.path}/metadata.json'), reverse=True)
-    source = lambda store: store.metadata['source']['fingerprint']
+    source = lambda store: store.metadata['source'].get('fingerprint')
     return [store for store in found if source(store) == source(found[0])]
 
 
@@ -213,7 +213,7 @@ def changes(stores: Sequence[PreparedStore], data: ml_collections.ConfigDict) ->
       stores: Of ``prepared_as``.
       data: ``config.data``.
     """
-    known = {(store.fingerprint, store.metadata['source']['fingerprint']) for store in _stores(data) if whole(store)}
+    known = {(store.fingerprint, store.metadata['source'].get('fingerprint')) for store in _stores(data) if whole(store)}
     for store in stores:
         on = f'going on with its tokens, in {store.path}'
         if store.spec.startswith('huggingface:'):

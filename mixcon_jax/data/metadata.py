@@ -16,7 +16,7 @@ FORMAT_1: dict[Any, Any] = {
     'tokenizer': str,
     'eot_id': int,
     'vocab_size': int,
-    'source': {'spec': str, 'fingerprint': str},
+    'source': {...: str},  # spec and fingerprint, where it was text
     'heldout_fraction': (int, float),
     'baselines': {'train_bytes': [int] * 256, 'heldout_bytes': [int] * 256, 'gzip_in': int, 'gzip_out': int},
     'counts': {split: {'tokens': int, 'bytes': int, 'documents': int} for split in SPLITS},

@@ -213,7 +213,9 @@ def changes(stores: Sequence[PreparedStore], data: ml_collections.ConfigDict) ->
       stores: Of ``prepared_as``.
       data: ``config.data``.
     """
-    known = {(store.fingerprint, store.metadata['source'].get('fingerprint')) for store in _stores(data) if whole(store)}
+    known = {
+        (store.fingerprint, store.metadata['source'].get('fingerprint')) for store in _stores(data) if whole(store)
+    }
     for store in stores:
         on = f'going on with its tokens, in {store.path}'
         if store.spec.startswith('huggingface:'):

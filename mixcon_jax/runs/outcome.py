@@ -24,11 +24,10 @@ def outcome(event: Mapping[str, Any] | None, steps: Any, checkpoints: Path) -> s
       steps: that it is to make; None if nothing tells.
       checkpoints: the folder of its checkpoints.
     """
-    said = (event or {}).get('event')
-    if event is None or said not in ENDS:
+    if event is None or event.get('event') not in ENDS:
         return UNFINISHED
-    if said != DONE:
-        return said
+    if event['event'] != DONE:
+        return event['event']
     if steps is not None and event['step'] != steps:
         return UNFINISHED
     left = saved.steps(checkpoints)

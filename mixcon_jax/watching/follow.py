@@ -100,7 +100,11 @@ class Run:
                 if self._identity and not same:
                     self._forget()
                 self._identity, self._head = identity, head
+                known = self.event
                 self._read(file)
+                # A start may have another number of steps; it has written its configuration down before it says so.
+                if known is not None and self.event is not known:
+                    self.config = saved.configuration(self.folder) or self.config
         except OSError:  # deleted, or between two places
             return False
         return True
@@ -127,8 +131,6 @@ class Run:
         if kind == 'run':
             self.event = record
             self._recent.clear()
-            # A start may have another number of steps; it has written its configuration down before it says so.
-            self.config = saved.configuration(self.folder) or self.config
         elif adjacent and self._recent and now > self.seen:  # not before the first, which waits for compilation
             self._longest = max(self._longest, now - self.seen)
         if kind == 'train':

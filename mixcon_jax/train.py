@@ -138,6 +138,7 @@ def _train(
                 state, origin = startup.with_weights_of(source, origin, state, steps, tokenizer, metrics.say)
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
+        checkpoints.prune()
         records = metrics.start(meta.step, meta.tokens_seen)
         trace = Trace(config.log, folder.path / 'profile', metrics.say)
         stack.callback(trace.end)

@@ -179,6 +179,16 @@ def test_without_evaluations_only_the_newest_are_kept(tmp_path):
     checkpoints.close()
 
 
+def test_what_a_kill_between_saving_and_pruning_left_goes_when_the_run_goes_on(tmp_path):
+    save(tmp_path, [1, 2, 3, 4], {2: 1.0}, keep_last=4)
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_best=1)
+    assert checkpoints.restore(abstract(make_state(4))) is not None
+    assert checkpoints.steps() == [1, 2, 3, 4]
+    checkpoints.prune()
+    assert checkpoints.steps() == [2, 3, 4]
+    checkpoints.close()
+
+
 def test_nothing_to_restore_is_none(tmp_path):
     checkpoints = Checkpoints(tmp_path / 'checkpoints')
     assert checkpoints.restore(abstract(make_state(0))) is None

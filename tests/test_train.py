@@ -131,6 +131,14 @@ def test_going_on_from_a_checkpoint_ends_bit_for_bit_alike(folder, tmp_path):
     assert outcome(workdir) == outcome(folder / 'whole')
 
 
+def test_killed_between_the_last_save_and_its_pruning_it_prunes_when_it_goes_on(folder, tmp_path):
+    workdir = copy_of(folder, tmp_path, STEPS)
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    (workdir / 'metrics.jsonl').write_text(''.join(line for line in lines if '"done"' not in line))
+    result = train(small_config(folder, checkpoint__keep_last=1), workdir)
+    assert result.exit_code == DONE and [path.name for path in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
+
+
 @pytest.mark.parametrize('number, step', STOPS)
 def test_a_signal_saves_and_the_next_start_goes_on(folder, tmp_path, monkeypatch, number, step, capfd):
     handlers = [signal.getsignal(n) for n in STOPPING]

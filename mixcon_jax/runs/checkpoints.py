@@ -115,6 +115,12 @@ class Checkpoints:
         if step in self._losses:
             self._losses[step] = heldout_loss
 
+    def prune(self) -> None:
+        """Deletes what newer or better checkpoints make superfluous, as a save does: a kill may have come before it."""
+        if jax.process_index() == 0:
+            for line in self._prune():
+                self._say(line)
+
     # ----- saving -----
 
     def save(self, state: Tree, meta: Meta) -> None:
@@ -153,6 +159,9 @@ class Checkpoints:
         readback.verify(self.folder, step, digest)
         with contextlib.suppress(OSError):  # a checkpoint is one without the note, too
             saved.note_files(self.folder, step)
+        return self._prune()
+
+    def _prune(self) -> list[str]:
         return retention.prune(self.folder, self._losses, self._keep_last, self._keep_best)
 
     def finished(self) -> int | None:

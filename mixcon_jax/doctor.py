@@ -15,7 +15,7 @@ import numpy as np
 from kernels_pallas import cards, platform, verify
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
-from mixcon_jax.host.hush import DRIVERS
+from mixcon_jax.host.log_filters import DRIVERS
 from mixcon_jax.host.paths import expand_path
 from mixcon_jax.models.accounting import parameter_count
 from mixcon_jax.parallel.mesh import make_mesh

@@ -222,7 +222,7 @@ def test_a_deleted_checkpoint_file_is_noticed(trained, capsys, tmp_path):
 
 @pytest.mark.parametrize('driver', [True, False])
 def test_jax_says_in_one_line_why_it_has_no_gpu_where_a_driver_is(capsys, monkeypatch, tmp_path, driver):
-    monkeypatch.setattr('mixcon_jax.host.hush.DRIVERS', (str(tmp_path if driver else tmp_path / 'none'),))
+    monkeypatch.setattr('mixcon_jax.host.log_filters.DRIVERS', (str(tmp_path if driver else tmp_path / 'none'),))
     log, errors = logging.getLogger('jax._src.xla_bridge'), logging.StreamHandler()  # after capsys: to its stderr
     log.addHandler(errors)
     try:

@@ -17,7 +17,7 @@ from launch.sweep import sweep
 from mixcon_jax import cli
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import ambient, ending
-from mixcon_jax.host.hush import DRIVERS
+from mixcon_jax.host.log_filters import DRIVERS
 from mixcon_jax.host.output import OutputLost
 from tests.tiny import ROOT
 

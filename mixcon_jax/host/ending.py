@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import ambient
-from mixcon_jax.host.hush import shorten_jax
+from mixcon_jax.host.log_filters import shorten_jax
 from mixcon_jax.host.output import OutputLost, guarded
 
 FAILED, USER_ERROR, FAULT, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE

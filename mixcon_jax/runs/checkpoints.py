@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.host.hush import hush_orbax
+from mixcon_jax.host.log_filters import silence_orbax
 from mixcon_jax.runs import mark, readback, records, retention, saved
 from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
@@ -75,7 +75,7 @@ class Checkpoints:
         self._keep_last, self._keep_best = keep_last, keep_best
         self._pending: tuple[int, Future[list[str]]] | None = None
         self._worker, self._stack = ThreadPoolExecutor(1, 'checkpoint'), contextlib.ExitStack()
-        hush_orbax()
+        silence_orbax()
         if not read_only:
             mark.require_folder(self.folder)
             self._clean()

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-from mixcon_jax.host.hush import shorten_jax
+from mixcon_jax.host.log_filters import shorten_jax
 
 BENCHMARKS = (
     'selective_scan', 'conba_layer', 'train_step', 'decode', 'compile_time', 'context_parallel', 'data_pipeline',

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax import config as configs
-from mixcon_jax.host.hush import shorten_jax
+from mixcon_jax.host.log_filters import shorten_jax
 from mixcon_jax.models.accounting import flops_per_token, parameter_count
 from mixcon_jax.models.presets import conba, hybrid
 from mixcon_jax.parallel.mesh import make_mesh

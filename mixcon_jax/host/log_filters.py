@@ -1,4 +1,4 @@
-"""Keeps tracebacks that libraries log off the terminal: whatever matters is raised too, or said in one line."""
+"""Filters that keep tracebacks which libraries log off the terminal: what matters is raised, or said in one line."""
 
 import functools
 import logging
@@ -22,8 +22,8 @@ class _NoOrbax(logging.Filter):
 
 
 @functools.cache
-def hush_orbax() -> None:
-    """Takes effect for the rest of the process."""
+def silence_orbax() -> None:
+    """For the rest of the process, nothing of what Orbax leaves behind is logged."""
     for name in ('absl', 'asyncio'):
         logging.getLogger(name).addFilter(_NoOrbax())
     inner = sys.unraisablehook

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.sweep import standing
+from launch.sweep import status
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.planning.hardware import peak_flops
@@ -99,7 +99,7 @@ def test_a_line_that_is_no_record_is_none_for_everyone(tmp_path, line):
     write(path, [1, 2])
     path.write_bytes(line + b'\n' + path.read_bytes() + line + b'\n')
     assert [record['step'] for record in read(path)] == [1, 2] == [record['step'] for record in keep_until(path, 9)]
-    assert standing.newest_step(tmp_path) == 2
+    assert status.newest_step(tmp_path) == 2
     path.write_bytes(line + b'\n')
     (tmp_path / 'config.json').write_text('{}')
     (run,) = follow.Runs([tmp_path]).update()

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from launch.sweep import standing
+from launch.sweep import status
 from launch.sweep.cases import Case
 from mixcon_jax.reports import runs
 from mixcon_jax.runs import workdir
@@ -33,7 +33,7 @@ def told(sweep, config):
     return {
         'train': workdir.report_if_finished(config, folder) is not None,
         'workdir': workdir.Workdir(folder).finished(config) is not None,
-        'sweep': standing.of(Case('run', 'run', (), config), sweep).state == standing.DONE,
+        'sweep': status.status_of(Case('run', 'run', (), config), sweep).state == status.DONE,
         'report': runs.read(folder)[0].state == 'done',
         'watch': watched.state(now) == 'done',
     }

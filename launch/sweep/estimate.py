@@ -15,7 +15,7 @@ from typing import Any
 
 from launch import processes
 from launch.sweep.cases import Case
-from launch.sweep.standing import tokens_per_step, whole_speed
+from launch.sweep.status import tokens_per_step, whole_speed
 
 UTILISATION = 0.15  # of a matrix product's FLOP/s, assumed of training when nothing has run yet
 MATRIX = {'cpu': 512}  # rows of the matrices that are multiplied; elsewhere OTHER

@@ -18,11 +18,10 @@ from typing import TextIO
 
 from launch import processes
 from launch.processes import STOPPED, Child, Share, Signals
-from launch.sweep import standing
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
 from launch.sweep.show import Screen, table
-from launch.sweep.standing import DONE, NEW, REFUSED
+from launch.sweep.status import DONE, NEW, REFUSED, measure, newest_step, status_of, steps_speed, tokens_per_step
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.ending import FAILED, INTERRUPTED, exit_with
@@ -89,22 +88,22 @@ def listing(wanted: Sequence[Case], workdir: Path, shares: Sequence[Share], envi
     """The table of --list: each case's state, size and estimated time."""
     sizes = Sizes()
     estimate = Estimate(wanted, workdir, sizes, lambda: product_flops(shares[0], environment))
-    stands = [standing.of(case, workdir) for case in wanted]
+    statuses = [status_of(case, workdir) for case in wanted]
     counts = [sizes.parameters(case) for case in wanted]
-    tokens = [case.config.train.steps * standing.tokens_per_step(case.config) for case in wanted]
+    tokens = [case.config.train.steps * tokens_per_step(case.config) for case in wanted]
     left = [
-        0.0 if stand.state in (DONE, REFUSED) else estimate.seconds(case, stand.steps - stand.step)
-        for case, stand in zip(wanted, stands)
+        0.0 if status.state in (DONE, REFUSED) else estimate.seconds(case, status.steps - status.step)
+        for case, status in zip(wanted, statuses)
     ]
     known = [seconds for seconds in left if seconds is not None]
     whole = makespan([seconds for seconds in known if seconds], len(shares)) if len(known) == len(left) else None
 
     header = ['case', 'state', 'parameters', 'active', 'tokens', 'time left']
     rows = [
-        [case.folder, str(stand), f'{count.total:,}', f'{count.active:,}', short(number), _time(seconds)]
-        for case, stand, count, number, seconds in zip(wanted, stands, counts, tokens, left)
+        [case.folder, str(status), f'{count.total:,}', f'{count.active:,}', short(number), _time(seconds)]
+        for case, status, count, number, seconds in zip(wanted, statuses, counts, tokens, left)
     ]
-    done = sum(stand.state == DONE for stand in stands)
+    done = sum(status.state == DONE for status in statuses)
     rows.append([f'{len(wanted)} cases', f'{done} done', '', '', short(sum(tokens)), _time(whole)])
     if all(count.active == count.total for count in counts):
         for row in (header, *rows):
@@ -113,7 +112,7 @@ def listing(wanted: Sequence[Case], workdir: Path, shares: Sequence[Share], envi
     if estimate.basis and any(left):
         jobs = f'{len(shares)} cases at a time' if len(shares) > 1 else 'one case at a time'
         lines.append(f'Time left is rough, without start-up and compilation: from {estimate.basis}; {jobs}.')
-    lines += [f'{case.folder}: {stand.error}' for case, stand in zip(wanted, stands) if stand.error]
+    lines += [f'{case.folder}: {status.error}' for case, status in zip(wanted, statuses) if status.error]
     return '\n'.join(lines)
 
 
@@ -202,11 +201,11 @@ class Sweep:
     # ----- one case -----
 
     def _start(self, case: Case) -> None:
-        stand = standing.of(case, self._workdir)  # only now: another sweep may have run it meanwhile
-        if stand.state == DONE:
+        status = status_of(case, self._workdir)  # only now: another sweep may have run it meanwhile
+        if status.state == DONE:
             self._ended[case.folder] = 'done before'
-        elif stand.state == REFUSED:
-            self._fail(case, [stand.error])
+        elif status.state == REFUSED:
+            self._fail(case, [status.error])
         else:
             try:
                 job = self._spawn(case)
@@ -214,7 +213,7 @@ class Sweep:
                 self._fail(case, [str(error)])
                 return
             self._running.append(job)
-            begins = f'goes on after step {stand.step} of {stand.steps}' if stand.step else 'starts'
+            begins = f'goes on after step {status.step} of {status.steps}' if status.step else 'starts'
             self._screen.say(f'{case.folder} {begins} ({self._cases.index(case) + 1} of {len(self._cases)})')
 
     def _spawn(self, case: Case) -> Job:
@@ -238,16 +237,16 @@ class Sweep:
         self._running.remove(job)
         self._free.append(job.share)
         case, code, took = job.case, job.child.returncode, duration(time.monotonic() - job.began)
-        stand = standing.of(case, self._workdir)
-        if code == 0 and stand.state == DONE:
+        status = status_of(case, self._workdir)
+        if code == 0 and status.state == DONE:
             self._ended[case.folder] = 'done'
-            name, value = standing.measure(stand.scores)
-            scores = f'loss {number(stand.scores["loss"]):.4f} · {value:.4f} {name}'
+            name, value = measure(status.scores)
+            scores = f'loss {number(status.scores["loss"]):.4f} · {value:.4f} {name}'
             counted = f'{self._done()} of {len(self._cases)} done{self._left(case)}'
             self._screen.say(f'{case.folder} done in {took} · {scores} · {counted}')
         elif code == STOPPED or -code in STOPPING or (self._signals.kill and code < 0):
-            self._ended[case.folder] = f'stopped {stand}' if stand.step else 'stopped'
-            saved = f'saved {stand}' if stand.step else 'before its first checkpoint'
+            self._ended[case.folder] = f'stopped {status}' if status.step else 'stopped'
+            saved = f'saved {status}' if status.step else 'before its first checkpoint'
             self._screen.say(f'{case.folder} stopped after {took}, {saved}')
         else:
             self._fail(case, _why(self._log(case), job.offset, code), f' after {took}')
@@ -262,12 +261,12 @@ class Sweep:
         return folder.with_name(f'{folder.name}.log')
 
     def _step(self, job: Job) -> str:
-        return f'{standing.newest_step(self._workdir / job.case.folder)}/{job.case.config.train.steps}'
+        return f'{newest_step(self._workdir / job.case.folder)}/{job.case.config.train.steps}'
 
     # ----- all cases -----
 
     def _greet(self) -> None:
-        done = sum(standing.of(case, self._workdir).state == DONE for case in self._cases)
+        done = sum(status_of(case, self._workdir).state == DONE for case in self._cases)
         jobs = f', {self._jobs} at a time' if self._jobs > 1 else ''
         self._screen.say(f'{len(self._cases)} cases, {done} of them done{jobs}; Ctrl-C saves and stops')
 
@@ -285,12 +284,12 @@ class Sweep:
         """How long the rest takes after the end of a case, if anything tells."""
         running = [job.case for job in self._running]
         self._estimate.look([ended, *running])  # the others' speeds are as they were
-        made = [standing.newest_step(self._workdir / case.folder) for case in running]
+        made = [newest_step(self._workdir / case.folder) for case in running]
         steps = [(case, case.config.train.steps - step) for case, step in zip(running, made)]
         for case in self._waiting:
-            stand = standing.of(case, self._workdir)
-            if stand.state not in (DONE, REFUSED):
-                steps.append((case, stand.steps - stand.step))
+            status = status_of(case, self._workdir)
+            if status.state not in (DONE, REFUSED):
+                steps.append((case, status.steps - status.step))
         seconds = [self._estimate.seconds(case, left) for case, left in steps]
         if not seconds or None in seconds:
             return ''
@@ -300,14 +299,14 @@ class Sweep:
         """The table of all cases, and what went wrong."""
         rows, measures = [], set()
         for case in self._cases:
-            stand = standing.of(case, self._workdir)
-            row = [case.folder, self._ended.get(case.folder, str(stand)), '', '', '']
-            if stand.state == DONE:
-                name, value = standing.measure(stand.scores)
+            status = status_of(case, self._workdir)
+            row = [case.folder, self._ended.get(case.folder, str(status)), '', '', '']
+            if status.state == DONE:
+                name, value = measure(status.scores)
                 measures.add(name)
-                row[2:4] = f'{number(stand.scores["loss"]):.4f}', f'{value:.4f}'
-            if stand.state not in (NEW, REFUSED):
-                speed = standing.steps_speed(read(Workdir(self._workdir / case.folder).metrics))
+                row[2:4] = f'{number(status.scores["loss"]):.4f}', f'{value:.4f}'
+            if status.state not in (NEW, REFUSED):
+                speed = steps_speed(read(Workdir(self._workdir / case.folder).metrics))
                 row[4] = short(speed) if speed else ''
             rows.append(row)
         self._screen.say('\n' + table(['case', 'state', 'loss', ' or '.join(sorted(measures)), 'tokens/s'], rows))

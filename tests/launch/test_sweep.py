@@ -17,7 +17,7 @@ import pytest
 
 from launch import processes
 from launch.processes import Share, Signals
-from launch.sweep import standing, sweep
+from launch.sweep import status, sweep
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan
 from launch.sweep.show import Screen
@@ -360,7 +360,7 @@ def test_an_estimate_reads_a_run_once_unless_told_to_look_again(monkeypatch, thr
     short, other, long = three
     written(long, tmp_path, 50, speed=1000.0)
     looked = []
-    monkeypatch.setattr(standing, 'read', lambda path: looked.append(path) or read(path))
+    monkeypatch.setattr(status, 'read', lambda path: looked.append(path) or read(path))
     sizes = Sizes()
     estimate = Estimate(three, tmp_path, sizes)
     ratio = sizes.flops_per_token(other) / sizes.flops_per_token(long)

@@ -1,4 +1,4 @@
-"""How far the cases of a sweep are, read from their folders; nothing is changed there."""
+"""The status of a sweep's cases: how far each is, read from its folder; nothing is changed there."""
 
 import dataclasses
 import os
@@ -18,8 +18,8 @@ NEW, STARTED, DONE, REFUSED = 'new', 'started', 'done', 'refused'
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
-    """Where a case stands.
+class Status:
+    """How far a case is.
 
     Attributes:
       state: ``new``; ``started``: goes on from ``step``; ``done``; ``refused``: the folder holds another run.
@@ -39,19 +39,19 @@ class Standing:
         return f'at step {self.step} of {self.steps}' if self.state == STARTED else self.state
 
 
-def of(case: Case, workdir: Path) -> Standing:
-    """Where ``case`` stands in the sweep's folder."""
+def status_of(case: Case, workdir: Path) -> Status:
+    """How far ``case`` is in the sweep's folder."""
     folder, steps = Workdir(workdir / case.folder), case.config.train.steps
     try:
         mark.require_ours(folder.path)
         record = folder.finished(case.config)
         folder.require_same(case.config)
     except UserError as error:
-        return Standing(REFUSED, 0, steps, error=str(error))
+        return Status(REFUSED, 0, steps, error=str(error))
     if record is not None:
-        return Standing(DONE, steps, steps, record)
+        return Status(DONE, steps, steps, record)
     step = max(saved.steps(folder.checkpoints), default=0)
-    return Standing(STARTED if folder.has_progress() else NEW, step, steps)
+    return Status(STARTED if folder.has_progress() else NEW, step, steps)
 
 
 def newest_step(folder: Path) -> int:

@@ -3,7 +3,7 @@
 Every record has ``kind``, ``step`` (steps made so far) and ``time`` (seconds since 1970). The kinds: ``train`` (metrics
 of a step), ``eval`` (held-out scores during the run), ``final`` (those of the end, over all rows), ``checkpoint`` (one
 is complete) and ``run`` (with ``event``: started, resumed, stopped, aborted, done). Numbers that are not finite are
-written as null, so that every JSON reader takes the file.
+written as null, so that every JSON reader takes the file. Loads neither JAX nor NumPy.
 """
 
 import errno
@@ -14,8 +14,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.parsing import Record, record
@@ -90,10 +88,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if hasattr(value, 'dtype'):
-        array = np.asarray(value)
+        array = value.__array__()  # NumPy's, which whoever only reads records need not load
         if array.ndim:
-            return _rounded(array.astype(np.float64).tolist() if array.dtype.kind not in 'biu' else array.tolist())
-        value = array.item() if array.dtype.kind in 'biu' else float(str(array.astype(np.float32)))
+            return _rounded(array.astype('float64').tolist() if array.dtype.kind not in 'biu' else array.tolist())
+        value = array.item() if array.dtype.kind in 'biu' else float(str(array.astype('float32')))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

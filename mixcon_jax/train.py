@@ -28,8 +28,9 @@ from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import Record, last, read
+from mixcon_jax.runs.scores import SCORES, describe, is_finite, summary
 from mixcon_jax.runs.trace import Trace
-from mixcon_jax.runs.workdir import SCORES, Workdir, describe, is_finite, report_if_finished, summary
+from mixcon_jax.runs.workdir import Workdir, report_if_finished
 from mixcon_jax.step import make_steps
 from mixcon_jax.units import duration
 

@@ -14,7 +14,7 @@ from mixcon_jax.reports.comparison import CONFIDENCE, Difference, Score, Summary
 from mixcon_jax.reports.curves import accuracies, by_length
 from mixcon_jax.reports.runs import Run, number
 from mixcon_jax.runs.outcome import DONE
-from mixcon_jax.runs.workdir import BASELINES
+from mixcon_jax.runs.scores import BASELINES
 from mixcon_jax.units import short
 
 NONE = '–'

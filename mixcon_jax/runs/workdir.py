@@ -10,7 +10,6 @@ profile/         traces, when log.profile_start asks for them
 """
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,13 +22,10 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host import locks
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.options import FREE, THROUGH_TOKENS
-from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark, saved
 from mixcon_jax.runs.outcome import DONE, outcome
 from mixcon_jax.runs.records import Record, last, read
-
-SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
-BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance', 'context': 'context alone'}
+from mixcon_jax.runs.scores import is_complete, summary
 
 
 class Workdir:
@@ -59,7 +55,7 @@ class Workdir:
         """
         record = last(read(self.metrics), kind='run')
         steps = configs.get(config, 'train.steps', None)
-        if record is None or not is_done(record) or outcome(record, steps, self.checkpoints) != DONE:
+        if record is None or not is_complete(record) or outcome(record, steps, self.checkpoints) != DONE:
             return None
         try:
             config = configs.check_each(config)
@@ -199,20 +195,6 @@ def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return ', '.join(f'{key} {was!r} -> {now!r}' for key, (was, now) in changed.items())
 
 
-def is_finite(scores: Mapping[str, Any]) -> bool:
-    """Whether the loss of held-out scores is a number; a record has null where it was not."""
-    return math.isfinite(number(scores.get('loss')))
-
-
-def is_done(record: Mapping[str, Any]) -> bool:
-    """Whether a record says that a run is done, with everything that is shown of it then."""
-    try:
-        summary(0, record)
-    except (KeyError, TypeError, ValueError, AttributeError):  # it was written by something else
-        return False
-    return record.get('event') == 'done' and isinstance(record['fingerprint'], str) and is_finite(record)
-
-
 def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> Record | None:
     """Says so if the run at ``path`` is done, and returns its last record; loads no JAX, so it answers at once.
 
@@ -241,27 +223,3 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror or error}') from error
-
-
-def describe(values: Mapping[str, Any]) -> str:
-    """Scores in a line."""
-    numbers = {key: number(values.get(key)) for key in SCORES}
-    if not values['bytes']:  # a task
-        table = values.get('by_length', {})
-        lengths = ', '.join(f'{length}: {part["accuracy"]:.3f}' for length, part in table.items())
-        return f'loss {numbers["loss"]:.4f} · accuracy {numbers["accuracy"]:.4f}' + (f' ({lengths})' if lengths else '')
-    per_byte = f'{numbers["bits_per_byte"]:.4f} bits per byte'
-    if values.get('bits_per_byte') is None:
-        per_byte = 'no bits per byte: the tokens are not known to hold all of the text'
-    return f'loss {numbers["loss"]:.4f} · perplexity {numbers["perplexity"]:.2f} · {per_byte}'
-
-
-def summary(step: int, record: Mapping[str, Any]) -> str:
-    """How a run ended: its scores beside what simpler models reach, and the fingerprint of its parameters."""
-    floors = record.get('baselines', {})
-    beside = ', '.join(f'{name} {floors[key]:.4f}' for key, name in BASELINES.items() if key in floors)
-    return (
-        f'done after {step} steps · held out: {describe(record)}'
-        + (f' ({beside})' if beside else '')
-        + f'\nparameters {record["fingerprint"]}'
-    )

@@ -27,7 +27,7 @@ from mixcon_jax.runs.checkpoints import Checkpoints, Meta
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.runs.metrics import Metrics
-from mixcon_jax.runs.records import Record, last, read
+from mixcon_jax.runs.records import Record, last
 from mixcon_jax.runs.scores import SCORES, describe, is_finite, summary
 from mixcon_jax.runs.trace import Trace
 from mixcon_jax.runs.workdir import Workdir, report_if_finished
@@ -124,8 +124,8 @@ def _train(
         # 2. This run was killed before its first checkpoint: its metrics are dropped, and 3 or 4 applies again.
         # 3. At step 0 with the weights of another run, where train.init_from names one: those that it named first.
         # 4. At step 0 with initial weights.
-        newest, origin = last(read(folder.metrics), kind='checkpoint'), folder.init_from()
-        restored = checkpoints.restore(steps.abstract_state, expected=newest['step'] if newest else None)
+        folder.update()
+        restored, origin = checkpoints.restore(steps.abstract_state, expected=folder.last_saved), folder.init_from()
         if restored is not None:
             state, meta = restored
             before = configs.from_dict(meta.config)
@@ -269,7 +269,7 @@ def _train(
         metrics.record('run', step, event='aborted', **_spent(clock))
         metrics.say(
             f'error: the held-out loss after {step} steps is not finite, so this run is not done; its last steps are in'
-            f' {folder.metrics}; begin another one with a lower optim.learning_rate'
+            f' {folder.metrics_file}; begin another one with a lower optim.learning_rate'
         )
         return Result(ABORTED, step)
     digest = fingerprint(state.params)

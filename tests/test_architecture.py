@@ -169,7 +169,7 @@ def test_experiments_are_data(name: str):
     assert not {other for other in imports(name) if other.split('.')[0] in ('jax', 'flax', 'optax', 'orbax')}
 
 
-@pytest.mark.parametrize('start', ['config', 'models.pattern', 'runs.outcome', 'runs.workdir', 'watching.follow'])
+@pytest.mark.parametrize('start', ['config', 'models.pattern', 'runs.run', 'runs.workdir', 'watching.follow'])
 def test_what_answers_at_once_loads_neither_jax_nor_numpy(start):
     """What it imports when it is imported, and what that imports, with the packages around them."""
     seen: set[str] = set()

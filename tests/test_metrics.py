@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.sweep import status
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.planning.hardware import peak_flops
 from mixcon_jax.runs.goodput import KINDS, Clock
 from mixcon_jax.runs.metrics import Metrics, Progress, TensorBoard, round_down, scalars
 from mixcon_jax.runs.records import RecordLog, keep_until, last, plain, read
+from mixcon_jax.runs.run import Run
 from mixcon_jax.units import duration, short
 from mixcon_jax.watching import follow
 
@@ -99,7 +99,8 @@ def test_a_line_that_is_no_record_is_none_for_everyone(tmp_path, line):
     write(path, [1, 2])
     path.write_bytes(line + b'\n' + path.read_bytes() + line + b'\n')
     assert [record['step'] for record in read(path)] == [1, 2] == [record['step'] for record in keep_until(path, 9)]
-    assert status.newest_step(tmp_path) == 2
+    run = Run(tmp_path)
+    assert run.update() and run.step == 2
     path.write_bytes(line + b'\n')
     (tmp_path / 'config.json').write_text('{}')
     (run,) = follow.Runs([tmp_path]).update()

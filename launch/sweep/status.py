@@ -1,7 +1,6 @@
 """The status of a sweep's cases: how far each is, read from its folder; nothing is changed there."""
 
 import dataclasses
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 
 from launch.sweep.cases import Case
 from mixcon_jax.errors import UserError
-from mixcon_jax.parsing import Record, number, record
-from mixcon_jax.runs import mark, saved
-from mixcon_jax.runs.records import read
+from mixcon_jax.parsing import Record, number
+from mixcon_jax.runs import mark
+from mixcon_jax.runs.run import DONE, Run
 from mixcon_jax.runs.workdir import Workdir
 
-NEW, STARTED, DONE, REFUSED = 'new', 'started', 'done', 'refused'
+NEW, STARTED, REFUSED = 'new', 'started', 'refused'  # and DONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +49,8 @@ def status_of(case: Case, workdir: Path) -> Status:
         return Status(REFUSED, 0, steps, error=str(error))
     if record is not None:
         return Status(DONE, steps, steps, record)
-    step = max(saved.steps(folder.checkpoints), default=0)
+    step = max(folder.saved_steps(), default=0)
     return Status(STARTED if folder.has_progress() else NEW, step, steps)
-
-
-def newest_step(folder: Path) -> int:
-    """The step of the newest record of a run that is under way; reads the end of the file alone."""
-    try:
-        with open(folder / 'metrics.jsonl', 'rb') as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    records = (record(line) for line in reversed(lines))  # none of a line that is torn, or cut by the seek
-    return next((found['step'] for found in records if found is not None), 0)
 
 
 def tokens_per_step(config: Any) -> int:
@@ -83,7 +70,7 @@ def whole_speed(case: Case, workdir: Path) -> float | None:
     That of its longest start if that made at least half of the steps, start-up, compilation and evaluations included;
     else that of its steps alone.
     """
-    records = read(Workdir(workdir / case.folder).metrics)
+    records = Run(workdir / case.folder).read()
     began, most, speed = 0, 0, 0.0
     for each in records:
         if each['kind'] != 'run':

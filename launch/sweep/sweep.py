@@ -7,6 +7,7 @@ command goes on: cases that are done are passed over, interrupted ones continue,
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -21,7 +22,7 @@ from launch.processes import STOPPED, Child, Share, Signals
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
 from launch.sweep.show import Screen, table
-from launch.sweep.status import DONE, NEW, REFUSED, measure, newest_step, status_of, steps_speed, tokens_per_step
+from launch.sweep.status import NEW, REFUSED, measure, status_of, steps_speed, tokens_per_step
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.ending import FAILED, INTERRUPTED, exit_with
@@ -29,8 +30,8 @@ from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.host.signals import STOPPING
 from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark
-from mixcon_jax.runs.records import read
-from mixcon_jax.runs.workdir import Workdir, explained, take_lock
+from mixcon_jax.runs.run import DONE, Run
+from mixcon_jax.runs.workdir import explained, take_lock
 from mixcon_jax.units import duration, short
 
 PROGRAM = 'python -m launch.sweep'
@@ -128,6 +129,7 @@ class Job:
     """A case that is running.
 
     Attributes:
+      run: what it has recorded.
       began: by ``time.monotonic()``.
       offset: where in the case's log the output of this start begins.
     """
@@ -135,8 +137,15 @@ class Job:
     case: Case
     child: Child
     share: Share
+    run: Run
     began: float
     offset: int
+
+    def step(self) -> int:
+        """Steps that it has made; as far as they could be read, of a file that cannot be."""
+        with contextlib.suppress(UserError):
+            self.run.update()
+        return self.run.step
 
 
 class Sweep:
@@ -187,7 +196,8 @@ class Sweep:
                     processes.kill([job.child for job in self._running])
                 if time.monotonic() - looked >= LOOK:
                     looked = time.monotonic()
-                    self._screen.live(' · '.join(f'{job.case.folder} {self._step(job)}' for job in self._running))
+                    made = (f'{job.case.folder} {job.step()}/{job.case.config.train.steps}' for job in self._running)
+                    self._screen.live(' · '.join(made))
                 time.sleep(processes.POLL)
         finally:
             processes.end([job.child for job in self._running])
@@ -230,7 +240,7 @@ class Sweep:
                 file.flush()
                 offset = file.tell()
                 child = processes.start('launch.child', ['train', *options], self._free[-1], self._environment, file)
-        return Job(case, child, self._free.pop(), time.monotonic(), offset)
+        return Job(case, child, self._free.pop(), Run(self._workdir / case.folder), time.monotonic(), offset)
 
     def _conclude(self, job: Job) -> None:
         """Takes note of how a case ended."""
@@ -260,9 +270,6 @@ class Sweep:
         folder = self._workdir / case.folder
         return folder.with_name(f'{folder.name}.log')
 
-    def _step(self, job: Job) -> str:
-        return f'{newest_step(self._workdir / job.case.folder)}/{job.case.config.train.steps}'
-
     # ----- all cases -----
 
     def _greet(self) -> None:
@@ -282,10 +289,8 @@ class Sweep:
 
     def _left(self, ended: Case) -> str:
         """How long the rest takes after the end of a case, if anything tells."""
-        running = [job.case for job in self._running]
-        self._estimate.look([ended, *running])  # the others' speeds are as they were
-        made = [newest_step(self._workdir / case.folder) for case in running]
-        steps = [(case, case.config.train.steps - step) for case, step in zip(running, made)]
+        self._estimate.look([ended, *(job.case for job in self._running)])  # the others' speeds are as they were
+        steps = [(job.case, job.case.config.train.steps - job.step()) for job in self._running]
         for case in self._waiting:
             status = status_of(case, self._workdir)
             if status.state not in (DONE, REFUSED):
@@ -306,7 +311,7 @@ class Sweep:
                 measures.add(name)
                 row[2:4] = f'{number(status.scores["loss"]):.4f}', f'{value:.4f}'
             if status.state not in (NEW, REFUSED):
-                speed = steps_speed(read(Workdir(self._workdir / case.folder).metrics))
+                speed = steps_speed(Run(self._workdir / case.folder).read())
                 row[4] = short(speed) if speed else ''
             rows.append(row)
         self._screen.say('\n' + table(['case', 'state', 'loss', ' or '.join(sorted(measures)), 'tokens/s'], rows))

@@ -14,13 +14,12 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand_path
 from mixcon_jax.parsing import json_file
 from mixcon_jax.runs import saved
+from mixcon_jax.runs.run import CHECKPOINTS, CONFIG, METRICS
 
 MARK = 'mixcon.json'
 PROGRAM = 'mixcon_jax'
 # What a run writes. Any of it in a folder without the mark is someone else's.
-NAMES = (
-    MARK, 'config.json', 'tokenizer.json', 'metrics.jsonl', 'checkpoints', 'tensorboard', 'profile', 'wandb_id.txt',
-)  # fmt: skip
+NAMES = (MARK, CONFIG, 'tokenizer.json', METRICS, CHECKPOINTS, 'tensorboard', 'profile', 'wandb_id.txt')
 
 
 def path_of(path: str | Path, option: str = '--workdir') -> Path:
@@ -53,8 +52,8 @@ def is_run(folder: str | Path) -> bool:
     folder = Path(folder)
     return (
         read(folder) is not None
-        or _is_configuration(json_file(folder / 'config.json') or {})
-        or saved.newest(folder / 'checkpoints') is not None
+        or _is_configuration(json_file(folder / CONFIG) or {})
+        or saved.newest(folder / CHECKPOINTS) is not None
     )
 
 

@@ -24,6 +24,7 @@ from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark
 from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.runs.records import Record, RecordLog, keep_until, plain, read
+from mixcon_jax.runs.run import METRICS
 from mixcon_jax.runs.workdir import explained
 from mixcon_jax.units import duration, short
 
@@ -66,6 +67,7 @@ class Metrics:
         stream: Stream | None = None,
     ) -> None:
         self._folder, self._config, self._clock, self._active = Path(folder), config, clock, active
+        self._path = self._folder / METRICS
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._progress = Progress(config.train.steps, stream or sys.stdout, active)
         self._log: RecordLog | None = None
@@ -85,11 +87,10 @@ class Metrics:
           UserError: Weights & Biases is wanted but not installed.
         """
         self.tokens_seen = tokens_seen
-        path = self._folder / 'metrics.jsonl'
         if not self._active:  # what follows from the records must be the same in every process
-            return [record for record in read(path) if record['step'] <= step]
-        kept = keep_until(path, step)
-        self._log = RecordLog(path)
+            return [record for record in read(self._path) if record['step'] <= step]
+        kept = keep_until(self._path, step)
+        self._log = RecordLog(self._path)
         if self._config.log.tensorboard:
             self._writers.append(TensorBoard(self._folder / 'tensorboard', kept))
         if self._config.log.wandb:
@@ -148,7 +149,7 @@ class Metrics:
 
     def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> Record:
         assert self._log is not None, 'start() comes before records'
-        with explained(self._folder / 'metrics.jsonl'):
+        with explained(self._path):
             record = self._log.append(kind, step, values)
         for writer in self._writers:
             writer.write(record)
@@ -161,7 +162,7 @@ class Metrics:
     def sync(self) -> None:
         """Puts all records on the disk: before a checkpoint, which must never be ahead of them."""
         if self._log is not None:
-            with explained(self._folder / 'metrics.jsonl'):
+            with explained(self._path):
                 self._log.sync()
 
     def close(self) -> None:

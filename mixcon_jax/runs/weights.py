@@ -8,6 +8,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.runs import mark
 from mixcon_jax.runs.checkpoints import Checkpoints, Meta, Say
+from mixcon_jax.runs.run import CHECKPOINTS
 from mixcon_jax.trees import Tree
 
 
@@ -31,7 +32,7 @@ def load_params(
     Raises:
       UserError: the folder is no run, or holds no such intact checkpoint.
     """
-    folder = expand_folder(mark.path_of(workdir)) / 'checkpoints'
+    folder = expand_folder(mark.path_of(workdir)) / CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f'{workdir} holds no checkpoints; give the workdir of a run')
     checkpoints = Checkpoints(folder, say=say, read_only=True)

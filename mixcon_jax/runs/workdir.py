@@ -1,12 +1,6 @@
-"""A run's folder: who may use it, and for which configuration.
+"""A run's folder as training uses it: who may, for which configuration, and what is decided there once.
 
-mixcon.json      see mark.py
-config.json      the resolved configuration
-tokenizer.json
-metrics.jsonl    see records.py
-checkpoints/     see checkpoints.py
-tensorboard/     drawn from metrics.jsonl
-profile/         traces, when log.profile_start asks for them
+What lies in it, ``run`` says and reads.
 """
 
 import contextlib
@@ -23,29 +17,25 @@ from mixcon_jax.host import locks
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.options import FREE, THROUGH_TOKENS
 from mixcon_jax.runs import mark, saved
-from mixcon_jax.runs.outcome import DONE, outcome
-from mixcon_jax.runs.records import Record, last, read
-from mixcon_jax.runs.scores import is_complete, summary
+from mixcon_jax.runs.records import Record
+from mixcon_jax.runs.run import DONE, Run
+from mixcon_jax.runs.scores import summary
 
 
-class Workdir:
-    """The folder of one run.
+class Workdir(Run):
+    """The folder of one run, to train in.
 
     Raises:
       UserError: the path is empty or its home unknown.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = expand_folder(mark.path_of(path)).absolute()
-        self.mark = self.path / mark.MARK
-        self.config = self.path / 'config.json'
-        self.tokenizer = self.path / 'tokenizer.json'
-        self.metrics = self.path / 'metrics.jsonl'
-        self.checkpoints = self.path / 'checkpoints'
+        super().__init__(expand_folder(mark.path_of(path)).absolute())
+        self.mark_file, self.tokenizer_file = self.path / mark.MARK, self.path / 'tokenizer.json'
 
     def has_progress(self) -> bool:
         """Whether there is anything to lose: a checkpoint, or metrics of a step."""
-        return any(self.checkpoints.glob('[0-9]*')) or any(record['step'] > 0 for record in read(self.metrics))
+        return any(self.checkpoints.glob('[0-9]*')) or (self.update() and self.step > 0)
 
     def finished(self, config: ml_collections.ConfigDict) -> Record | None:
         """The last record of a run that has made all of ``config``'s steps, or None.
@@ -53,9 +43,8 @@ class Workdir:
         Raises:
           UserError: the run here is of another configuration.
         """
-        record = last(read(self.metrics), kind='run')
-        steps = configs.get(config, 'train.steps', None)
-        if record is None or not is_complete(record) or outcome(record, steps, self.checkpoints) != DONE:
+        self.update()
+        if self.outcome(configs.get(config, 'train.steps', None)) != DONE:
             return None
         try:
             config = configs.check_each(config)
@@ -63,9 +52,9 @@ class Workdir:
             return None
         begun = self.require_same(config)
         if begun is None:
-            return record if self.config.exists() else None
+            return self.event if self.config_file.exists() else None
         # Whether it is the same text under another name is for the tokens to say.
-        return None if renamed(configs.from_dict(begun['config']), config) else record
+        return None if renamed(configs.from_dict(begun['config']), config) else self.event
 
     def require_same(self, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
         """Refuses a configuration that would make other updates than the run here, as far as the two show it.
@@ -81,8 +70,8 @@ class Workdir:
         contents = saved.newest(self.checkpoints)
         if contents is not None:
             self.require_updates_of(configs.from_dict(contents['config']), contents['step'], config)
-        elif self.config.exists() and self.has_progress():
-            self.require_updates_of(configs.read(self.config), 0, config)
+        elif self.config_file.exists() and self.has_progress():
+            self.require_updates_of(configs.read(self.config_file), 0, config)
         return contents
 
     def require_updates_of(self, was: ml_collections.ConfigDict, made: int, config: ml_collections.ConfigDict) -> None:
@@ -134,7 +123,11 @@ class Workdir:
           init_from: ``source``, ``step`` and ``fingerprint`` of the weights that it began with.
         """
         values = {'init_from': dict(init_from)} if init_from else {}
-        texts = {self.mark: mark.text(values), self.config: configs.to_json(config), self.tokenizer: tokenizer_json}
+        texts = {
+            self.mark_file: mark.text(values),
+            self.config_file: configs.to_json(config),
+            self.tokenizer_file: tokenizer_json,
+        }
         for path, text in texts.items():
             scratch = path.with_name(f'.{path.name}.tmp')
             with explained(path):
@@ -164,7 +157,7 @@ class Workdir:
             try:
                 yield
             finally:
-                if made and not self.mark.exists():
+                if made and not self.mark_file.exists():
                     (self.path / '.lock').unlink(missing_ok=True)
                     with contextlib.suppress(OSError):  # something else is in them
                         if self.checkpoints.exists():
@@ -206,7 +199,7 @@ def report_if_finished(config: ml_collections.ConfigDict, path: str | Path) -> R
     record = folder.finished(config)
     if record is not None:
         print(f'{folder.path} is {summary(record["step"], record)}', flush=True)
-        if not saved.steps(folder.checkpoints):
+        if not folder.saved_steps():
             print('its checkpoints are gone, and its weights with them; another workdir trains anew', flush=True)
     return record
 

@@ -17,7 +17,7 @@ import pytest
 
 from launch import processes
 from launch.processes import Share, Signals
-from launch.sweep import status, sweep
+from launch.sweep import sweep
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan
 from launch.sweep.show import Screen
@@ -25,6 +25,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.runs import saved
 from mixcon_jax.runs.records import last, read
+from mixcon_jax.runs.run import Run
 from tests.launch.launching import all_end, children_of, finish, launch, small_config, wait_until, write_sweep
 
 CASES = """
@@ -360,7 +361,7 @@ def test_an_estimate_reads_a_run_once_unless_told_to_look_again(monkeypatch, thr
     short, other, long = three
     written(long, tmp_path, 50, speed=1000.0)
     looked = []
-    monkeypatch.setattr(status, 'read', lambda path: looked.append(path) or read(path))
+    monkeypatch.setattr(Run, 'read', lambda run: looked.append(run.metrics_file) or read(run.metrics_file))
     sizes = Sizes()
     estimate = Estimate(three, tmp_path, sizes)
     ratio = sizes.flops_per_token(other) / sizes.flops_per_token(long)

@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
 def told(sweep, config):
     """Whether it is done by each of the five who read the folder."""
     folder = sweep / 'run'
-    watched = follow.Run(folder)
+    watched = follow.WatchedRun(folder)
     watched.update()
     now = watched.seen + 1
     return {
@@ -35,7 +35,7 @@ def told(sweep, config):
         'workdir': workdir.Workdir(folder).finished(config) is not None,
         'sweep': status.status_of(Case('run', 'run', (), config), sweep).state == status.DONE,
         'report': runs.read(folder)[0].state == 'done',
-        'watch': watched.state(now) == 'done',
+        'watch': watched.status(now) == 'done',
     }
 
 
@@ -70,14 +70,14 @@ def test_with_the_last_checkpoint_damaged_it_goes_on_for_all(copied):
 
 def test_a_watch_that_is_open_follows_a_run_that_is_made_longer(copied):
     sweep, config = copied
-    watched = follow.Run(sweep / 'run')
+    watched = follow.WatchedRun(sweep / 'run')
     watched.update()
-    assert (watched.state(watched.seen), watched.steps) == ('done', 4)
+    assert (watched.status(watched.seen), watched.steps) == ('done', 4)
     longer = config.copy_and_resolve_references()
     longer.train.steps = 6
     train(longer, sweep / 'run')
     watched.update()
-    assert (watched.state(watched.seen), watched.steps, watched.step) == ('done', 6, 6)
+    assert (watched.status(watched.seen), watched.steps, watched.step) == ('done', 6, 6)
 
 
 def test_with_more_steps_wanted_it_goes_on_for_all(copied):

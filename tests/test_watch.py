@@ -27,7 +27,7 @@ from mixcon_jax.runs.records import RecordLog, keep_until
 from mixcon_jax.watching import cells, charts, follow
 from mixcon_jax.watching import watch as watching
 from mixcon_jax.watching.details import details
-from mixcon_jax.watching.follow import Curve, Run, Runs
+from mixcon_jax.watching.follow import Curve, Runs, WatchedRun
 
 ROOT = Path(__file__).resolve().parents[1]
 PATTERN = ['conba+mlp', 'conba+moe', 'attention+mlp']
@@ -46,7 +46,9 @@ def scores(step, time, loss=3.0):
 
 
 def event(name, step, time):
-    return {'kind': 'run', 'step': step, 'time': time, 'event': name}
+    """A start or an end; of one that is done, with the scores and the fingerprint that make it so."""
+    record = {'kind': 'run', 'step': step, 'time': time, 'event': name}
+    return scores(step, time) | record | {'fingerprint': 'f'} if name == 'done' else record
 
 
 def steps(first, last, time=1010.0, pace=0.5):
@@ -74,7 +76,7 @@ def append(folder, *records):
 
 
 def opened(folder, *args, **kwargs):
-    run = Run(write(folder, *args, **kwargs))
+    run = WatchedRun(write(folder, *args, **kwargs))
     assert run.update()
     return run
 
@@ -82,7 +84,7 @@ def opened(folder, *args, **kwargs):
 def known(run):
     """Everything a run knows from its records."""
     curves = {name: curve.points for name, curve in run.curves.items()}
-    return run.train, run.scores, run.event, run.step, run.saved, run.seen, curves, run.seconds_per_step()
+    return run.train, run.scores, run.event, run.step, run.last_saved, run.seen, curves, run.seconds_per_step()
 
 
 def shown(renderable, width):
@@ -102,10 +104,10 @@ def test_however_the_file_grows_each_whole_line_is_read_once(tmp_path, monkeypat
     rng = np.random.default_rng(seed)
     records = [STARTED, *steps(1, 101), scores(101, 1062), event('done', 101, 1063)]
     raw = text_of(records[:5]).encode() + b'{"kind": "train", "st\xff\n[1]\nnull\n' + text_of(records[5:]).encode()
-    taken, take = [], Run._take
-    monkeypatch.setattr(Run, '_take', lambda self, line, *rest: (taken.append(line), take(self, line, *rest)))
+    taken, take = [], WatchedRun._take
+    monkeypatch.setattr(WatchedRun, '_take', lambda self, line, *rest: (taken.append(line), take(self, line, *rest)))
     folder = write(tmp_path / 'run', [])
-    run = Run(folder)
+    run = WatchedRun(folder)
     for part in np.split(np.frombuffer(raw, np.uint8), np.sort(rng.integers(0, len(raw), 20))):
         with open(folder / 'metrics.jsonl', 'ab') as file:
             file.write(part.tobytes())
@@ -117,7 +119,7 @@ def test_however_the_file_grows_each_whole_line_is_read_once(tmp_path, monkeypat
 
 def test_a_torn_last_line_waits_for_its_rest(tmp_path):
     folder = write(tmp_path / 'run', [STARTED, train(1, 1001)])
-    run, line = Run(folder), text_of([train(10, 1002)])
+    run, line = WatchedRun(folder), text_of([train(10, 1002)])
     for end, step in ((20, 1), (len(line) - 1, 1), (len(line), 10)):
         write(folder, [STARTED, train(1, 1001)])
         with open(folder / 'metrics.jsonl', 'a') as file:
@@ -128,19 +130,19 @@ def test_a_torn_last_line_waits_for_its_rest(tmp_path):
 
 def test_a_resumed_run_goes_back_to_what_its_file_keeps(tmp_path):
     run = opened(tmp_path / 'run', [STARTED, *steps(1, 71), scores(71, 1050)])
-    keep_until(run.folder / 'metrics.jsonl', 31)
-    append(run.folder, event('resumed', 31, 2000))
+    keep_until(run.path / 'metrics.jsonl', 31)
+    append(run.path, event('resumed', 31, 2000))
     assert run.update() and run.step == 31 and run.scores is None
-    assert run.state(2001) == 'starting'
+    assert run.status(2001) == 'starting'
     assert known(run) == known(_fresh(run))
-    append(run.folder, train(41, 2010), train(51, 2030))
+    append(run.path, train(41, 2010), train(51, 2030))
     run.update()
     assert run.seconds_per_step() == 2, 'the pause before the resumption does not count'
     assert known(run) == known(_fresh(run))
 
 
 def _fresh(run):
-    other = Run(run.folder)
+    other = WatchedRun(run.path)
     other.update()
     return other
 
@@ -148,7 +150,7 @@ def _fresh(run):
 @pytest.mark.parametrize('last', [11, 91], ids=['shorter', 'longer'])
 def test_a_file_that_was_written_anew_in_its_place_is_read_from_its_start(tmp_path, last):
     run = opened(tmp_path / 'run', [STARTED, *steps(1, 51)], name='first')
-    write(run.folder, [STARTED | {'time': 5000.0}, *steps(1, last, time=5010)], name='second')
+    write(run.path, [STARTED | {'time': 5000.0}, *steps(1, last, time=5010)], name='second')
     run.update()
     assert run.step == last and run.option('name') == 'second'
     assert known(run) == known(_fresh(run))
@@ -163,13 +165,13 @@ def test_of_a_long_file_most_training_records_go_by_but_nothing_else(tmp_path, m
     records = [STARTED]
     for step in range(1, 20_001):
         records += [train(step, 1000 + step)] + ([scores(step, 1000 + step, loss=step)] if step % 1000 == 0 else [])
-    taken, take = [], Run._take
-    monkeypatch.setattr(Run, '_take', lambda self, *args: (taken.append(args), take(self, *args)))
+    taken, take = [], WatchedRun._take
+    monkeypatch.setattr(WatchedRun, '_take', lambda self, *args: (taken.append(args), take(self, *args)))
     run = opened(tmp_path / 'run', records, steps=40_000)
     assert len(taken) < 1000
     assert [y for _, y in run.curves['heldout'].points] == list(range(1000, 20_001, 1000))
     assert run.train == records[-2] and run.seconds_per_step() == 1
-    assert run.state(20_000 + 1000 + 59) == 'running' and run.state(20_000 + 1000 + 61) == 'silent'
+    assert run.status(20_000 + 1000 + 59) == 'running' and run.status(20_000 + 1000 + 61) == 'silent'
 
 
 @pytest.mark.parametrize('count', [1, 7, 16, 64, 1000])
@@ -197,7 +199,7 @@ def test_runs_come_and_go(tmp_path):
 
     def names():
         runs._next_search = 0.0
-        return [run.folder.name for run in runs.update()]
+        return [run.path.name for run in runs.update()]
 
     assert names() == ['seed-1'], 'once, however many folders lead to it'
     write(tmp_path / 'sweep' / 'a', [STARTED])
@@ -223,7 +225,7 @@ RUNNING = [STARTED, *steps(1, 31)]  # the newest record is of second 1025, they 
 
 
 @pytest.mark.parametrize(
-    'records, now, state',
+    'records, now, status',
     [
         ([], 5000, 'starting'),
         ([STARTED], 1599, 'starting'),
@@ -241,34 +243,34 @@ RUNNING = [STARTED, *steps(1, 31)]  # the newest record is of second 1025, they 
         ([*RUNNING, {'kind': 'checkpoint', 'step': 20, 'time': 1080}], 1090, 'running'),
     ],
 )
-def test_state(tmp_path, records, now, state):
-    assert opened(tmp_path / 'run', records).state(now) == state
+def test_status(tmp_path, records, now, status):
+    assert opened(tmp_path / 'run', records).status(now) == status
 
 
 def test_seconds_left_are_the_remaining_steps_at_the_newest_pace_less_what_has_passed(tmp_path):
     run = opened(tmp_path / 'run', [STARTED], steps=100)
     assert run.seconds_left(1001) is None
-    append(run.folder, train(1, 1100))  # 100 seconds of compilation say nothing
+    append(run.path, train(1, 1100))  # 100 seconds of compilation say nothing
     run.update()
     assert run.seconds_left(1101) is None
-    append(run.folder, train(11, 1120), scores(11, 1130), train(21, 1150))  # 20 steps in 50 seconds
+    append(run.path, train(11, 1120), scores(11, 1130), train(21, 1150))  # 20 steps in 50 seconds
     run.update()
     assert run.seconds_per_step() == 2.5
     assert run.seconds_left(1150) == 79 * 2.5
     assert run.seconds_left(1160) == 79 * 2.5 - 10
     assert run.seconds_left(1150 + 55) == 79 * 2.5 - 55
     assert run.seconds_left(1150 + 70) is None, 'silent'
-    append(run.folder, train(91, 1150 + 175), train(100, 1150 + 198))
+    append(run.path, train(91, 1150 + 175), train(100, 1150 + 198))
     run.update()
     assert run.seconds_left(1150 + 199) == 0
-    append(run.folder, event('done', 100, 1400) | {'seconds': 400.2})
+    append(run.path, event('done', 100, 1400) | {'seconds': 400.2})
     run.update()
     assert run.seconds_left(1401) is None
 
 
 def test_an_unknown_length_leaves_no_time(tmp_path):
     run = opened(tmp_path / 'run', RUNNING)
-    (run.folder / 'config.json').write_text('{"train": ')
+    (run.path / 'config.json').write_text('{"train": ')
     run = _fresh(run)
     assert run.steps is None and run.seconds_left(1026) is None
     assert '31/?' in shown(watching.view([run], 1026, 80), 80)
@@ -397,9 +399,9 @@ def test_what_a_layer_does_not_declare_is_shown_all_the_same(tmp_path):
     run = opened(tmp_path / 'run', [STARTED, train(1, 1001, stats=stats)])
     text = shown(details(run, 1002, 80, 6), 80)
     assert 'Conba: gain and step' in text and 'statistics' in text and 'size' in text and '1.5' in text
-    run.config = {}
+    run.configuration = {}
     assert 'Conba: gain and step' in shown(details(run, 1002, 80, 6), 80)
-    run.config = {'model': {'pattern': ['local+experts', 3], 'layers': {'local': {'kind': 'attention'}, 'x': 3}}}
+    run.configuration = {'model': {'pattern': ['local+experts', 3], 'layers': {'local': {'kind': 'attention'}, 'x': 3}}}
     text = shown(details(run, 1002, 80, 6), 80)
     assert 'Conba' not in text and 'gain norm' in text
 
@@ -421,7 +423,7 @@ def test_the_details_stay_with_one_run_while_it_runs(tmp_path):
     first, second = opened(tmp_path / 'a', RUNNING), opened(tmp_path / 'b', [*RUNNING, train(41, 1030)])
     assert watching.most_active([first, second], 1031) is second
     assert watching.most_active([first, second], 1031, first) is first
-    append(first.folder, event('done', 100, 1040))
+    append(first.path, event('done', 100, 1040))
     first.update()
     assert watching.most_active([first, second], 1041, first) is second
     assert watching.most_active([first], 1041, second) is first
@@ -571,9 +573,9 @@ def test_of_a_run_with_a_checkpoint_the_configuration_is_the_checkpoints(tmp_pat
     found = {'step': 9, 'config': kept}
     text = json.dumps({'sha256': saved.digest(found), 'contents': found})
     (folder / 'checkpoints' / '9' / 'meta' / 'metadata').write_text(text)
-    assert Run(folder).config == kept | {'name': 'new name', 'train': {'steps': 30}}
+    assert WatchedRun(folder).configuration == kept | {'name': 'new name', 'train': {'steps': 30}}
     (folder / 'config.json').write_text('{"name": 3, "log": 4, "train": {"steps": "x", "more": 1}, "optim": {}}')
-    assert Run(folder).config == kept
+    assert WatchedRun(folder).configuration == kept
     for spoiled in ('[' * 100_000, '[]', '{'):
         (folder / 'config.json').write_text(spoiled)
-        assert Run(folder).config == kept
+        assert WatchedRun(folder).configuration == kept

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixcon_jax.units import duration
-from mixcon_jax.watching.follow import Run, number
+from mixcon_jax.watching.follow import WatchedRun, number
 
 COLORS = {
     'starting': 'blue', 'running': 'green', 'silent': 'yellow', 'stopped': 'magenta', 'aborted': 'red', 'done': 'bold',
@@ -16,19 +16,19 @@ COLORS = {
 }  # fmt: skip
 
 
-def titles(runs: Sequence[Run]) -> list[str]:
+def titles(runs: Sequence[WatchedRun]) -> list[str]:
     """The name of each run; the folder where it has none or another run has the same name and seed."""
     keys = [(run.option('name', ''), run.option('seed')) for run in runs]
-    return [str(key[0]) if key[0] and keys.count(key) == 1 else str(run.folder) for run, key in zip(runs, keys)]
+    return [str(key[0]) if key[0] and keys.count(key) == 1 else str(run.path) for run, key in zip(runs, keys)]
 
 
-def state_cell(run: Run, now: float) -> Text:
-    """Its state; of a silent run with the time since its newest record."""
-    state = run.state(now)
-    return Text(f'silent for {duration(now - run.seen)}' if state == 'silent' else state, COLORS.get(state, ''))
+def status_cell(run: WatchedRun, now: float) -> Text:
+    """Its status; of a silent run with the time since its newest record."""
+    status = run.status(now)
+    return Text(f'silent for {duration(now - run.seen)}' if status == 'silent' else status, COLORS.get(status, ''))
 
 
-def progress(run: Run, width: int = 10) -> Text:
+def progress(run: WatchedRun, width: int = 10) -> Text:
     """A bar of the share of the steps that have been made."""
     done = min(width, width * run.step // run.steps) if run.steps else 0
     return Text('━' * done, 'green') + Text('━' * (width - done), 'bright_black')
@@ -42,9 +42,9 @@ def newest(record: Mapping[str, Any] | None, key: str, words: Callable[[float], 
     return Text(words(value)) if math.isfinite(value) else Text('nan', 'bold red')
 
 
-def time_left(run: Run, now: float) -> str:
+def time_left(run: WatchedRun, now: float) -> str:
     """Time to the last step; how long a run took that is done."""
-    if run.state(now) == 'done' and run.event is not None and 'seconds' in run.event:
+    if run.status(now) == 'done' and run.event is not None and 'seconds' in run.event:
         return f'({duration(number(run.event["seconds"]))})'
     seconds = run.seconds_left(now)
     return '–' if seconds is None else duration(seconds)

@@ -15,8 +15,8 @@ from mixcon_jax.models.pattern import statistics
 from mixcon_jax.options import Statistic
 from mixcon_jax.units import short
 from mixcon_jax.watching import charts
-from mixcon_jax.watching.cells import grid, newest, percent, progress, room_beside, state_cell, time_left, titles
-from mixcon_jax.watching.follow import Run, number
+from mixcon_jax.watching.cells import grid, newest, percent, progress, room_beside, status_cell, time_left, titles
+from mixcon_jax.watching.follow import WatchedRun, number
 
 SHARES = {
     'goodput': ('steps', 'green'), 'startup': ('start-up', 'blue'), 'compile': ('compile', 'magenta'),
@@ -27,10 +27,10 @@ FEW = 8  # layers that are shown one by one
 SIDE_BY_SIDE = 120  # columns from which on the model's statistics stand beside the chart
 
 
-def details(run: Run, now: float, width: int, chart: int) -> RenderableType:
+def details(run: WatchedRun, now: float, width: int, chart: int) -> RenderableType:
     """One run: loss over steps in ``chart`` lines, other numbers, where time goes, what its layers report."""
-    title = Text.assemble((titles([run])[0], 'bold'), f' · seed {run.option("seed", "?")} · {run.folder}')
-    head = Text(f'step {run.step}/{run.steps or "?"} ', no_wrap=True) + progress(run) + ' ' + state_cell(run, now)
+    title = Text.assemble((titles([run])[0], 'bold'), f' · seed {run.option("seed", "?")} · {run.path}')
+    head = Text(f'step {run.step}/{run.steps or "?"} ', no_wrap=True) + progress(run) + ' ' + status_cell(run, now)
     head.append(
         f'  {run.option("model.num_blocks", 1)} x ({_pattern(run)}), width {run.option("model.dim", "?")}', 'dim'
     )
@@ -50,13 +50,13 @@ def details(run: Run, now: float, width: int, chart: int) -> RenderableType:
     return Group(Rule(title, align='left'), head, panes)
 
 
-def _pattern(run: Run) -> str:
+def _pattern(run: WatchedRun) -> str:
     """The layers of a block, neighbours that are alike told once."""
     groups = [(layer, len(list(group))) for layer, group in itertools.groupby(run.option('model.pattern', []))]
     return ', '.join(f'{count} {layer}' if count > 1 else str(layer) for layer, count in groups)
 
 
-def _chart(run: Run, width: int, height: int) -> list[RenderableType]:
+def _chart(run: WatchedRun, width: int, height: int) -> list[RenderableType]:
     """Training loss as a line, held-out scores as points on it."""
     points, scores = run.curves['loss'].points, run.curves['heldout'].points
     if not points:
@@ -76,7 +76,7 @@ def _chart(run: Run, width: int, height: int) -> list[RenderableType]:
     return [*(Text.assemble((label, 'dim'), line) for label, line in zip(labels, lines)), foot]
 
 
-def _numbers(run: Run, now: float, width: int) -> RenderableType:
+def _numbers(run: WatchedRun, now: float, width: int) -> RenderableType:
     """The newest values, with their course where one is kept."""
     train, scores = run.train or {}, run.scores or {}
     rows: list[list[str | Text]] = [['loss', newest(train, 'loss', '{:.4f}'.format), '']]
@@ -93,15 +93,16 @@ def _numbers(run: Run, now: float, width: int) -> RenderableType:
     rows.append(['tokens/s', newest(train, 'tokens_per_second', short), seen])
     if 'mfu' in train:
         rows.append(['MFU', newest(train, 'mfu', percent), f'{short(number(train.get("flops_per_second")))} FLOP/s'])
-    name = 'took' if run.state(now) == 'done' else 'time left'
-    rows.append([name, Text(time_left(run, now).strip('()')), f'checkpoint at step {run.saved}' if run.saved else ''])
+    name = 'took' if run.status(now) == 'done' else 'time left'
+    kept = f'checkpoint at step {run.last_saved}' if run.last_saved else ''
+    rows.append([name, Text(time_left(run, now).strip('()')), kept])
     if train.get('skipped'):
         bad = f'not finite; {train.get("bad_steps", 0)} in a row now'
         rows.append(['skipped steps', Text(str(train['skipped']), 'bold red'), bad])
     return grid(rows, width, right=(1,))
 
 
-def _time(run: Run, width: int) -> RenderableType:
+def _time(run: WatchedRun, width: int) -> RenderableType:
     """What this start's wall time went into, as one bar with its legend."""
     train = run.train or {}
     shares = {'goodput': train.get('goodput')} | (train.get('time_shares') or {})

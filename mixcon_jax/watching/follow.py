@@ -7,22 +7,17 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from mixcon_jax import parsing
+from mixcon_jax.errors import UserError
 from mixcon_jax.host.folders import walk
 from mixcon_jax.host.paths import expand_path
 from mixcon_jax.parsing import Record, number
-from mixcon_jax.runs import saved
-from mixcon_jax.runs.outcome import ENDS, outcome
+from mixcon_jax.runs.run import CONFIG, ENDS, METRICS, Run
 
-RUN_FILES = {'config.json', 'metrics.jsonl'}
-BLOCK = 32 << 20  # bytes read at once
 PARSED, NEWEST = 500, 100  # of a block: training records parsed, about; and those at its end, which all are
 PATIENCE, START_PATIENCE = 60.0, 600.0  # seconds a run may be silent, at least: between records, and before the first
-HEAD = 256  # bytes that tell a file from another in its place
 
 
 class Curve:
@@ -54,82 +49,42 @@ class Curve:
             self._in_last = self._width
 
 
-class Run:
-    """One run, as far as it has been read.
+class WatchedRun(Run):
+    """One run with what is shown of it as it goes on, in bounded memory.
 
     Attributes:
-      folder: its workdir.
-      config: its configuration, as ``saved.configuration`` has it; empty when it cannot be read.
-      train, scores, event: the newest record of kind ``train``, of ``eval`` or ``final``, and of ``run``.
-      step: steps made, of the newest record.
-      saved: step of the newest complete checkpoint, None before there is one.
+      train, scores: the newest record of kind ``train``, and of ``eval`` or ``final``.
       seen: time of the newest record, in seconds since 1970.
       curves: ``loss``, ``grad_norm``, ``learning_rate``, ``heldout`` over steps.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._path = folder / 'metrics.jsonl'
-        self._forget()
-
     def _forget(self) -> None:
-        """Begins anew: the file is another one now, and the configuration may be."""
-        self._offset, self._head = 0, b''
-        self._identity: tuple[int, int] | None = None
-        self.config: dict[str, Any] = saved.configuration(self.folder) or {}
+        super()._forget()
         self.train: Record | None = None
         self.scores: Record | None = None
-        self.event: Record | None = None
-        self.step, self.seen = 0, 0.0
-        self.saved: int | None = None
+        self.seen = 0.0
         self.curves = {name: Curve() for name in ('loss', 'grad_norm', 'learning_rate', 'heldout')}
         self._recent: deque[tuple[float, int]] = deque(maxlen=NEWEST)  # time and step of this start's train records
         self._longest = 0.0  # seconds between two neighbouring records
-        self._known: Any = None  # what `_ended` follows from
-        self._ended = ''
-
-    # ----- reading ---------------------------------------------------------------------------------------------------
 
     def update(self) -> bool:
-        """Reads what is new; returns whether the run is still there."""
+        """Reads what is new; returns whether the run is still there, and can be read."""
         try:
-            with open(self._path, 'rb') as file:
-                status, head = os.fstat(file.fileno()), file.read(HEAD)
-                identity = (status.st_dev, status.st_ino)
-                same = identity == self._identity and head.startswith(self._head) and status.st_size >= self._offset
-                if self._identity and not same:
-                    self._forget()
-                self._identity, self._head = identity, head
-                known = self.event
-                self._read(file)
-                # A start may have another number of steps; it has written its configuration down before it says so.
-                if known is not None and self.event is not known:
-                    self.config = saved.configuration(self.folder) or self.config
-        except OSError:  # deleted, or between two places
+            return super().update()
+        except UserError:
             return False
-        return True
 
-    def _read(self, file: Any) -> None:
-        """Takes all whole lines after the last one taken; a torn one at the end is left for the next time."""
-        file.seek(self._offset)
-        while block := file.read(BLOCK):
-            whole = block.rfind(b'\n') + 1
-            if not whole and len(block) < BLOCK:
-                return
-            for line, adjacent in _thinned(block[:whole].splitlines()):
-                self._take(line, adjacent)
-            self._offset += whole or len(block)
-            file.seek(self._offset)
+    def _take_all(self, lines: list[bytes]) -> None:
+        for line, adjacent in _thinned(lines):
+            self._take(line, adjacent)
 
-    def _take(self, line: bytes, adjacent: bool) -> None:
-        """Reads one record; ``adjacent`` says whether the one before it was read too."""
-        record = parsing.record(line)
-        if record is None:  # torn by a kill
-            return
-        kind, step = record['kind'], record['step']
-        now = number(record.get('time'))
+    def _take(self, line: bytes, adjacent: bool = True) -> Record | None:
+        """Notes one record; ``adjacent`` says whether the one before it was read too."""
+        record = super()._take(line)
+        if record is None:
+            return None
+        kind, step, now = record['kind'], record['step'], number(record.get('time'))
         if kind == 'run':
-            self.event = record
             self._recent.clear()
         elif adjacent and self._recent and now > self.seen:  # not before the first, which waits for compilation
             self._longest = max(self._longest, now - self.seen)
@@ -141,50 +96,22 @@ class Run:
         elif kind in ('eval', 'final'):
             self.scores = record
             self.curves['heldout'].add(step, number(record.get('loss')))
-        elif kind == 'checkpoint':
-            self.saved = step
-        if kind != 'checkpoint':  # which comes when it is complete, steps later
-            self.step = step
         if math.isfinite(now):
             self.seen = now
+        return record
 
-    # ----- how it is doing -------------------------------------------------------------------------------------------
-
-    def option(self, key: str, default: Any = None) -> Any:
-        """An option by its dotted key; ``default`` where the configuration has none."""
-        value: Any = self.config
-        for name in key.split('.'):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return default if value is None else value
-
-    @property
-    def steps(self) -> int | None:
-        """Steps that the run is to make, if that is known."""
-        steps = self.option('train.steps')
-        return steps if isinstance(steps, int) and steps > 0 else None
-
-    def state(self, now: float) -> str:
-        """``starting``, ``running``, ``silent`` or, of one that has ended, its ``outcome``.
+    def status(self, now: float) -> str:
+        """``starting``, ``running``, ``silent`` or, of one that has ended, its ``state``.
 
         A run is silent when no record came for a minute and for three times as long as it ever took; before the first
         record of a step, which waits for compilation, for ten minutes.
         """
         if self.event is not None and self.event.get('event') in ENDS:
-            return self._outcome()
+            return self.state
         patience = max(PATIENCE, 3 * self._longest) if self._recent else START_PATIENCE
         if self.seen and now - self.seen > patience:
             return 'silent'
         return 'running' if self._recent else 'starting'
-
-    def _outcome(self) -> str:
-        """What became of a run that has ended; its checkpoints are looked at only when their folders have changed."""
-        assert self.event is not None
-        checkpoints = self.folder / 'checkpoints'
-        changed = [_changed(folder) for folder in (checkpoints, checkpoints / str(self.event['step']))]
-        known = self.event, self.steps, changed
-        if known != self._known:
-            self._known, self._ended = known, outcome(self.event, self.steps, checkpoints)
-        return self._ended
 
     def seconds_per_step(self) -> float | None:
         """Of the newest records of this start, evaluations and checkpoints between them included."""
@@ -196,7 +123,7 @@ class Run:
     def seconds_left(self, now: float) -> float | None:
         """Until the last step, from ``now``; None when it cannot be known or the run is not running."""
         pace = self.seconds_per_step()
-        if pace is None or self.steps is None or self.state(now) != 'running':
+        if pace is None or self.steps is None or self.status(now) != 'running':
             return None
         ended, last = self._recent[-1]
         return max(0.0, (self.steps - last) * pace - max(0.0, now - ended))
@@ -207,17 +134,17 @@ class Runs:
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
         self._roots = [expand_path(root) for root in roots]
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, WatchedRun] = {}
         self._next_search = 0.0
 
-    def update(self) -> list[Run]:
+    def update(self) -> list[WatchedRun]:
         """Looks for new runs, reads what all have appended; returns those that are there, by folder."""
         began = time.monotonic()
         if began >= self._next_search:
             for folder in find(self._roots):
                 key = os.path.realpath(folder)
                 if key not in self._runs:
-                    self._runs[key] = Run(folder)
+                    self._runs[key] = WatchedRun(folder)
             ended = time.monotonic()
             self._next_search = ended + 20 * (ended - began)  # large trees and slow disks are searched less often
         for key, run in list(self._runs.items()):
@@ -229,17 +156,9 @@ class Runs:
 def find(roots: Sequence[Path]) -> Iterator[Path]:
     """Folders of runs: those that hold config.json and metrics.jsonl. Hidden folders are passed over."""
     for folder, inner, files in walk(roots):
-        if set(files) >= RUN_FILES:
+        if {CONFIG, METRICS} <= set(files):
             inner.clear()  # checkpoints hold thousands of files
             yield folder
-
-
-def _changed(folder: Path) -> int:
-    """When a folder's entries changed, in nanoseconds; 0 if it is not there."""
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _thinned(lines: list[bytes]) -> Iterator[tuple[bytes, bool]]:

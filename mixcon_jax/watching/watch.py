@@ -15,9 +15,9 @@ from rich.text import Text
 from mixcon_jax.errors import UserError
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.units import short
-from mixcon_jax.watching.cells import COLORS, newest, percent, progress, state_cell, time_left, titles
+from mixcon_jax.watching.cells import COLORS, newest, percent, progress, status_cell, time_left, titles
 from mixcon_jax.watching.details import details
-from mixcon_jax.watching.follow import Run, Runs
+from mixcon_jax.watching.follow import Runs, WatchedRun
 
 ACTIVE = ('starting', 'running', 'silent')
 LONGEST = 24 * 3600  # seconds between two looks
@@ -54,7 +54,7 @@ def watch(roots: Sequence[str], once: bool = False, interval: float = 2.0, conso
             raise UserError(f'no run in {where}: a run is a folder with config.json and metrics.jsonl')
         console.print(view(found, time.time(), console.width))
         return 0
-    shown: Run | None = None
+    shown: WatchedRun | None = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a killed process leaves no cursor behind
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
@@ -68,15 +68,15 @@ def watch(roots: Sequence[str], once: bool = False, interval: float = 2.0, conso
     return 0
 
 
-def most_active(runs: Sequence[Run], now: float, shown: Run | None = None) -> Run:
+def most_active(runs: Sequence[WatchedRun], now: float, shown: WatchedRun | None = None) -> WatchedRun:
     """The run to show in detail: the one shown so far while it runs, else the running one with the newest record."""
-    if shown is not None and shown in runs and shown.state(now) in ('starting', 'running'):
+    if shown is not None and shown in runs and shown.status(now) in ('starting', 'running'):
         return shown
-    return max(runs, key=lambda run: (run.state(now) in ('starting', 'running'), run.seen))
+    return max(runs, key=lambda run: (run.status(now) in ('starting', 'running'), run.seen))
 
 
 def view(
-    runs: Sequence[Run], now: float, width: int, height: int | None = None, shown: Run | None = None
+    runs: Sequence[WatchedRun], now: float, width: int, height: int | None = None, shown: WatchedRun | None = None
 ) -> RenderableType:
     """The whole dashboard: the table of several runs, and one in detail where there is room or there are few.
 
@@ -88,7 +88,7 @@ def view(
       shown: the run to show in detail; None takes the most active one.
     """
     shown = shown or most_active(runs, now)
-    runs = sorted(runs, key=lambda run: run.state(now) not in ACTIVE)
+    runs = sorted(runs, key=lambda run: run.status(now) not in ACTIVE)
     if height is None and len(runs) > FEW:
         return overview(runs, now, width)
     table = [overview(runs, now, width, shown=shown)] if len(runs) > 1 else []
@@ -105,7 +105,7 @@ def view(
 
 
 def overview(
-    runs: Sequence[Run], now: float, width: int, height: int | None = None, shown: Run | None = None
+    runs: Sequence[WatchedRun], now: float, width: int, height: int | None = None, shown: WatchedRun | None = None
 ) -> RenderableType:
     """A line for each run; what does not fit is left out: the least important columns, the last rows."""
     rows = runs if height is None or len(runs) + 2 <= height else runs[: max(1, height - 3)]
@@ -113,7 +113,7 @@ def overview(
     columns = [  # title, importance, cells
         ('run', 0, [Text(name) for name in names]),
         ('seed', 2, [Text(str(run.option('seed', ''))) for run in rows]),
-        ('state', 0, [state_cell(run, now) for run in rows]),
+        ('state', 0, [status_cell(run, now) for run in rows]),
         ('step', 1, [Text(f'{run.step}/{run.steps or "?"}') for run in rows]),
         ('', 7, [progress(run) for run in rows]),
         ('loss', 3, [newest(run.train, 'loss', '{:.4f}'.format) for run in rows]),
@@ -142,11 +142,11 @@ def overview(
     return Group(_counts(runs, now), table, *more)
 
 
-def _counts(runs: Sequence[Run], now: float) -> Text:
-    """How many runs there are in each state."""
-    states = [run.state(now) for run in runs]
+def _counts(runs: Sequence[WatchedRun], now: float) -> Text:
+    """How many runs there are of each status."""
+    statuses = [run.status(now) for run in runs]
     clock = time.strftime('%H:%M:%S', time.localtime(now))
-    parts = [(f'{states.count(state)} {state}', color) for state, color in COLORS.items() if state in states]
+    parts = [(f'{statuses.count(each)} {each}', color) for each, color in COLORS.items() if each in statuses]
     return Text('  ').join([Text(clock, 'dim'), *(Text(*part) for part in parts)])
 
 

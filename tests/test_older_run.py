@@ -47,7 +47,7 @@ def experiment(steps):
 
 
 def test_it_is_read_and_done_as_far_as_it_was_to_go(older, capsys):
-    assert runs.read(older)[0].state == 'done'
+    assert runs.ReportedRun(older).state == 'done'
     assert train(experiment(2), older).exit_code == 0
     assert 'done after 2 steps' in capsys.readouterr().out
 

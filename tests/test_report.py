@@ -55,7 +55,9 @@ def write_run(folder: Path, losses=(3.0, 2.5, 2.2, 2.0), end: str = 'done', fina
     if end == 'done':
         lines.append({'kind': 'final', 'step': made, **scores(losses[-1]), **(final or {})})
     if end:
-        lines.append({'kind': 'run', 'step': made, 'event': end, 'tokens_seen': made * TOKENS, 'seconds': 60.0})
+        shown = {**scores(losses[-1]), 'fingerprint': 'f'} if end == 'done' else {}
+        tokens, seconds = made * TOKENS, 60.0
+        lines.append({'kind': 'run', 'step': made, 'event': end, 'tokens_seen': tokens, 'seconds': seconds, **shown})
     text = ''.join(json.dumps(plain({'time': started + index, **line})) + '\n' for index, line in enumerate(lines))
     (folder / 'metrics.jsonl').write_text(text)
     return folder

@@ -230,18 +230,18 @@ def test_an_update_that_leaves_no_numbers_ends_the_run_and_is_not_saved(folder, 
 
 def test_a_report_reads_the_configuration_in_the_checkpoint_where_the_file_is_lost(folder, tmp_path):
     workdir = copy_of(folder, tmp_path)
-    whole = runs.read(workdir)[0]
+    whole = runs.ReportedRun(workdir)
     (workdir / 'config.json').unlink()
-    lost = runs.read(workdir)[0]
+    lost = runs.ReportedRun(workdir)
     assert lost.config.to_dict() == whole.config.to_dict() and lost.final == whole.final is not None
 
 
 def test_of_a_file_that_is_another_runs_a_report_takes_what_may_change_alone(folder, tmp_path):
     workdir = copy_of(folder, tmp_path)
-    whole = runs.read(workdir)[0].config
+    whole = runs.ReportedRun(workdir).config
     other = configs.validate(small(folder, optim__learning_rate=0.1, seed=5, eval__every=9, name='new', train__steps=6))
     (workdir / 'config.json').write_text(configs.to_json(other))
-    changed = configs.differences(whole, runs.read(workdir)[0].config)
+    changed = configs.differences(whole, runs.ReportedRun(workdir).config)
     assert changed == {'eval.every': (2, 9), 'name': ('', 'new'), 'train.steps': (4, 6)}
 
 

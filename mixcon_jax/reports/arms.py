@@ -14,8 +14,8 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting
 from mixcon_jax.options import FREE
-from mixcon_jax.reports.runs import Run, number
-from mixcon_jax.runs.outcome import DONE
+from mixcon_jax.reports.runs import ReportedRun, number
+from mixcon_jax.runs.run import DONE
 
 LONG_CONTEXT = 8192  # tokens at which decode state is stated, beside the trained length
 ABSENT = '–'  # the value of an option of model.layers that an arm does not give
@@ -50,7 +50,7 @@ class Arm:
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
     options: Options
 
     @property
@@ -58,7 +58,7 @@ class Arm:
         return self.runs[0].config
 
     @functools.cached_property
-    def finished(self) -> tuple[Run, ...]:
+    def finished(self) -> tuple[ReportedRun, ...]:
         """The runs that are done with a finite loss: the only ones that enter means."""
         return tuple(run for run in self.runs if run.state == DONE and math.isfinite(number(run.final, 'loss')))
 
@@ -102,7 +102,7 @@ def _sizes(model: str, seq_len: int) -> Sizes:
     )
 
 
-def group(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
+def group(runs: Sequence[ReportedRun]) -> tuple[list[Arm], list[str]]:
     """Groups runs that differ only in the seed and in options that enter no update (``options.FREE``).
 
     Arms come in the order in which their lowest seeds were started, which for a sweep is the experiment file's order;
@@ -111,7 +111,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
     Returns:
       The arms, and notes about runs that occur twice.
     """
-    together: dict[str, list[Run]] = {}
+    together: dict[str, list[ReportedRun]] = {}
     for run in runs:
         together.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
     notes: list[str] = []
@@ -136,7 +136,7 @@ def numeric_axis(arms: Sequence[Arm]) -> str | None:
     return keys[0] if all(type(arm.options[keys[0]]) in (int, float) for arm in arms) else None
 
 
-def _identity(run: Run) -> Options:
+def _identity(run: ReportedRun) -> Options:
     """The options that make a run's updates, but for the seed."""
     options = {key: value for key, value in configs.flatten(run.config).items() if not key.startswith(FREE)}
     del options['seed']
@@ -145,9 +145,9 @@ def _identity(run: Run) -> Options:
     return options
 
 
-def _one_a_seed(runs: Iterable[Run], notes: list[str]) -> tuple[Run, ...]:
+def _one_a_seed(runs: Iterable[ReportedRun], notes: list[str]) -> tuple[ReportedRun, ...]:
     """One run of each seed: of copies, which are not independent, the one that is done or has come furthest."""
-    chosen: dict[int, Run] = {}
+    chosen: dict[int, ReportedRun] = {}
     for run in sorted(runs, key=lambda run: (run.seed, run.state != DONE, -run.step, str(run.path))):
         if run.seed in chosen:
             notes.append(f'left out: {run.path} has the configuration and seed of {chosen[run.seed].path}')
@@ -155,11 +155,11 @@ def _one_a_seed(runs: Iterable[Run], notes: list[str]) -> tuple[Run, ...]:
     return tuple(chosen.values())
 
 
-def _first_started(runs: Sequence[Run]) -> tuple:
+def _first_started(runs: Sequence[ReportedRun]) -> tuple:
     return runs[0].started, natural(_name(runs)), str(runs[0].path)
 
 
-def _name(runs: Sequence[Run]) -> str:
+def _name(runs: Sequence[ReportedRun]) -> str:
     """The configuration's name, or the folder's: its parent's where that only tells the seed."""
     if name := next((run.config.name for run in runs if run.config.name), ''):
         return name
@@ -173,7 +173,7 @@ def natural(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r'(\d+)', text) if part]
 
 
-def _differing(groups: Sequence[Sequence[Run]]) -> list[Options]:
+def _differing(groups: Sequence[Sequence[ReportedRun]]) -> list[Options]:
     """For each arm its values of the options in which arms differ, but for those that follow from others."""
     every = [_identity(runs[0]) for runs in groups]
     named = dict.fromkeys(key for options in every for key in options)  # arms may give groups of model.layers
@@ -182,7 +182,7 @@ def _differing(groups: Sequence[Sequence[Run]]) -> list[Options]:
     return [{key: options.get(key, ABSENT) for key in keys} for options in every]
 
 
-def _is_derived(run: Run, key: str) -> bool:
+def _is_derived(run: ReportedRun, key: str) -> bool:
     """Whether the option has the value that 0 would have given it, or is left to others as in no ``model.layers``."""
     if configs.get(run.config, key, None) is None:
         return True

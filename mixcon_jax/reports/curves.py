@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from mixcon_jax.reports import style
 from mixcon_jax.reports.arms import Arm
 from mixcon_jax.reports.comparison import summary
-from mixcon_jax.reports.runs import Run, number
+from mixcon_jax.reports.runs import ReportedRun, number
 from mixcon_jax.runs.records import Record
 from mixcon_jax.units import short
 
@@ -42,7 +42,9 @@ def losses(arms: Sequence[Arm], name: str, factor: Callable[[Arm], float]) -> Fi
     return figure
 
 
-def _curves(axes: Axes, arms: Sequence[Arm], of: Callable[[Run], Curve], name: str, factor: Callable[[Arm], float]):
+def _curves(
+    axes: Axes, arms: Sequence[Arm], of: Callable[[ReportedRun], Curve], name: str, factor: Callable[[Arm], float]
+):
     """Every run a thin line, an unfinished one with a hollow end; their mean a thick line with markers."""
     largest, smallest = 0.0, math.inf
     for index, arm in enumerate(arms):
@@ -78,14 +80,14 @@ def _powers(axes: Axes, name: str, largest: float) -> None:
         axes.set_xlabel(f'{name} ($10^{{{power}}}$)')
 
 
-def heldout(run: Run) -> Curve:
+def heldout(run: ReportedRun) -> Curve:
     """The evaluations during the run; of a run without any, the final one."""
     scored: tuple[Record, ...] = run.evals or ((run.final,) if run.final else ())
     loss = {record['step']: number(record, 'loss') for record in scored}
     return {step: (run.tokens_at(step), value) for step, value in loss.items() if math.isfinite(value)}
 
 
-def training(run: Run) -> Curve:
+def training(run: ReportedRun) -> Curve:
     """The training loss, each value the mean over the last twentieth of the run's records."""
     good = [record for record in run.train if math.isfinite(number(record, 'loss'))]
     width = max(1, len(good) // SMOOTHING)
@@ -97,7 +99,7 @@ def training(run: Run) -> Curve:
     return curve
 
 
-def mean(arm: Arm, of: Callable[[Run], Curve]) -> Curve:
+def mean(arm: Arm, of: Callable[[ReportedRun], Curve]) -> Curve:
     """The mean over the finished runs, or over all while none is, at the steps that all of them have."""
     curves = [curve for run in arm.finished or arm.runs if (curve := of(run))]
     shared = set.intersection(*(set(curve) for curve in curves)) if curves else set()

@@ -19,7 +19,7 @@ from mixcon_jax.reports.arms import Arm, group, numeric_axis
 from mixcon_jax.reports.comparison import Difference, Score, summary
 from mixcon_jax.reports.runs import find, number
 from mixcon_jax.runs.mark import path_of
-from mixcon_jax.runs.outcome import DONE
+from mixcon_jax.runs.run import DONE
 from mixcon_jax.runs.workdir import explained
 from mixcon_jax.units import short
 

@@ -1,6 +1,6 @@
 """Run directories as a report reads them: finished or not, and never changed."""
 
-import dataclasses
+import errno
 import functools
 import math
 import os
@@ -15,42 +15,66 @@ from mixcon_jax import config as configs
 from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.folders import walk
-from mixcon_jax.runs import records, saved
+from mixcon_jax.runs import records
 from mixcon_jax.runs.mark import path_of
-from mixcon_jax.runs.outcome import DONE, outcome
 from mixcon_jax.runs.records import Record
+from mixcon_jax.runs.run import CHECKPOINTS, CONFIG, DONE, METRICS, Run
 
-NO_RUNS_INSIDE = ('checkpoints', 'tensorboard', 'profile')  # of a run directory
+NO_RUNS_INSIDE = (CHECKPOINTS, 'tensorboard', 'profile')  # of a run directory
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
-    """One run directory.
+class ReportedRun(Run):
+    """One run as a report reads it: whole, once.
 
     Attributes:
-      path: the folder, as it was found.
-      config: the resolved configuration, as ``saved.configuration`` has it.
+      config: the resolved configuration.
       records: the whole records of metrics.jsonl.
+      damaged: how many lines there are no records; a torn last line, which a kill may leave, is none.
+
+    Raises:
+      UserError: the configuration or every line of metrics.jsonl is unreadable.
     """
 
-    path: Path
-    config: ml_collections.ConfigDict
-    records: tuple[Record, ...]
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        there = self.update()
+        self.config = self._resolved()
+        if not there:
+            raise UserError(f'{self.metrics_file} cannot be read ({os.strerror(errno.ENOENT)})')
+        if self.damaged and not self.records:
+            raise UserError(f'{self.metrics_file} holds no readable record')
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.records: list[Record] = []
+        self.damaged = 0
+
+    def _take(self, line: bytes) -> Record | None:
+        record = super()._take(line)
+        if record is not None:
+            self.records.append(record)
+        elif line.strip():
+            self.damaged += 1
+        return record
+
+    def _resolved(self) -> ml_collections.ConfigDict:
+        known, path = self.configuration, self.config_file
+        try:
+            return configs.validate(configs.from_dict(known) if known is not None else configs.read(path))
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f'{path}: {error}') from error
+        except (TypeError, ValueError, AttributeError, KeyError) as error:  # JSON, but no configuration
+            words = ' '.join(str(error).split())
+            raise UserError(f'{path} is not a configuration ({type(error).__name__}: {words})') from error
 
     @property
     def seed(self) -> int:
         return self.config.seed
 
-    @property
-    def step(self) -> int:
-        """Steps made, as far as they are recorded."""
-        return max((record['step'] for record in self.records), default=0)
-
     @functools.cached_property
     def state(self) -> str:
-        """What became of it: see ``outcome``."""
-        newest = records.last(list(self.records), kind='run')
-        return outcome(newest, self.config.train.steps, self.path / 'checkpoints')
+        """As in ``Run``, but the same all through a report."""
+        return super().state
 
     @functools.cached_property
     def final(self) -> Record | None:
@@ -125,7 +149,7 @@ def number(record: Record | None, key: str) -> float:
     return parsing.number((record or {}).get(key))
 
 
-def find(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+def find(folders: Sequence[str | Path]) -> tuple[list[ReportedRun], list[str]]:
     """Reads every run directory at or below ``folders``, each once.
 
     Returns:
@@ -137,13 +161,13 @@ def find(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     runs, notes = [], []
     for folder in _run_folders(folders):
         try:
-            run, note = read(folder)
+            run = ReportedRun(folder)
         except UserError as error:
             notes.append(f'left out: {error}')
             continue
         runs.append(run)
-        if note:
-            notes.append(note)
+        if run.damaged:
+            notes.append(f'{run.metrics_file}: {run.damaged} unreadable lines passed over')
     if not runs:
         where = ', '.join(map(str, folders))
         detail = f' ({len(notes)} damaged; {notes[0]})' if notes else ''
@@ -157,36 +181,6 @@ def _run_folders(folders: Sequence[str | Path]) -> Iterator[Path]:
         if not path_of(top, 'FOLDER').is_dir():
             raise UserError(f'{top} is not a folder; give a workdir of `mixcon train`, or a folder above some')
     for path, inner, files in walk(path_of(top) for top in folders):
-        if 'metrics.jsonl' in files or ('config.json' in files and 'checkpoints' in inner):
+        if METRICS in files or (CONFIG in files and CHECKPOINTS in inner):
             yield path
             inner[:] = [name for name in inner if name not in NO_RUNS_INSIDE]
-
-
-def read(folder: Path) -> tuple[Run, str]:
-    """Reads one run directory.
-
-    Returns:
-      The run, and a note about lines that cannot be read; a torn last line, which a kill may leave, is none.
-
-    Raises:
-      UserError: the configuration or every line of metrics.jsonl is unreadable.
-    """
-    path = folder / 'config.json'
-    try:
-        known = saved.configuration(folder)
-        config = configs.validate(configs.from_dict(known) if known is not None else configs.read(path))
-    except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f'{path}: {error}') from error
-    except (TypeError, ValueError, AttributeError, KeyError) as error:  # JSON, but no configuration
-        words = ' '.join(str(error).split())
-        raise UserError(f'{path} is not a configuration ({type(error).__name__}: {words})') from error
-    path = folder / 'metrics.jsonl'
-    try:
-        lines = [line for line in path.read_bytes().split(b'\n')[:-1] if line.strip()]
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({os.strerror(error.errno or 0)})') from error
-    good = tuple(records.read(path))
-    if lines and not good:
-        raise UserError(f'{path} holds no readable record')
-    bad = max(0, len(lines) - len(good))
-    return Run(folder, config, good), f'{path}: {bad} unreadable lines passed over' if bad else ''

@@ -12,8 +12,8 @@ import numpy as np
 from mixcon_jax.reports.arms import LONG_CONTEXT, Arm, shown
 from mixcon_jax.reports.comparison import CONFIDENCE, Difference, Score, Summary, summary, t_factor
 from mixcon_jax.reports.curves import accuracies, by_length
-from mixcon_jax.reports.runs import Run, number
-from mixcon_jax.runs.outcome import DONE
+from mixcon_jax.reports.runs import ReportedRun, number
+from mixcon_jax.runs.run import DONE
 from mixcon_jax.runs.scores import BASELINES
 from mixcon_jax.units import short
 
@@ -31,10 +31,9 @@ def run_rows(arms: Sequence[Arm]) -> list[Row]:
     return [_run_row(arm, run, lengths) for arm in arms for run in arm.runs]
 
 
-def _run_row(arm: Arm, run: Run, lengths: Sequence[int]) -> Row:
+def _run_row(arm: Arm, run: ReportedRun, lengths: Sequence[int]) -> Row:
     evaluated = run.evals[-1] if run.evals else None
     trained = run.train[-1] if run.train else None
-    ended = next((record for record in reversed(run.records) if record['kind'] == 'run'), None)
     rate = float(np.median(run.rates)) if run.rates else math.nan
     by = by_length(run.final)
     return {
@@ -48,7 +47,7 @@ def _run_row(arm: Arm, run: Run, lengths: Sequence[int]) -> Row:
         'eval_step': number(evaluated, 'step'), 'eval_loss': number(evaluated, 'loss'),
         'eval_bits_per_byte': number(evaluated, 'bits_per_byte'), 'train_loss': number(trained, 'loss'),
         'tokens_per_second': rate,
-        'devices': run.devices, 'seconds': number(ended, 'seconds'), 'started': stamp(run.started),
+        'devices': run.devices, 'seconds': number(run.event, 'seconds'), 'started': stamp(run.started),
         'last_record': stamp(run.last_time),
     } | _options(arm)  # fmt: skip
 

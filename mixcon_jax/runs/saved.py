@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax.options import FREE
 from mixcon_jax.parsing import json_file, json_object
 
 ARRAYS = ('model', 'optimizer')  # the items that hold arrays
@@ -61,28 +60,6 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
         except Damaged:
             continue
     return None
-
-
-def configuration(workdir: str | Path) -> dict[str, Any] | None:
-    """The configuration of a run as nested dicts, or None if none can be read.
-
-    It is that of the newest checkpoint. What may differ from start to start, and the number of steps, which may grow,
-    are as ``config.json`` has them; before there is a checkpoint, everything is.
-    """
-    written, kept = json_file(Path(workdir) / 'config.json'), newest(Path(workdir) / 'checkpoints')
-    return written if kept is None else _brought_up_to_date(kept['config'], written or {})
-
-
-def _brought_up_to_date(kept: Mapping[str, Any], written: Mapping[str, Any], group: str = '') -> dict[str, Any]:
-    """The options of ``kept`` with those of ``written`` that may have changed since, where they are of its type."""
-    result = dict(kept)
-    for name, value in written.items():
-        key, old = group + name, kept.get(name)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            result[name] = _brought_up_to_date(old, value, f'{key}.')
-        elif type(value) is type(old) and (key.startswith(FREE) or key == 'train.steps'):
-            result[name] = value
-    return result
 
 
 def note_files(folder: str | Path, step: int) -> None:

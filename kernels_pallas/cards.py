@@ -40,10 +40,11 @@ class Card:
       driver: version of NVIDIA's driver, or ''.
       jax, jaxlib: versions.
       date: ISO date.
-      sources: `source_hash` of the kernel that ran.
+      sources: `source_hash` of the kernel that ran, or of sources that are compiled to the same programs.
       command: what wrote this.
       cases: largest relative error, in the 2-norm, of any output or gradient, by case.
       times: milliseconds and floors, by shape.
+      ran: `source_hash` of the kernel that ran, where `sources` is another's (`python -m tests.gpu.programs`); else ''.
     """
 
     kernel: str
@@ -59,6 +60,7 @@ class Card:
     command: str
     cases: dict[str, float] = dataclasses.field(default_factory=dict)
     times: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    ran: str = ''
 
     @property
     def major(self) -> int:

@@ -1,4 +1,5 @@
-"""What the Mosaic kernels share: copies by Hopper's copy engine under the rules of the PTX ISA, layouts, launching.
+"""What the Mosaic kernels share: copies by Hopper's copy engine under the rules of the PTX ISA, tiles of time,
+layouts, launching.
 
 The copy engine moves a box of an array between global and shared memory by a tensor map. What it may not be asked for
 is in `Copy.violations`; a copy that breaks a rule ends on the GPU with an illegal instruction, which neither JAX nor
@@ -7,12 +8,14 @@ the interpreter foresees. `fetch` and `send` are the only ways to it, and refuse
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import core as mosaic
 from jax.experimental.mosaic.gpu import fragmented_array
@@ -217,6 +220,114 @@ def _part(array: Any, box: Box) -> Any:
     return array.at[place]
 
 
+# ----------------------------------------------------------------------------------------------------------- tiles
+def slots(size: int, fetched: Mapping[str, tuple[Sequence[int], Any]], count: int = 2, engine: bool = True) -> dict:
+    """Scratch for tiles of time in flight: `name_` in shared memory for each array that is fetched, and a barrier.
+
+    Args:
+      size: tokens of a tile.
+      fetched: by name, what a block takes of a token: shape and type.
+      count: tiles in flight.
+      engine: whether the copy engine fetches; plain asynchronous copies need no barrier, `arrived`.
+    """
+    places = {f'{name}_': plgpu.SMEM((count, size, *shape), dtype) for name, (shape, dtype) in fetched.items()}
+    barrier = {'arrived': plgpu.Barrier(num_arrivals=len(places), num_barriers=count)} if engine else {}
+    return places | barrier
+
+
+class Tiles:
+    """A block's way through the tokens of its row, tile by tile, the next tile on its way to shared memory meanwhile.
+
+    Args:
+      ref: the refs of `launch`: arrays [B, T, ...] and the scratch of `slots`.
+      size: tokens of a tile.
+      count: tiles; the last may lead over the end, where the copy engine reads zeros and writes nothing.
+      row: the block's first axis of the arrays.
+      part: what the block takes of the axis after time.
+      fetched: names of the arrays.
+      whole: those of which it takes all.
+      first: the first token of the first tile, if it is not the row's.
+    """
+
+    def __init__(
+        self,
+        ref: Any,
+        size: int,
+        count: int,
+        row: Any,
+        part: Span,
+        fetched: Sequence[str],
+        whole: Sequence[str] = (),
+        first: Index | None = None,
+    ) -> None:
+        self.size, self.count = size, count
+        self._row, self._part, self._first = row, part, first
+        self._fetched = [(getattr(ref, name), getattr(ref, f'{name}_'), name not in whole) for name in fetched]
+        self._barrier = getattr(ref, 'arrived', None)
+        self.slots = self._fetched[0][1].shape[0]
+
+    def box(self, array: Any, index: Any, cut: bool = True) -> Box:
+        """A tile of an array [B, T, ...], and the block's part of it if it is cut."""
+        start = Index(index) * self.size
+        times = Span(start if self._first is None else self._first + start, self.size)
+        inner: list[Any] = [slice(None)] * (len(array.shape) - 2)
+        if inner and cut:
+            inner[0] = self._part
+        return self._row, times, *inner
+
+    def start(self, index: Any, slot: Any) -> None:
+        """Begins to fetch a tile."""
+        index = index + 0 * self._row  # traced: a known start would be refused where the tile leads over the end
+        copies = [(array, self.box(array, index, cut), places) for array, places, cut in self._fetched]
+        if self._barrier is None:
+            fetch_ampere(copies, slot)
+        else:
+            fetch(copies, slot, self._barrier)
+
+    def arrive(self, slot: Any) -> None:
+        """Waits until the copy engine has brought a tile; it is for `fence` to wait for plain copies."""
+        if self._barrier is not None:
+            plgpu.barrier_wait(self._barrier.at[slot])
+
+    def fence(self) -> None:
+        """Waits for all threads of the block; also orders shared memory for the copy engine."""
+        if self._barrier is None:
+            plgpu.wait_gmem_to_smem(0)  # Ampere has no fence for a copy engine; this wait brings a barrier
+        else:
+            plgpu.commit_smem()
+
+    def wait(self, slot: Any) -> None:
+        """Waits for a tile, and for every thread to be here: what was shared before may be overwritten after it."""
+        self.arrive(slot)
+        self.fence()
+
+    def send(self, place: Any, array: Any, index: Any, slot: Any = None) -> None:
+        """Begins to write a tile of results, or a slot of them, by the copy engine."""
+        send(place, array, self.box(array, index), slot)
+
+    def begin(self, reverse: bool = False) -> None:
+        """Begins to fetch the tile that `fold` processes first."""
+        self.start(self.count - 1 if reverse else 0, 0)
+
+    def fold(self, process: Callable[[Any, Any, Any], Any], carry: Any, reverse: bool = False) -> Any:
+        """After `begin`, `process(tile, slot, carry)` of every tile in turn, from the first or from the last.
+
+        Results in shared memory, if there are any, must have a place of their own in every slot.
+        """
+
+        def one(k: Any, carry: Any) -> Any:
+            index, slot = self.count - 1 - k if reverse else k, lax.rem(k, self.slots)
+            self.wait(slot)
+
+            @pl.when(k + 1 < self.count)
+            def _() -> None:
+                self.start(index - 1 if reverse else index + 1, lax.rem(k + 1, self.slots))
+
+            return process(index, slot, carry)
+
+        return lax.fori_loop(0, self.count, one, carry)
+
+
 # --------------------------------------------------------------------------------------------------------- layouts
 def tiled(tiling: Sequence[Sequence[int]], warp_dims: Sequence[int], lane_dims: Sequence[int]) -> Any:
     """A layout of Mosaic's fragmented arrays whose last dimension a thread holds as a vector."""
@@ -239,21 +350,31 @@ def store(ref: Any, value: jax.Array) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- launching
-def kernel(name: str, body: Any, outputs: Any, scratch: Sequence[Any], grid: dict[str, int], interpret: Any) -> Any:
-    """`plgpu.kernel` as all of ours are compiled.
+def launch(
+    name: str,
+    body: Callable[[Any], None],
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    scratch: Mapping[str, Any],
+    grid: Mapping[str, int],
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    """Runs `body(refs)` in every block of a grid, compiled as all our kernels are; returns the outputs by name.
 
     Args:
       name: in profiles and dumps.
-      body: takes the refs of inputs, outputs and scratch.
-      outputs: `jax.ShapeDtypeStruct`, or several.
+      body: takes a namespace of the refs of inputs, outputs and scratch.
+      inputs: arrays.
+      outputs: their shapes and types.
       scratch: shared memory and barriers.
       grid: blocks an axis, by the axis's name.
       interpret: parameters of Mosaic's interpreter, to run on a CPU; None compiles.
     """
-    return plgpu.kernel(
-        body,
-        out_type=outputs,
-        scratch_types=scratch,
+    names = (*inputs, *outputs, *scratch)
+    kernel = plgpu.kernel(
+        lambda *refs: body(SimpleNamespace(**dict(zip(names, refs, strict=True)))),
+        out_type=tuple(outputs.values()),
+        scratch_types=tuple(scratch.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         compiler_params=plgpu.CompilerParams(
@@ -265,3 +386,4 @@ def kernel(name: str, body: Any, outputs: Any, scratch: Sequence[Any], grid: dic
         kernel_name=name,
         **({} if interpret is None else {'interpret': interpret}),
     )
+    return dict(zip(outputs, kernel(*inputs.values()), strict=True))

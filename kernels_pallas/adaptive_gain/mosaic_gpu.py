@@ -13,7 +13,6 @@ The state is laid out as 4 heads (warps) x P rows x P columns: 8 lanes over rows
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +96,7 @@ _gain.defvjp(_gain_forward, _gain_backward)
 
 # ------------------------------------------------------------------------------------------------- kernels
 @dataclass(frozen=True)
-class _Tiles:
+class _Layouts:
     """Layouts of one kernel's arrays, and loads, stores and broadcasts between them."""
 
     width: int
@@ -142,111 +141,86 @@ class _Tiles:
         return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), layout)
 
 
-def _launch(body, name, e, tile, loaded, out_type, scratch, interpret):
-    """`plgpu.kernel` over rows and groups of heads; `loaded` says of each input by tiles whether it has channels.
+def _run(name, body, inputs, outputs, fetched, staged, tile, interpret):
+    """Runs `body(refs, tiles)` for rows and groups of heads; `staged` are results that wait for their way out."""
+    batch, length, heads, _ = inputs['e'].shape
+    block = lambda array: ((HEADS, *array.shape[3:]), jnp.float32)  # what it takes of a token
+    scratch = mosaic.slots(tile, {name: block(inputs[name]) for name in fetched})
+    results = {f'{name}_': plgpu.SMEM((tile, HEADS, *shape), jnp.float32) for name, shape in staged.items()}
+    barrier = {'arrived': scratch.pop('arrived')}
 
-    Scratch: two slots of every input tile, then `scratch`, then the barriers of the slots.
-    """
-    batch, _, heads, width = e.shape
-    shared = lambda channels, *slots: plgpu.SMEM(
-        (*slots, tile, HEADS, width) if channels else (*slots, tile, HEADS), jnp.float32
+    def with_tiles(ref):
+        row, part = lax.axis_index('batch'), Span(Index(lax.axis_index('heads')) * HEADS, HEADS)
+        body(ref, mosaic.Tiles(ref, tile, -(-length // tile), row, part, fetched))
+
+    grid = {'batch': batch, 'heads': heads // HEADS}
+    found = mosaic.launch(
+        f'adaptive_gain_{name}', with_tiles, inputs, outputs, scratch | results | barrier, grid, interpret
     )
-    return mosaic.kernel(
-        f'adaptive_gain_{name}',
-        body,
-        out_type,
-        [
-            *(shared(channels, 2) for channels in loaded),
-            *(shared(channels, *slots) for channels, *slots in scratch),
-            plgpu.Barrier(num_arrivals=len(loaded), num_barriers=2),
-        ],
-        {'batch': batch, 'heads': heads // HEADS},
-        interpret,
-    )
+    return found.values()
 
 
 def _block():
-    return lax.axis_index('batch'), _heads().ds
+    return lax.axis_index('batch'), Span(Index(lax.axis_index('heads')) * HEADS, HEADS).ds
 
 
-def _heads():
-    return Span(Index(lax.axis_index('heads')) * HEADS, HEADS)
+def _over(tiles, process, carry, reverse=False):
+    """`Tiles.fold` with results in one place: they are read out before the next tile's are written to it."""
+    place = lambda k: tiles.count - 1 - k if reverse else k
 
-
-def _box(array, tile, index):
-    """The block's part of an array [B, T, H, ...] in a tile of time."""
-    times = Span(Index(index) * tile, tile)
-    return lax.axis_index('batch'), times, _heads(), *(slice(None) for _ in array.shape[3:])
-
-
-def _over_tiles(inputs, slots, barrier, length, tile, process, carry, reverse=False):
-    """Folds `process(tile, slot, carry)` over the tiles of time, the next one on its way meanwhile."""
-    tiles = -(-length // tile)
-    place = lambda k: (tiles - 1 - k) if reverse else k
-
-    def fetch(k):
-        copies = [(source, _box(source, tile, place(k)), target) for source, target in zip(inputs, slots, strict=True)]
-        mosaic.fetch(copies, lax.rem(k, 2), barrier)
-
-    fetch(
-        lax.axis_index('batch') * 0
-    )  # traced: a slice of known bounds may not leave the array, and the last tile does
-
-    def body(k, carry):
-        slot = lax.rem(k, 2)
-        plgpu.barrier_wait(barrier.at[slot])
-        # The outputs' buffers are read out, and every warp is past the slot that the next tile takes.
+    def one(k, carry):
+        slot = lax.rem(k, tiles.slots)
+        tiles.arrive(slot)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.commit_smem()
+        tiles.fence()
 
-        @pl.when(k + 1 < tiles)
+        @pl.when(k + 1 < tiles.count)
         def _():
-            fetch(k + 1)
+            tiles.start(place(k + 1), lax.rem(k + 1, tiles.slots))
 
         return process(place(k), slot, carry)
 
-    carry = lax.fori_loop(0, tiles, body, carry)
+    tiles.begin(reverse)
+    carry = lax.fori_loop(0, tiles.count, one, carry)
     plgpu.wait_smem_to_gmem(0)
     return carry
 
 
-def _write(buffers, outputs, index, tile, slots=()):
-    """Begins to write a tile of results; `slots` of the first buffers, which have some."""
+def _write(tiles, ref, index, results):
+    """Begins to write a tile of results, `{output: (place, slot)}`."""
     plgpu.commit_smem()
-    for buffer, output, slot in itertools.zip_longest(buffers, outputs, slots):
-        mosaic.send(buffer, output, _box(output, tile, index), slot)
+    for output, (place, slot) in results.items():
+        tiles.send(place, getattr(ref, output), index, slot)
 
 
 def _forward(e, weight, forget, initial_gain, interpret):
     """r [B, T, H, P] and the final gain."""
-    tiles = _Tiles(e.shape[3], FORWARD_TILE)
+    lay = _Layouts(e.shape[3], FORWARD_TILE)
 
-    def body(e, weight, forget, initial, read, final, es, ws, fs, rs, barrier):
+    def body(ref, tiles):
         batch, heads = _block()
 
         def step(slot, t, K):
-            column = tiles.columns(tiles.by_column(es.at[slot, t]))
-            keep = 1.0 - tiles.by_head(fs.at[slot, t])
+            column = lay.columns(lay.by_column(ref.e_.at[slot, t]))
+            keep = 1.0 - lay.by_head(ref.forget_.at[slot, t])
             r = jnp.sum(K * column, axis=2)
-            store(rs.at[t], r)
-            error = tiles.by_row(es.at[slot, t]) - tiles.head_rows(keep) * r
-            learn = tiles.head_rows(tiles.by_head(ws.at[slot, t])) * error
-            return tiles.heads(keep) * K + tiles.rows(learn) * column
+            store(ref.read_.at[t], r)
+            error = lay.by_row(ref.e_.at[slot, t]) - lay.head_rows(keep) * r
+            learn = lay.head_rows(lay.by_head(ref.weight_.at[slot, t])) * error
+            return lay.heads(keep) * K + lay.rows(learn) * column
 
         def process(index, slot, K):
-            K = lax.fori_loop(0, tiles.tile, functools.partial(step, slot), K)
-            _write([rs], [read], index, tiles.tile)
+            K = lax.fori_loop(0, tiles.size, functools.partial(step, slot), K)
+            _write(tiles, ref, index, {'read': (ref.read_, None)})
             return K
 
-        K = load(initial.at[batch, heads], tiles.state)
-        K = _over_tiles([e, weight, forget], [es, ws, fs], barrier, e.shape[1], tiles.tile, process, K)
-        store(final.at[batch, heads], K)
+        K = load(ref.initial.at[batch, heads], lay.state)
+        store(ref.final.at[batch, heads], _over(tiles, process, K))
 
-    out_type = (_like(e), _like(initial_gain))
-    loaded, scratch = [True, False, False], [(True,)]
-    return _launch(body, 'forward', e, tiles.tile, loaded, out_type, scratch, interpret)(
-        e, weight, forget, initial_gain
-    )
+    inputs = {'e': e, 'weight': weight, 'forget': forget, 'initial': initial_gain}
+    outputs = {'read': _like(e), 'final': _like(initial_gain)}
+    staged = {'read': (lay.width,)}
+    return _run('forward', body, inputs, outputs, ['e', 'weight', 'forget'], staged, lay.tile, interpret)
 
 
 def _backward(e, weight, forget, read, dread, dgain, share, interpret):
@@ -256,81 +230,79 @@ def _backward(e, weight, forget, read, dread, dgain, share, interpret):
     without what it learnt, `w (e - l r)^T D_t+1 e`, it is `l <D_t+1, K_t>`, the gradient of log l but for l's part in
     the learning; with what it read, `d^T r`, it is `<D_t, K_t>`. Where l = 0 all of it ends.
     """
-    tiles = _Tiles(e.shape[3], BACKWARD_TILE)
+    lay = _Layouts(e.shape[3], BACKWARD_TILE)
 
-    def body(
-        e, weight, forget, read, dread, dgain, share, owed, de, dweight, dlog, dinitial,
-        es, ws, fs, rs, gs, by_column, by_row, dws, dls, barrier,
-    ):  # fmt: skip
+    def body(ref, tiles):
         batch, heads = _block()
+        owed_ = ref.dread_  # d takes its place
 
         def step(slot, i, carry):
-            t = tiles.tile - 1 - i
+            t = tiles.size - 1 - i
             D, share = carry
-            column, row = tiles.columns(tiles.by_column(es.at[slot, t])), tiles.by_row(es.at[slot, t])
-            weight, keep = tiles.by_head(ws.at[slot, t]), 1.0 - tiles.by_head(fs.at[slot, t])
-            r, weights = tiles.by_row(rs.at[slot, t]), tiles.head_rows(weight)
+            column, row = lay.columns(lay.by_column(ref.e_.at[slot, t])), lay.by_row(ref.e_.at[slot, t])
+            weight, keep = lay.by_head(ref.weight_.at[slot, t]), 1.0 - lay.by_head(ref.forget_.at[slot, t])
+            r, weights = lay.by_row(ref.read_.at[slot, t]), lay.head_rows(weight)
             p = jnp.sum(D * column, axis=2)
-            error = row - tiles.head_rows(keep) * r
-            d = tiles.by_row(gs.at[slot, t]) - tiles.head_rows(keep * weight) * p
+            error = row - lay.head_rows(keep) * r
+            d = lay.by_row(ref.dread_.at[slot, t]) - lay.head_rows(keep * weight) * p
             dw = jnp.sum(error * p, axis=1)
             left = jnp.where(keep > 0.0, share - weight * dw, 0.0)
-            store(by_column.at[t], jnp.sum(D * tiles.rows(weights * error), axis=1))
-            store(by_row.at[t], weights * p)
-            store(gs.at[slot, t], d)
-            store(dws.at[t], dw)
-            store(dls.at[t], left - keep * weight * jnp.sum(r * p, axis=1))
-            return tiles.heads(keep) * D + tiles.rows(d) * column, left + jnp.sum(d * r, axis=1)
+            store(ref.de_.at[t], jnp.sum(D * lay.rows(weights * error), axis=1))
+            store(ref.by_row_.at[t], weights * p)
+            store(owed_.at[slot, t], d)
+            store(ref.dweight_.at[t], dw)
+            store(ref.dlog_.at[t], left - keep * weight * jnp.sum(r * p, axis=1))
+            return lay.heads(keep) * D + lay.rows(d) * column, left + jnp.sum(d * r, axis=1)
 
         def process(index, slot, carry):
-            carry = lax.fori_loop(0, tiles.tile, functools.partial(step, slot), carry)
+            carry = lax.fori_loop(0, tiles.size, functools.partial(step, slot), carry)
             plgpu.commit_smem()
-            store(by_column, load(by_column, tiles.flat) + load(by_row, tiles.flat))
-            _write([gs, by_column, dws, dls], [owed, de, dweight, dlog], index, tiles.tile, [slot])
+            store(ref.de_, load(ref.de_, lay.flat) + load(ref.by_row_, lay.flat))
+            results = {'owed': (owed_, slot), 'de': (ref.de_, None)}
+            _write(tiles, ref, index, results | {'dweight': (ref.dweight_, None), 'dlog': (ref.dlog_, None)})
             return carry
 
-        carry = load(dgain.at[batch, heads], tiles.state), tiles.by_head(share.at[batch, heads])
-        inputs, slots = [e, weight, forget, read, dread], [es, ws, fs, rs, gs]
-        D, _ = _over_tiles(inputs, slots, barrier, e.shape[1], tiles.tile, process, carry, reverse=True)
-        store(dinitial.at[batch, heads], D)
+        carry = load(ref.dgain.at[batch, heads], lay.state), lay.by_head(ref.share.at[batch, heads])
+        D, _ = _over(tiles, process, carry, reverse=True)
+        store(ref.dinitial.at[batch, heads], D)
 
-    out_type = (_like(e), _like(e), _like(weight), _like(weight), _like(dgain))
-    loaded, scratch = [True, False, False, True, True], [(True,), (True,), (False,), (False,)]
-    return _launch(body, 'backward', e, tiles.tile, loaded, out_type, scratch, interpret)(
-        e, weight, forget, read, dread, dgain, share
-    )
+    inputs = {'e': e, 'weight': weight, 'forget': forget, 'read': read, 'dread': dread, 'dgain': dgain, 'share': share}
+    outputs = {'owed': _like(e), 'de': _like(e), 'dweight': _like(weight), 'dlog': _like(weight)}
+    outputs['dinitial'] = _like(dgain)
+    staged = {'de': (lay.width,), 'by_row': (lay.width,), 'dweight': (), 'dlog': ()}
+    fetched = ['e', 'weight', 'forget', 'read', 'dread']
+    return _run('backward', body, inputs, outputs, fetched, staged, lay.tile, interpret)
 
 
 def _replay(e, weight, forget, read, owed, de, through_weight, initial_transposed, interpret):
     """e's gradient: `de + K^T d + through_weight e`, K being replayed transposed."""
-    tiles = _Tiles(e.shape[3], BACKWARD_TILE)
+    lay = _Layouts(e.shape[3], BACKWARD_TILE)
 
-    def body(e, weight, forget, through, read, owed, de, initial, out, es, ws, fs, ts, rs, ds, des, outs, barrier):
+    def body(ref, tiles):
         batch, heads = _block()
 
         def step(slot, t, K):
-            column, row = tiles.by_column(es.at[slot, t]), tiles.by_row(es.at[slot, t])
-            keep = 1.0 - tiles.by_head(fs.at[slot, t])
-            back = jnp.sum(K * tiles.columns(tiles.by_column(ds.at[slot, t])), axis=2)
-            through = tiles.head_rows(tiles.by_head(ts.at[slot, t])) * row
-            store(outs.at[t], tiles.by_row(des.at[slot, t]) + back + through)
-            error = column - tiles.head_columns(keep) * tiles.by_column(rs.at[slot, t])
-            learn = tiles.head_columns(tiles.by_head(ws.at[slot, t])) * error
-            return tiles.heads(keep) * K + tiles.rows(row) * tiles.columns(learn)
+            column, row = lay.by_column(ref.e_.at[slot, t]), lay.by_row(ref.e_.at[slot, t])
+            keep = 1.0 - lay.by_head(ref.forget_.at[slot, t])
+            back = jnp.sum(K * lay.columns(lay.by_column(ref.owed_.at[slot, t])), axis=2)
+            through = lay.head_rows(lay.by_head(ref.through_.at[slot, t])) * row
+            store(ref.out_.at[t], lay.by_row(ref.de_.at[slot, t]) + back + through)
+            error = column - lay.head_columns(keep) * lay.by_column(ref.read_.at[slot, t])
+            learn = lay.head_columns(lay.by_head(ref.weight_.at[slot, t])) * error
+            return lay.heads(keep) * K + lay.rows(row) * lay.columns(learn)
 
         def process(index, slot, K):
-            K = lax.fori_loop(0, tiles.tile, functools.partial(step, slot), K)
-            _write([outs], [out], index, tiles.tile)
+            K = lax.fori_loop(0, tiles.size, functools.partial(step, slot), K)
+            _write(tiles, ref, index, {'out': (ref.out_, None)})
             return K
 
-        K = load(initial.at[batch, heads], tiles.state)
-        inputs, slots = [e, weight, forget, through, read, owed, de], [es, ws, fs, ts, rs, ds, des]
-        _over_tiles(inputs, slots, barrier, e.shape[1], tiles.tile, process, K)
+        _over(tiles, process, load(ref.initial.at[batch, heads], lay.state))
 
-    loaded, scratch = [True, False, False, False, True, True, True], [(True,)]
-    return _launch(body, 'replay', e, tiles.tile, loaded, _like(e), scratch, interpret)(
-        e, weight, forget, through_weight, read, owed, de, initial_transposed
-    )
+    inputs = {'e': e, 'weight': weight, 'forget': forget, 'through': through_weight, 'read': read, 'owed': owed}
+    inputs |= {'de': de, 'initial': initial_transposed}
+    fetched = ['e', 'weight', 'forget', 'through', 'read', 'owed', 'de']
+    (out,) = _run('replay', body, inputs, {'out': _like(e)}, fetched, {'out': (lay.width,)}, lay.tile, interpret)
+    return out
 
 
 def _like(x):

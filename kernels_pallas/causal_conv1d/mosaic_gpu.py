@@ -92,11 +92,11 @@ def gradient(x, dy, weight, bias, reach, past, lags, silu, residual, interpret=N
     wide = lambda value: jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, problem.channels - channels)])
     reach = jnp.minimum(reach, jnp.arange(total, dtype=jnp.int32))
     reach = jnp.pad(reach, ((0, 0), (0, -total % REACH)))
-    arrays = [wide(x), wide(dy.astype(x.dtype)), reach, wide(weight.astype(jnp.float32))]
+    inputs = {'x': wide(x), 'dy': wide(dy.astype(x.dtype)), 'reach': reach, 'weight': wide(weight.astype(jnp.float32))}
     if bias is not None:
-        arrays.append(wide(bias.astype(jnp.float32)))
-    dx, sums = _kernel(problem, x.dtype, interpret)(*arrays)
-    dx, sums = dx[..., :channels], jnp.sum(sums, (0, 1))[:, :channels]
+        inputs['bias'] = wide(bias.astype(jnp.float32))
+    found = _kernel(problem, x.dtype, inputs, interpret)
+    dx, sums = found['dx'][..., :channels], jnp.sum(found['sums'], (0, 1))[:, :channels]
     dpast = None if past is None else dx[:, :longest].astype(past.dtype)
     dbias = None if bias is None else sums[-1].astype(bias.dtype)
     return dx[:, total - length :], sums[: len(lags)].astype(weight.dtype), dbias, dpast
@@ -107,7 +107,7 @@ def slice_length(tokens: int, slices: int) -> int:
     return -(-tokens // (slices * REACH)) * REACH
 
 
-def _kernel(problem: _Problem, dtype, interpret):
+def _kernel(problem: _Problem, dtype, inputs, interpret):
     width, lags, longest = problem.block, problem.lags, max(problem.lags)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=problem.vector)
     sums_of = len(lags) + problem.bias
@@ -119,23 +119,17 @@ def _kernel(problem: _Problem, dtype, interpret):
     def flag(condition):  # scalars select, vectors are multiplied
         return jnp.where(condition, 1.0, 0.0).astype(jnp.float32)
 
-    def body(x, dy, reach, weight, *rest):
-        (bias, *rest) = rest if problem.bias else (None, *rest)
-        dx, sums, xs, gs, rs, barrier = rest
+    def body(ref):
         batch, part = lax.axis_index('batch'), lax.axis_index('slice')
         block = Span(Index(lax.axis_index('channels')) * width, width)
         channels, start_of_slice = block.ds, Index(part) * problem.slice
         first = start_of_slice.value
         end = jnp.minimum(first + problem.slice, problem.length)
-
-        def fetch(k):
-            tokens = Span(start_of_slice + Index(k) * TILE, TILE)
-            copies = [(x, (batch, tokens, block), xs), (dy, (batch, tokens, block), gs), (reach, (batch, tokens), rs)]
-            mosaic.fetch(copies, lax.rem(k, 2), barrier)
+        tiles = mosaic.Tiles(ref, TILE, problem.tiles, batch, block, ['x', 'dy', 'reach'], first=start_of_slice)
 
         def token(slot, i, t, carry):
             window, partial, totals = carry
-            current, g, back = load(xs.at[slot, i]), load(gs.at[slot, i]), rs[slot, i]
+            current, g, back = load(ref.x_.at[slot, i]), load(ref.dy_.at[slot, i]), ref.reach_[slot, i]
             may_read = {lag: flag(back >= lag) for lag in lags if lag}
             masked = lambda value, lag: value * may_read[lag] if lag else value
             read = [masked((current, *window)[lag], lag) for lag in lags]
@@ -156,19 +150,11 @@ def _kernel(problem: _Problem, dtype, interpret):
 
             @pl.when((t - longest >= first) & (t - longest < end))
             def _():
-                store(dx.at[batch, t - longest, channels], grads[longest].astype(dtype))
+                store(ref.dx.at[batch, t - longest, channels], grads[longest].astype(dtype))
 
             return (current, *window[:-1]), tuple(grads[:-1]), totals
 
-        def tile(k, carry):
-            slot = lax.rem(k, 2)
-            plgpu.barrier_wait(barrier.at[slot])
-            plgpu.commit_smem()  # every warp is past the slot that the next tile takes
-
-            @pl.when(k + 1 < problem.tiles)
-            def _():
-                fetch(k + 1)
-
+        def tile(k, slot, carry):
             def tokens(j, carry):
                 for u in range(unroll):
                     i = j * unroll + u
@@ -177,30 +163,21 @@ def _kernel(problem: _Problem, dtype, interpret):
 
             return lax.fori_loop(0, TILE // unroll, tokens, carry)
 
-        fetch(batch * 0)  # traced: a slice of known bounds may not leave the array, and the last tile does
-        weights = [load(weight.at[i, channels]) for i in range(len(lags))]
+        tiles.begin()
+        weights = [load(ref.weight.at[i, channels]) for i in range(len(lags))]
         zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
-        start = load(bias.at[channels]) if problem.bias else zero
-        before = lambda i: load(x.at[batch, jnp.maximum(first - i, 0), channels]) * flag(first >= i)
+        start = load(ref.bias.at[channels]) if problem.bias else zero
+        before = lambda i: load(ref.x.at[batch, jnp.maximum(first - i, 0), channels]) * flag(first >= i)
         carry = tuple(before(i) for i in range(1, longest + 1)), (zero,) * longest, (zero,) * sums_of
-        *_, totals = lax.fori_loop(0, problem.tiles, tile, carry)
+        *_, totals = tiles.fold(tile, carry)
         for i, total in enumerate(totals):
-            store(sums.at[batch, part, i, channels], total)
+            store(ref.sums.at[batch, part, i, channels], total)
 
     shape = jax.ShapeDtypeStruct
-    return mosaic.kernel(
-        'causal_conv1d_backward',
-        body,
-        (
-            shape((problem.batch, problem.length, problem.channels), dtype),
-            shape((problem.batch, problem.slices, sums_of, problem.channels), jnp.float32),
-        ),
-        [
-            plgpu.SMEM((2, TILE, width), dtype),
-            plgpu.SMEM((2, TILE, width), dtype),
-            plgpu.SMEM((2, TILE), jnp.int32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=2),
-        ],
-        {'batch': problem.batch, 'slice': problem.slices, 'channels': problem.channels // width},
-        interpret,
-    )
+    outputs = {
+        'dx': shape((problem.batch, problem.length, problem.channels), dtype),
+        'sums': shape((problem.batch, problem.slices, sums_of, problem.channels), jnp.float32),
+    }
+    scratch = mosaic.slots(TILE, {'x': ((width,), dtype), 'dy': ((width,), dtype), 'reach': ((), jnp.int32)})
+    grid = {'batch': problem.batch, 'slice': problem.slices, 'channels': problem.channels // width}
+    return mosaic.launch('causal_conv1d_backward', body, inputs, outputs, scratch, grid, interpret)

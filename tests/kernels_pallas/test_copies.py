@@ -164,7 +164,7 @@ def test_the_overwritten_rows_planted_back_are_caught(monkeypatch):
     monkeypatch.setattr(gain, 'FORWARD_TILE', 1)  # what time is padded to
     e, steps = shape((2, 257, 4, 32), jnp.float32), shape((2, 257, 4), jnp.float32)
     initial = shape((2, 4, 32, 32), jnp.float32)
-    monkeypatch.setattr(gain, '_Tiles', lambda width, tile, kind=gain._Tiles: kind(width, 16))
+    monkeypatch.setattr(gain, '_Layouts', lambda width, tile, kind=gain._Layouts: kind(width, 16))
     with pytest.raises(CopyError, match='a run of bytes that goes on in the next row'):
         traced(lambda *args: gain.matrix(*args[:3], None, args[3])[0], e, steps, steps, initial)
 
@@ -210,15 +210,17 @@ def test_runs_of_bytes_that_end_where_they_should_are_allowed(copy):
 def launched(dtype=jnp.float32, width=64, slots=2, arrivals=1, start=lambda k: Index(k) * 32, tile=32):
     """Traces a kernel that fetches tiles `[tile, width]` of x [2, 128, width] and sends them back."""
 
-    def body(x, out, place, barrier):
+    def body(ref):
         box = lax.axis_index('row'), Span(start(lax.axis_index('tile')), tile), slice(None)
-        mosaic.fetch([(x, box, place)], lax.axis_index('row') * 0, barrier)
-        plgpu.barrier_wait(barrier.at[0])
-        mosaic.send(place, out, box, 0)
+        mosaic.fetch([(ref.x, box, ref.x_)], lax.axis_index('row') * 0, ref.arrived)
+        plgpu.barrier_wait(ref.arrived.at[0])
+        mosaic.send(ref.x_, ref.out, box, 0)
 
     array = shape((2, 128, width), dtype)
-    scratch = [plgpu.SMEM((slots, tile, width), jnp.float32), plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)]
-    traced(mosaic.kernel('probe', body, array, scratch, {'row': 2, 'tile': 4}, None), array)
+    scratch = {'x_': plgpu.SMEM((slots, tile, width), jnp.float32)}
+    scratch['arrived'] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
+    run = lambda x: mosaic.launch('probe', body, {'x': x}, {'out': array}, scratch, {'row': 2, 'tile': 4}, None)
+    traced(run, array)
 
 
 def test_what_a_kernel_asks_for_is_what_is_checked():

@@ -197,9 +197,9 @@ def test_the_same_call_gives_the_same_bits():
 
 def test_a_missing_wait_is_detected(monkeypatch):
     """The oracle's own oracle: race detection sees a tile that is read before it has arrived."""
-    from kernels_pallas.selective_scan.mosaic_gpu import tiles
+    from kernels_pallas.mosaic import Tiles
 
-    monkeypatch.setattr(tiles.Copies, 'wait', lambda self, slot: self.fence())
+    monkeypatch.setattr(Tiles, 'wait', lambda self, slot: self.fence())
     case = Case((1, 33, 128, 8))
     arrays, reset = draw(case, 0)
     try:

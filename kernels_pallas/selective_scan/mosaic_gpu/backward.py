@@ -15,14 +15,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic import Index, Span, load, store
+from kernels_pallas import mosaic
+from kernels_pallas.mosaic import Index, Span, Tiles, load, store
 from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
     CHANNELS,
     FLOAT,
     LANES,
     LN2,
     WARPS,
-    Copies,
     Problem,
     Spread,
     lanes_over_states,
@@ -56,7 +56,7 @@ def backward(
       `dstate` [B, D/32, 32, N]; `dD`, `dbias` [B, D/32, 32]; with a readout `dZ` [B, D/32, N, N] and `dg` [B, D/32, N],
       by warps.
     """
-    width, parts, slots = _divided(problem)
+    width, parts, _ = _divided(problem)
     tiles, stretches = -(-problem.length // tile), tile // stretch
     spread = Spread(lanes_over_states(width), (WARPS, LANES), width)
     flat = thread_a_channel_over_time(tile)
@@ -66,7 +66,8 @@ def backward(
     def body(ref: Any) -> None:
         row, block = lax.axis_index('row'), lax.axis_index('block')
         channels = Span(Index(block) * WARPS, WARPS)
-        copies, mine = Copies(problem, tile, row, channels, ref, _rows(ref, problem)), channels.ds
+        fetched = ['u', 'dt', 'dy', *(['z'] if problem.gate else []), 'B', 'C']
+        copies, mine = Tiles(ref, tile, tiles, row, channels, fetched, whole=('B', 'C')), channels.ds
         bias, skip = (over_time(load(x.at[mine], flat.reduce(0))) for x in (ref.bias, ref.D))
         no_sum = plgpu.layout_cast(jnp.zeros((WARPS, LANES), FLOAT), flat.reduce(0))
         # Sums over states land where their inputs lay, which nobody needs any more; several parts need them all.
@@ -147,19 +148,18 @@ def backward(
             return g, dA, extra
 
         def over_tile(k, carry):
-            index = tiles - 1 - k
-            slot = lax.rem(k, slots)
+            index, slot = tiles - 1 - k, lax.rem(k, copies.slots)
             times = pl.ds(index * tile, tile)
-            if slots == 1:
+            if copies.slots == 1:
                 copies.fence()
                 copies.start(index, slot)
             copies.wait(slot)
-            if slots > 1:
+            if copies.slots > 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the other slot still held results
 
                 @pl.when(k + 1 < tiles)
                 def _():
-                    copies.start(index - 1, lax.rem(k + 1, slots))
+                    copies.start(index - 1, lax.rem(k + 1, copies.slots))
 
             def tokens():
                 """What the steps need of every token, once for all states."""
@@ -221,7 +221,7 @@ def backward(
             if problem.tma:
                 plgpu.commit_smem()
                 for name in results:
-                    copies.send(getattr(ref, f'{name}_'), slot, getattr(ref, f'd{name}'), index)
+                    copies.send(getattr(ref, f'{name}_'), getattr(ref, f'd{name}'), index, slot)
             return dD, dbias, *rest
 
         extra: tuple = ()
@@ -232,8 +232,8 @@ def backward(
             zeros = plgpu.layout_cast(jnp.zeros((WARPS, width, width), FLOAT), matrix)
             extra = (zeros, plgpu.layout_cast(jnp.zeros((WARPS, width), FLOAT), matrix.reduce(2)))
             copies.fence()
-        if slots > 1:
-            copies.start(tiles - 1, 0)
+        if copies.slots > 1:
+            copies.begin(reverse=True)
         if parts == 1:
             initial: tuple = (spread.load(ref.dfinal.at[row, mine]), spread.zeros(), extra)
         else:
@@ -327,13 +327,6 @@ def _readout(ref, problem, spread, matrix, copies, slot, first, hs, y_, extra):
     return dZ, dg
 
 
-def _rows(ref: Any, problem: Problem) -> list:
-    rows = [(ref.u, ref.u_, True), (ref.dt, ref.dt_, True), (ref.dy, ref.dy_, True)]
-    if problem.gate:
-        rows.append((ref.z, ref.z_, True))
-    return [*rows, (ref.B, ref.B_, False), (ref.C, ref.C_, False)]
-
-
 def _outputs(problem: Problem, padded: int) -> dict:
     batch, states, axes = problem.batch, problem.states, problem.warp_axes
     number = lambda *shape: jax.ShapeDtypeStruct(shape, FLOAT)
@@ -362,13 +355,12 @@ def _divided(problem: Problem) -> tuple[int, int, int]:
 
 def _scratch(problem: Problem, tile: int, stretch: int) -> dict:
     width, parts, slots = _divided(problem)
-    memory = lambda *shape, dtype=FLOAT: plgpu.SMEM(shape, dtype)
-    names = ('u_', 'dt_', 'dy_', *(('z_',) if problem.gate else ()))
-    scratch: dict = {name: memory(slots, tile, WARPS, LANES, dtype=problem.dtype) for name in names}
-    scratch['B_'] = memory(slots, tile, problem.columns)
-    scratch['C_'] = memory(slots, tile, problem.states)
-    if problem.tma:
-        scratch['arrived'] = plgpu.Barrier(num_arrivals=len(scratch), num_barriers=slots)
+    memory = lambda *shape: plgpu.SMEM(shape, FLOAT)
+    fetched: dict[str, Any] = dict.fromkeys(('u', 'dt', 'dy'), ((WARPS, LANES), problem.dtype))
+    if problem.gate:
+        fetched['z'] = fetched['u']
+    fetched |= {'B': ((problem.columns,), FLOAT), 'C': ((problem.states,), FLOAT)}
+    scratch = mosaic.slots(tile, fetched, slots, engine=problem.tma)
     per_token = ('step_', 'x_', 'dy_gated_', *(('dx_', 'ddecay_', 'sum_') if parts > 1 else ()))
     scratch |= {name: memory(tile, WARPS, LANES) for name in per_token}
     scratch |= {name: memory(tile, WARPS, width) for name in ('dB_', 'dC_')}

@@ -15,11 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic import Index, Span, load, store
+from kernels_pallas import mosaic
+from kernels_pallas.mosaic import Index, Span, Tiles, load, store
 from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
     CHANNELS,
     FLOAT,
-    Copies,
     Problem,
     Spread,
     launch,
@@ -32,6 +32,7 @@ from kernels_pallas.selective_scan.mosaic_gpu.tiles import (
 
 SLOTS = 2  # tiles of time in flight
 PART = 4  # states handled at a time
+FETCHED = ('u', 'dy', 'dt', 'z', 'B', 'C')  # tile by tile
 
 
 def forward(
@@ -120,14 +121,7 @@ def forward(
             for part, x in zip(parts, h):
                 store(memory.at[:, part], x)
 
-        def over_tile(index, h):
-            slot = lax.rem(index, SLOTS)
-            copies.wait(slot)
-
-            @pl.when(index + 1 < tiles)
-            def _():
-                copies.start(index + 1, lax.rem(index + 1, SLOTS))
-
+        def over_tile(index, slot, h):
             def over_stretch(i, h):
                 if 0 < checkpoint <= tile:
                     keep(ref.states.at[row, index * (tile // stretch) + i, mine], h)
@@ -149,7 +143,7 @@ def forward(
             if read:
                 copies.fence()
                 if problem.tma:
-                    copies.send(ref.y_, slot, ref.y, index)
+                    copies.send(ref.y_, ref.y, index, slot)
                     plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
                 else:
                     final = ref.y.at[row, pl.ds(index * tile, tile), mine]
@@ -158,9 +152,9 @@ def forward(
 
         if readout:
             copies.fence()
-        copies.start(0, 0)
+        copies.begin()
         initial = tuple(spread.load(ref.state.at[row, mine, part]) for part in parts)
-        keep(ref.final.at[row, mine], lax.fori_loop(0, tiles, over_tile, initial))
+        keep(ref.final.at[row, mine], copies.fold(over_tile, initial))
         if read and problem.tma:
             plgpu.wait_smem_to_gmem(0)
 
@@ -196,7 +190,6 @@ def cocarry(
     Returns:
       [B, D, N].
     """
-    tiles = -(-problem.length // tile)
     spread, parts = _spread(problem)
 
     def body(ref: Any) -> None:
@@ -215,14 +208,7 @@ def cocarry(
                 after.append(jnp.exp2(exponent) * (g[i] + dy * C))
             return tuple(after)
 
-        def over_tile(k, g):
-            index, slot = tiles - 1 - k, lax.rem(k, SLOTS)
-            copies.wait(slot)
-
-            @pl.when(k + 1 < tiles)
-            def _():
-                copies.start(index - 1, lax.rem(k + 1, SLOTS))
-
+        def over_tile(index, slot, g):
             def steps(i, g):
                 for j in range(unroll):
                     g = step(index, slot, tile - 1 - (i * unroll + j), g)
@@ -230,8 +216,8 @@ def cocarry(
 
             return lax.fori_loop(0, tile // unroll, steps, g)
 
-        copies.start(tiles - 1, 0)
-        g = lax.fori_loop(0, tiles, over_tile, tuple(spread.zeros() for _ in parts))
+        copies.begin(reverse=True)
+        g = copies.fold(over_tile, tuple(spread.zeros() for _ in parts), reverse=True)
         for part, x in zip(parts, g):
             store(ref.costate.at[row, mine, part], x)
 
@@ -247,7 +233,9 @@ def _spread(problem: Problem) -> tuple[Spread, list[Any]]:
 def _begin(problem: Problem, tile: int, spread: Spread, parts: list[Any], inputs: dict, ref: Any) -> tuple:
     """What a block starts with: its row and channels, its copies of tiles, A by parts, and how step sizes are had."""
     row, channels = lax.axis_index('row'), Span(Index(lax.axis_index('block')) * CHANNELS, CHANNELS)
-    copies, mine = Copies(problem, tile, row, channels, ref, _rows(ref, inputs)), channels.ds
+    fetched = [name for name in FETCHED if name in inputs and hasattr(ref, f'{name}_')]
+    copies = Tiles(ref, tile, -(-problem.length // tile), row, channels, fetched, whole=('B', 'C'))
+    mine = channels.ds
     A = [spread.load(ref.A.at[mine, part]) for part in parts]
     bias = spread.load_channels(ref.bias.at[mine])
 
@@ -266,27 +254,10 @@ def _ahead(spread: Spread, memory: Any, slot: Any, t: Any, parts: list[Any]) -> 
     return [load(i) for i in range(len(parts))].__getitem__ if len(parts) <= 4 else load
 
 
-def _rows(ref: Any, inputs: dict) -> list:
-    """What is copied tile by tile: of the inputs, those that have a place in shared memory."""
-    return [
-        (getattr(ref, name), getattr(ref, f'{name}_'), name not in ('B', 'C'))
-        for name in ('u', 'dy', 'dt', 'z', 'B', 'C')
-        if name in inputs and hasattr(ref, f'{name}_')
-    ]
-
-
 def _scratch(problem: Problem, tile: int, inputs: dict) -> dict:
-    scratch: dict[str, Any] = {}
-    for name in ('u', 'dy', 'dt', 'z'):
-        if name in inputs:
-            scratch[f'{name}_'] = plgpu.SMEM((SLOTS, tile, CHANNELS), problem.dtype)
-    for name in ('B', 'C'):
-        if name in inputs:
-            scratch[f'{name}_'] = plgpu.SMEM((SLOTS, tile, inputs[name].shape[2]), FLOAT)
-    arrivals = len(scratch)
-    if problem.tma:
-        scratch['arrived'] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=SLOTS)
-    return scratch
+    channels = {name: ((CHANNELS,), problem.dtype) for name in ('u', 'dy', 'dt', 'z') if name in inputs}
+    states = {name: (inputs[name].shape[2:], FLOAT) for name in ('B', 'C') if name in inputs}
+    return mosaic.slots(tile, channels | states, SLOTS, engine=problem.tma)
 
 
 def _state(problem: Problem, *leading: int) -> jax.ShapeDtypeStruct:

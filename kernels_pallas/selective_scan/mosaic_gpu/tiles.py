@@ -6,7 +6,6 @@ which sums over the channels of a warp, as two, `[.., D/32, 32]`. Nothing is mov
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic
-from kernels_pallas.mosaic import Index, Span, load
+from kernels_pallas.mosaic import load
 
 WARPS, LANES = 4, 32
 CHANNELS = WARPS * LANES  # of a block
@@ -150,71 +149,8 @@ def where(condition: jax.Array, value: float) -> jax.Array:
 
 # ------------------------------------------------------------------------------------------------------ launching
 def launch(name: str, problem: Problem, body: Any, inputs: dict, outputs: dict, scratch: dict, interpret: Any) -> dict:
-    """Runs `body(refs)` for every batch row and 128 channels; returns the outputs by name.
-
-    Args:
-      name: of the kernel, in profiles and dumps.
-      problem: gives the grid.
-      body: takes a namespace of the refs of inputs, outputs and scratch.
-      inputs: arrays by name.
-      outputs: `jax.ShapeDtypeStruct` by name.
-      scratch: shared memory and barriers by name.
-      interpret: parameters of the interpreter for the CPU, or None.
-    """
-    names = (*inputs, *outputs, *scratch)
+    """`mosaic.launch` for every batch row and 128 channels."""
     grid = {'row': problem.batch, 'block': problem.channels // CHANNELS}
     if problem.batch > MAX_ROWS:  # of CUDA's axes, the one that Pallas gives to the last may grow further
         grid = dict(reversed(grid.items()))
-    kernel = mosaic.kernel(
-        name,
-        lambda *refs: body(SimpleNamespace(**dict(zip(names, refs, strict=True)))),
-        tuple(outputs.values()),
-        tuple(scratch.values()),
-        grid,
-        interpret,
-    )
-    return dict(zip(outputs, kernel(*inputs.values()), strict=True))
-
-
-class Copies:
-    """Tiles of time between global and shared memory, by the copy engine or by plain asynchronous copies.
-
-    `rows` are (source, destination, whether it has channels); a destination has a slot for every tile in flight.
-    """
-
-    def __init__(self, problem: Problem, tile: int, row: Any, channels: Span, ref: Any, rows: list) -> None:
-        self.problem, self.tile, self.rows = problem, tile, rows
-        self.barrier = ref.arrived if problem.tma else None
-        self._row, self._channels = row, channels
-
-    def box(self, index: Any, array: Any, has_channels: bool = True) -> tuple:
-        """The tile's part of an array of tokens [B, T, ...], of the block's channels where it has them."""
-        times = Span(Index(index) * self.tile, self.tile)
-        inner = (self._channels if has_channels else slice(None), *(slice(None) for _ in array.shape[3:]))
-        return self._row, times, *inner
-
-    def start(self, index: Any, slot: Any) -> None:
-        """Begins to fetch a tile of time; what lies behind the end is zero, from the copy engine."""
-        index = index + 0 * self._row  # traced: a known start would be refused where the tile leads over the end
-        boxes = [(source, self.box(index, source, channels), place) for source, place, channels in self.rows]
-        if self.problem.tma:
-            mosaic.fetch(boxes, slot, self.barrier)
-        else:
-            mosaic.fetch_ampere(boxes, slot)
-
-    def send(self, place: Any, slot: Any, array: Any, index: Any) -> None:
-        """Begins to write a tile of results, by the copy engine."""
-        mosaic.send(place, array, self.box(index, array), slot)
-
-    def wait(self, slot: Any) -> None:
-        """Waits for a tile, and for every thread to be here: what was shared before may be overwritten after it."""
-        if self.problem.tma:
-            plgpu.barrier_wait(self.barrier.at[slot])
-        self.fence()
-
-    def fence(self) -> None:
-        """A barrier that also orders shared memory for the copy engine."""
-        if self.problem.tma:
-            plgpu.commit_smem()
-        else:
-            plgpu.wait_gmem_to_smem(0)  # Ampere has no fence for a copy engine; this wait brings a barrier
+    return mosaic.launch(name, body, inputs, outputs, scratch, grid, interpret)

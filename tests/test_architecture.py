@@ -48,7 +48,7 @@ REACHES = {
     'mixcon_jax.optim': {'mixcon_jax.trees'},
     'mixcon_jax.step': {'mixcon_jax.optim', *ARRAYS},
     'mixcon_jax.runs': {'mixcon_jax.runs', 'mixcon_jax.trees', *CONFIGURATION},
-    'mixcon_jax.interop': {'mixcon_jax.interop', *FOUNDATION},
+    'mixcon_jax.interop': {'mixcon_jax.interop', *ARRAYS},
     'mixcon_jax.inference': {'mixcon_jax.inference', 'mixcon_jax.runs', *ARRAYS},
     'mixcon_jax.reports': {'mixcon_jax.reports', 'mixcon_jax.runs', *ARRAYS},
     'mixcon_jax.watching': {'mixcon_jax.watching', 'mixcon_jax.runs', 'mixcon_jax.trees', *CONFIGURATION},

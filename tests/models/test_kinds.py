@@ -15,6 +15,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.errors import ConfigError
 from mixcon_jax.models import kinds
 from mixcon_jax.models.layer import Layer
+from tests.models import cases
 from tests.tiny import ROOT
 
 REGISTERED = [(name, role) for role in kinds.REGISTRIES for name in kinds.names(role)]
@@ -121,6 +122,16 @@ def test_a_mixer_of_ones_own_brings_its_options_their_derivation_and_its_checks(
     config.model.pattern, config.model.mine.lag = ('mamba',), 5
     configs.validate(config)  # a layer that no pattern has is not checked
     assert module not in sys.modules
+
+
+def test_a_mixer_of_ones_own_is_in_the_shared_suite_at_a_size_that_its_checks_allow(write):
+    write(FILE.replace('Option(1,', 'Option(256,'))
+    found = cases.of_every_kind()
+    assert found.keys() == set(kinds.names())
+    assert found['mine'] == ('mine', {'pattern': ('mine',), 'mine.lag': cases.DIM})
+    write(FILE.replace('Option(1,', 'Option(-1,'))
+    with pytest.raises(ConfigError, match=r'^model\.mine\.lag=-1 must be at least 1$'):
+        cases.of_every_kind()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ API = {
             f'mixcon_jax.models.{name}'
             for name in (
                 *('layer', 'decoder', 'block', 'pattern', 'kinds', 'layers', 'context'),
-                *('published', 'presets', 'accounting'),
+                *('published', 'reported', 'presets', 'accounting'),
             )
         ],
     ),

@@ -218,7 +218,7 @@ def microbatch_loss(
     loss = sums.total / tokens + sum(aux['losses'][name].weight * value for name, value in losses.items())
     stats = jax.tree.map(lambda value: value * part, aux['stats'])
     means = {'loss': sums.nll / tokens, 'z_loss': sums.z / tokens, 'accuracy': sums.correct / tokens}
-    return loss, means | {'stats': stats} | losses
+    return loss, losses | means | {'stats': stats}
 
 
 def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_steps: int) -> Tree:

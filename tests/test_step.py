@@ -17,6 +17,7 @@ from mixcon_jax import step
 from mixcon_jax.errors import UserError
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
+from mixcon_jax.models.reported import RECORDED
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.trees import map_named, named_leaves
 from tests.training import mesh_of, random_batch, tiny_config
@@ -132,6 +133,7 @@ def test_microbatches_are_strided_rows_and_auxiliary_losses_their_mean():
         balance.append(aux['losses']['balance'].value)
         load.append(aux['stats']['layer_0/moe_load'])
     metrics = steps.train_step(state, steps.put(batch))[1]
+    assert metrics.keys() - RECORDED == {'balance', 'router_z'}  # no other name is free for a layer's loss
     np.testing.assert_allclose(metrics['balance'], np.mean(balance), rtol=1e-5)
     np.testing.assert_allclose(metrics['stats']['layer_0/moe_load'], np.mean(load, axis=0), rtol=1e-5)
 

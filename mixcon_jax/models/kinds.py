@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mixcon_jax.errors import ConfigError
+from mixcon_jax.models import reported
 from mixcon_jax.models.ffns import FFNS
 from mixcon_jax.models.mixers import MIXERS
 from mixcon_jax.options import OPTIONS, Option, Statistic
@@ -102,12 +103,16 @@ def describe(name: str, role: str | None = None) -> Description:
     """What a kind says of itself; arguments as of ``registered``.
 
     Raises:
-      ConfigError: no such kind, or its file cannot be read so.
+      ConfigError: no such kind, its file cannot be read so, or it declares a statistic under a name that is taken.
     """
     kind = registered(name, role)
     found = _of_class(kind) if isinstance(kind, type) else _of_source(kind)
     if CONTRACT not in [part.owner for part in found]:
         raise ConfigError(f'{name!r} is registered as {kind}, which does not derive from {CONTRACT}')
+    for part in found:
+        for statistic in part.statistics:
+            if (why := reported.refused('statistic', statistic)) is not None:
+                raise ConfigError(f'{part.owner} declares {why}')
     return Description(found)
 
 

@@ -97,7 +97,8 @@ class Layer(nnx.Module):
           state: None starts fresh and returns None; else of ``init_state`` or an earlier call.
 
         Returns:
-          The output, the state, and ``{'losses': {name: Loss}, 'stats': {name: array}}``, either left out if empty.
+          The output, the state, and ``{'losses': {name: Loss}, 'stats': {name: array}}``, either left out if empty;
+          ``mixcon_jax.models.reported`` says which names are free, and what metrics call them.
         """
 
     def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> Mapping[str, Any]:

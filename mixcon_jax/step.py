@@ -87,23 +87,13 @@ class Steps:
 
 
 def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[..., Model] = decoder.create) -> Steps:
-    """Builds the steps of a whole, validated configuration.
+    """Builds the steps of a whole configuration.
 
     Args:
-      config: the experiment.
+      config: the experiment, validated for the mesh's devices: ``config.check_mesh`` says whether its batches split.
       mesh: from ``parallel.mesh.make_mesh``.
       create: ``(config.model, seed) -> model``, the Decoder unless a test wants another.
-
-    Raises:
-      ConfigError: the batch does not split evenly over devices and microbatches.
     """
-    shards, accum = rows(mesh.shape), config.train.accum_steps
-    if config.train.batch_size % (shards * accum):
-        raise ConfigError(
-            f'train.batch_size {config.train.batch_size} must be a multiple of mesh.data * mesh.fsdp *'
-            f' train.accum_steps = {shards} * {accum}'
-        )
-
     # ----- the model, taken apart: structure, parameters, buffers -----
     abstract_model = nnx.eval_shape(lambda: create(config.model, config.seed))
     graphdef, *templates = nnx.split(abstract_model, nnx.Param, Buffer)
@@ -147,7 +137,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
             return eval_step(config, build(state.params, state.buffers), batch)
 
     def put(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        count = len(batch['tokens']) * jax.process_count()
+        count, shards = len(batch['tokens']) * jax.process_count(), rows(mesh.shape)
         if count % shards:
             raise ConfigError(f'a batch of {count} rows does not split over mesh.data * mesh.fsdp = {shards} devices')
         return {key: jax.make_array_from_process_local_data(by_row, np.asarray(batch[key])) for key in BATCH_KEYS}

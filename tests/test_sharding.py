@@ -106,8 +106,8 @@ def test_put_makes_one_global_batch():
 @pytest.mark.parametrize('batch_size, accum', [(6, 1), (8, 4), (12, 2)])
 def test_a_batch_that_does_not_split_is_refused(batch_size, accum):
     config = tiny_config(train__batch_size=batch_size, train__accum_steps=accum)
-    with pytest.raises(ConfigError, match=r'train\.batch_size .* multiple of .*accum_steps'):
-        step.make_steps(config, mesh_of(config, 4))
+    with pytest.raises(ConfigError, match=r'^mesh\.data x mesh\.fsdp=4 must divide train\.batch_size / train\.accum_'):
+        configs.check_mesh(config, 4)
 
 
 def test_experts_multiply_only_their_devices_rows():

@@ -18,7 +18,7 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax import startup
 from mixcon_jax.data import open_dataset
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import ABORTED, DONE, STOPPED, UserError
 from mixcon_jax.evaluate import Scores, score
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
@@ -32,8 +32,6 @@ from mixcon_jax.runs.trace import Trace
 from mixcon_jax.runs.workdir import SCORES, Workdir, describe, is_finite, report_if_finished, summary
 from mixcon_jax.step import make_steps
 from mixcon_jax.units import duration
-
-DONE, STOPPED, ABORTED = 0, 75, 3  # exit codes; 75 is EX_TEMPFAIL: start it again
 
 
 @dataclasses.dataclass(frozen=True)

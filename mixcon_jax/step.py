@@ -126,11 +126,11 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     init_options = {'xla_backend_optimization_level': 0} if on_cpu else None
 
     # ----- the steps -----
-    share = optim.schedule(config.optim, config.train.steps)
+    schedule = optim.schedule(config.optim, config.train.steps)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return train_step(config, build, optimizer, share, param_shardings, state, batch)
+            return train_step(config, build, optimizer, schedule, param_shardings, state, batch)
 
     def evaluate(state: TrainState, batch: Batch) -> dict[str, Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -184,7 +184,7 @@ def microbatch_loss(
     rng: Array,
     tokens: Float[Array, ''],
 ) -> tuple[Float[Array, ''], Metrics]:
-    """A microbatch's share of the step's loss: the sum over microbatches is the loss, and so with the metrics.
+    """A microbatch's part of the step's loss: the sum over microbatches is the loss, and so with the metrics.
 
     Args:
       tokens: number of scored tokens in the whole step, all microbatches and processes together.
@@ -239,7 +239,7 @@ def train_step(
     config: ml_collections.ConfigDict,
     build: Callable[[Tree, Tree], Model],
     optimizer: optax.GradientTransformation,
-    share: Callable[[Array], Array],
+    schedule: Callable[[Array], Array],
     param_shardings: Tree,
     state: TrainState,
     batch: Batch,
@@ -278,7 +278,7 @@ def train_step(
         factor = config.optim.clip_norm / jnp.maximum(grad_norm, config.optim.clip_norm)
         grads = jax.tree.map(lambda g: g * factor, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    rate = share(state.step)
+    rate = schedule(state.step)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
     buffers = build(state.params, state.buffers).update_buffers(state.buffers, metrics['stats'])
 

@@ -101,11 +101,11 @@ def _train(
         dataset = open_dataset(config, tokens)
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         startup.require_vocabulary(config, tokenizer)
-        share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-        train_batches = dataset.train_batches(**share)
-        heldout = watched = dataset.heldout_batches(config.eval.batch_size, **share)
+        process = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+        train_batches = dataset.train_batches(**process)
+        heldout = watched = dataset.heldout_batches(config.eval.batch_size, **process)
         if config.eval.max_rows:  # fewer rows during the run
-            watched = dataset.heldout_batches(config.eval.batch_size, config.eval.max_rows, **share)
+            watched = dataset.heldout_batches(config.eval.batch_size, config.eval.max_rows, **process)
 
         steps = make_steps(config, make_mesh(config.mesh))
         flops = accounting.flops_per_token(config.model, config.data.seq_len)

@@ -26,7 +26,7 @@ from mixcon_jax.options import OPTIONS, Option, Statistic
 
 REGISTRIES = {'mixer': MIXERS, 'ffn': FFNS}  # by the role in a pattern's layer
 CONTRACT = 'mixcon_jax.models.layer.Layer'
-FREE = ('mixcon_jax.options', 'mixcon_jax.checks')  # what a description may import, beside the standard library
+READABLE = ('mixcon_jax.options', 'mixcon_jax.checks')  # what a description may import, beside the standard library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +213,13 @@ def _run(statement: ast.ClassDef, tree: ast.Module, file: str) -> dict[str, Any]
     code = _compiled(described, file)
     bound = {name for node in described for name in _binds(node)}
     needed = dict.fromkeys(name for name in _globals(code) if name not in bound and not hasattr(builtins, name))
-    given = [node for node in tree.body if _is_free(node)]
+    given = [node for node in tree.body if _is_readable(node)]
     have = {name for node in given for name in _binds(node)}
     for name in needed:
         if name not in have:
             raise ConfigError(
                 f'{file}, line {statement.lineno}: what describes {statement.name} needs {name!r}, but is read without'
-                f' its file; it may use literals, the standard library and {", ".join(FREE)}'
+                f' its file; it may use literals, the standard library and {", ".join(READABLE)}'
             )
     values: dict[str, Any] = {}
     exec(_compiled([node for node in given if needed.keys() & set(_binds(node))], file), values)
@@ -245,11 +245,11 @@ def _member(node: ast.stmt, file: str) -> ast.stmt | None:
     return None
 
 
-def _is_free(node: ast.stmt) -> bool:
+def _is_readable(node: ast.stmt) -> bool:
     """Whether a statement of a layer's file may be run to describe it."""
     match node:
         case ast.ImportFrom(module=str(module), level=0):
-            return module in FREE or module.split('.')[0] in sys.stdlib_module_names
+            return module in READABLE or module.split('.')[0] in sys.stdlib_module_names
         case ast.Import():
             return all(alias.name.split('.')[0] in sys.stdlib_module_names for alias in node.names)
         case ast.Assign(targets=[ast.Name()], value=value):
@@ -262,7 +262,7 @@ def _is_free(node: ast.stmt) -> bool:
 
 
 def _binds(node: ast.stmt) -> Iterator[str]:
-    """The names that a statement of ``_member`` or ``_is_free`` defines."""
+    """The names that a statement of ``_member`` or ``_is_readable`` defines."""
     match node:
         case ast.Import() | ast.ImportFrom():
             yield from ((alias.asname or alias.name).split('.')[0] for alias in node.names)

@@ -73,21 +73,25 @@ def registered(name: str, role: str | None = None) -> str | type:
 
     Args:
       name: of the kind.
-      role: ``'mixer'`` or ``'ffn'``; None looks in both.
+      role: ``'mixer'`` or ``'ffn'``; None looks in both, which may have the name for one class alone: a group of
+        ``model.layers`` says a kind, not its role.
 
     Raises:
-      ConfigError: nothing is.
+      ConfigError: nothing is, or something else in each registry.
     """
     roles = REGISTRIES if role is None else (role,)
-    for kinds in (REGISTRIES[role] for role in roles):
-        if name in kinds:
-            return kinds[name]
-    raise ConfigError(f'{name!r} is no registered {role or "mixer or ffn"}; choose from {", ".join(names(role))}')
+    found = {each: REGISTRIES[each][name] for each in roles if name in REGISTRIES[each]}
+    if not found:
+        raise ConfigError(f'{name!r} is no registered {role or "mixer or ffn"}; choose from {", ".join(names(role))}')
+    if len(set(found.values())) > 1:
+        both = ' and as '.join(f'{each} {kind}' for each, kind in found.items())
+        raise ConfigError(f'{name!r} is registered as {both}; give one of them another name')
+    return next(iter(found.values()))
 
 
 def names(role: str | None = None) -> list[str]:
-    """The registered names of a role, or of both."""
-    return [name for each in (REGISTRIES if role is None else (role,)) for name in REGISTRIES[each]]
+    """The registered names of a role, or of both, each once."""
+    return list(dict.fromkeys(name for each in (REGISTRIES if role is None else (role,)) for name in REGISTRIES[each]))
 
 
 def load(name: str, role: str | None = None) -> Any:
@@ -120,11 +124,12 @@ def groups() -> dict[str, dict[str, Option]]:
     """The groups of options of all registered kinds, below ``config.model``.
 
     Raises:
-      ConfigError: two classes declare a group of one name, or one that the model has already.
+      ConfigError: two classes declare a group of one name, or one that the model has already, or are registered under
+        one name.
     """
     owners: dict[str, str] = {}
     found: dict[str, dict[str, Option]] = {}
-    for part in (part for role in REGISTRIES for name in names(role) for part in describe(name, role).declarations):
+    for part in (part for name in names() for part in describe(name).declarations):
         for group, options in part.options.items():
             owner = owners.setdefault(group, part.owner)
             if owner != part.owner or group in OPTIONS['model']:

@@ -163,6 +163,22 @@ def test_a_class_that_is_not_there_is_refused(monkeypatch):
         configs.default()
 
 
+def test_a_name_in_both_registries_means_one_class(monkeypatch):
+    """A group of model.layers names a kind without its role, so its options could be of either."""
+    monkeypatch.setitem(kinds.MIXERS, 'moe', kinds.FFNS['moe'])
+    assert kinds.names().count('moe') == 1
+    config = configs.default()
+    config.model.update(pattern=('big+big',), layers={'big': {'kind': 'moe', 'num_experts': 6}})
+    assert configs.validate(config).model.layers.big.num_experts == 6
+    monkeypatch.setitem(kinds.FFNS, 'mamba', kinds.FFNS['mlp'])
+    with pytest.raises(
+        ConfigError,
+        match=r"^'mamba' is registered as mixer .*\.Mamba and as ffn .*\.MLP; give one of them another name$",
+    ):
+        configs.default()
+    assert kinds.describe('mamba', 'ffn').options.keys() == {'mlp'}
+
+
 def test_a_layer_must_say_its_operations():
     class Silent(Layer):
         def __init__(self, config, params, num_layers):

@@ -31,7 +31,7 @@ DOCS = ROOT / 'docs'
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob('*.md'))}
 SCRIPTED = {f'docs/{name}': text for name, text in PAGES.items()} | {'README.md': (ROOT / 'README.md').read_text()}
 RUN = [name for name in SCRIPTED if re.match(r'docs/(tutorial|howto-.*)\.md$', name)]
-NOT_COPIED = ('.git', '.venv', '.cache', '.*_cache', '.hypothesis', '*.egg-info', '__pycache__', 'runs', 'site')
+NOT_COPIED = ('.git', '.venv', '.cache', '.*_cache', '.hypothesis', '*.egg-info', 'runs', 'site')  # of the top alone
 
 PIECE = re.compile(
     r'^<!-- test: (?P<comment>.*?)\s*-->$'
@@ -279,7 +279,9 @@ def home(tmp_path_factory) -> Path:
 @pytest.mark.parametrize('name', RUN)
 def test_page_runs_as_printed(name, tmp_path, home):
     clone = tmp_path / 'mixcon'
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    # Further down there is mixcon_jax/runs, in whose absence that of the installed package would be imported.
+    top, below = shutil.ignore_patterns(*NOT_COPIED, '__pycache__'), shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT, clone, ignore=lambda path, names: (top if path == str(ROOT) else below)(path, names))
     flags = [flag for flag in os.environ['XLA_FLAGS'].split() if 'device_count' not in flag]
     environment = os.environ | {
         'HOME': str(home),

@@ -35,7 +35,8 @@ API = {
         [
             f'mixcon_jax.models.{name}'
             for name in (
-                *('layer', 'decoder', 'block', 'pattern', 'kinds', 'layers', 'context', 'presets', 'accounting'),
+                *('layer', 'decoder', 'block', 'pattern', 'kinds', 'layers', 'context'),
+                *('published', 'reported', 'presets', 'accounting'),
             )
         ],
     ),

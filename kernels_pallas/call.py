@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 Dims = tuple[str, ...]
-Sizes = dict[str, Any]  # of dimensions by name; a tuple where the name stands for several ('*slots')
+DimSizes = dict[str, Any]  # of dimensions by name; a tuple where the name stands for several ('*slots')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def dimensions(function: Callable[..., Any]) -> dict[str, Dims]:
 
 def sizes(
     function: Callable[..., Any], arguments: Mapping[str, Any], words: Mapping[str, str], **known: int | tuple[int, ...]
-) -> Sizes:
+) -> DimSizes:
     """The size of every dimension of a call, from the shapes of its arguments.
 
     Args:
@@ -87,9 +87,9 @@ def fitted(
     arguments: Mapping[str, Any],
     words: Mapping[str, str],
     **known: int | tuple[int, ...],
-) -> Sizes:
+) -> DimSizes:
     """`sizes` of named arrays whose dimensions no annotation says; `name` is the function's, for errors."""
-    found: Sizes = dict(known)
+    found: DimSizes = dict(known)
     for argument, wanted in dims.items():
         value = arguments.get(argument)
         if not hasattr(value, 'shape'):
@@ -106,7 +106,7 @@ def fitted(
     return found
 
 
-def _expected(dim: str, found: Sizes, words: Mapping[str, str]) -> tuple[int | str, ...]:
+def _expected(dim: str, found: DimSizes, words: Mapping[str, str]) -> tuple[int | str, ...]:
     """The sizes that a dimension must have, or the word for one that is not known yet."""
     known = found.get(dim.lstrip('*'))
     if known is None:
@@ -114,7 +114,7 @@ def _expected(dim: str, found: Sizes, words: Mapping[str, str]) -> tuple[int | s
     return known if isinstance(known, tuple) else (known,)
 
 
-def _flat(wanted: Dims, found: Sizes) -> list[str]:
+def _flat(wanted: Dims, found: DimSizes) -> list[str]:
     """The name of every axis: a name that stands for several is repeated."""
     return [dim for dim in wanted for _ in range(len(found[dim[1:]]) if dim.startswith('*') else 1)]
 

@@ -76,7 +76,7 @@ def choose(
 def _named(function: str, implementation: str, candidates: Sequence[Candidate]) -> Candidate:
     by_name = {candidate.name: candidate for candidate in candidates}
     if implementation not in by_name:
-        known = ', '.join(reversed(by_name))
+        known = ', '.join(by_name)  # the best first, as they would be chosen
         raise ValueError(f'{function} has no implementation {implementation!r}; available here: {known}')
     if (reason := by_name[implementation].refuses()) is not None:
         raise ValueError(f'{function}: implementation {implementation!r} cannot run here: {reason}')

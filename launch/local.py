@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import processes
-from launch.processes import STOPPED, Child, Signals
+from launch.processes import Child, Signals
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.config import load
-from mixcon_jax.errors import UserError
-from mixcon_jax.host.ending import FAILED, FAULT, INTERRUPTED, USER_ERROR, exit_with, failed, prepare
+from mixcon_jax.errors import ABORTED, FAILED, FAULT, INTERRUPTED, STOPPED, USER_ERROR, UserError
+from mixcon_jax.host.ending import exit_with, failed, prepare
 from mixcon_jax.host.output import go_on, guarded, use_utf8
 from mixcon_jax.host.signals import STOPPING
 from mixcon_jax.runs.workdir import report_if_finished
@@ -36,7 +36,7 @@ EPILOG = (
     f'{OVERRIDES} When one process dies all others are stopped, and the end of its output is shown.'
     ' Exit codes: those of `mixcon train`, and 1 when a process died.'
 )
-ORDERLY = (USER_ERROR, 3)  # exit codes of a run that has said itself why it ends
+ORDERLY = (USER_ERROR, ABORTED)  # exit codes of a run that has said itself why it ends
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import STOPPED, UserError
 from mixcon_jax.host.signals import Handler
 
-STOPPED = 75  # the exit code of `mixcon train` that means: start it again
 LAUNCHER = 'MIXCON_LAUNCHER'  # the environment variable in which a child finds its launcher's process id
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL for children that nothing is left to wait for
 JAX_FRAMES = 'For simplicity, JAX has removed its internal frames'

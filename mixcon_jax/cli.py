@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixcon_jax import parsing
-from mixcon_jax.errors import UserError
-from mixcon_jax.host.ending import FAILED, exit_with
+from mixcon_jax.errors import FAILED, UserError
+from mixcon_jax.host.ending import exit_with
 from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.options import beyond
 

@@ -33,7 +33,7 @@ class Group(NamedTuple):
 # Schedules
 # ---------------------------------------------------------------------------------------------------------------------
 def schedule(config: ml_collections.ConfigDict, steps: int) -> Callable[[Int[Array, '']], Float[Array, '']]:
-    """Share of the peak learning rate as a function of the step, counted from 0.
+    """The learning rate as a fraction of its peak, as a function of the step, counted from 0.
 
     The warm-up rises linearly and reaches the peak at its last step, ``warmup_steps - 1``; the very last step,
     ``steps - 1``, has ``final_fraction`` (but with a constant schedule). Past the end the last value stays.
@@ -45,7 +45,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> Callable[[Int[Arr
     warmup, final = config.warmup_steps, config.final_fraction
     decay = config.decay_fraction * steps if config.schedule == 'wsd' else steps - warmup
 
-    def share(step: Int[Array, '']) -> Float[Array, '']:
+    def fraction(step: Int[Array, '']) -> Float[Array, '']:
         done = jnp.asarray(step, jnp.float32) + 1.0
         progress = jnp.clip((done - (steps - decay)) / max(decay, 1.0), 0.0, 1.0)
         match config.schedule:
@@ -59,7 +59,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> Callable[[Int[Arr
                 raise ValueError(f'optim.schedule {other!r} is not cosine, wsd, linear or constant')
         return shape * jnp.minimum(1.0, done / max(warmup, 1))
 
-    return share
+    return fraction
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def make_optimizer(
     logical_axes: Mapping[str, tuple[str | None, ...]],
     undecayed: Collection[str] = (),
 ) -> optax.GradientTransformation:
-    """The optimizer at its peak learning rate; the step multiplies its updates by the schedule's share.
+    """The optimizer at its peak learning rate; the step multiplies its updates by the schedule's fraction.
 
     The schedule stays outside because a skipped step leaves the optimizer's state, and so its count, untouched.
     Weight decay is decoupled, multiplied by the learning rate, and falls on weight matrices only. Clipping is the

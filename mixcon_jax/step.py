@@ -87,23 +87,13 @@ class Steps:
 
 
 def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[..., Model] = decoder.create) -> Steps:
-    """Builds the steps of a whole, validated configuration.
+    """Builds the steps of a whole configuration.
 
     Args:
-      config: the experiment.
+      config: the experiment, validated for the mesh's devices: ``config.check_mesh`` says whether its batches split.
       mesh: from ``parallel.mesh.make_mesh``.
       create: ``(config.model, seed) -> model``, the Decoder unless a test wants another.
-
-    Raises:
-      ConfigError: the batch does not split evenly over devices and microbatches.
     """
-    shards, accum = rows(mesh.shape), config.train.accum_steps
-    if config.train.batch_size % (shards * accum):
-        raise ConfigError(
-            f'train.batch_size {config.train.batch_size} must be a multiple of mesh.data * mesh.fsdp *'
-            f' train.accum_steps = {shards} * {accum}'
-        )
-
     # ----- the model, taken apart: structure, parameters, buffers -----
     abstract_model = nnx.eval_shape(lambda: create(config.model, config.seed))
     graphdef, *templates = nnx.split(abstract_model, nnx.Param, Buffer)
@@ -136,18 +126,18 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     init_options = {'xla_backend_optimization_level': 0} if on_cpu else None
 
     # ----- the steps -----
-    share = optim.schedule(config.optim, config.train.steps)
+    schedule = optim.schedule(config.optim, config.train.steps)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return train_step(config, build, optimizer, share, param_shardings, state, batch)
+            return train_step(config, build, optimizer, schedule, param_shardings, state, batch)
 
     def evaluate(state: TrainState, batch: Batch) -> dict[str, Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return eval_step(config, build(state.params, state.buffers), batch)
 
     def put(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        count = len(batch['tokens']) * jax.process_count()
+        count, shards = len(batch['tokens']) * jax.process_count(), rows(mesh.shape)
         if count % shards:
             raise ConfigError(f'a batch of {count} rows does not split over mesh.data * mesh.fsdp = {shards} devices')
         return {key: jax.make_array_from_process_local_data(by_row, np.asarray(batch[key])) for key in BATCH_KEYS}
@@ -194,7 +184,7 @@ def microbatch_loss(
     rng: Array,
     tokens: Float[Array, ''],
 ) -> tuple[Float[Array, ''], Metrics]:
-    """A microbatch's share of the step's loss: the sum over microbatches is the loss, and so with the metrics.
+    """A microbatch's part of the step's loss: the sum over microbatches is the loss, and so with the metrics.
 
     Args:
       tokens: number of scored tokens in the whole step, all microbatches and processes together.
@@ -218,7 +208,7 @@ def microbatch_loss(
     loss = sums.total / tokens + sum(aux['losses'][name].weight * value for name, value in losses.items())
     stats = jax.tree.map(lambda value: value * part, aux['stats'])
     means = {'loss': sums.nll / tokens, 'z_loss': sums.z / tokens, 'accuracy': sums.correct / tokens}
-    return loss, means | {'stats': stats} | losses
+    return loss, losses | means | {'stats': stats}
 
 
 def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_steps: int) -> Tree:
@@ -249,7 +239,7 @@ def train_step(
     config: ml_collections.ConfigDict,
     build: Callable[[Tree, Tree], Model],
     optimizer: optax.GradientTransformation,
-    share: Callable[[Array], Array],
+    schedule: Callable[[Array], Array],
     param_shardings: Tree,
     state: TrainState,
     batch: Batch,
@@ -288,7 +278,7 @@ def train_step(
         factor = config.optim.clip_norm / jnp.maximum(grad_norm, config.optim.clip_norm)
         grads = jax.tree.map(lambda g: g * factor, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    rate = share(state.step)
+    rate = schedule(state.step)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
     buffers = build(state.params, state.buffers).update_buffers(state.buffers, metrics['stats'])
 

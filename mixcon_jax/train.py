@@ -18,7 +18,7 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax import startup
 from mixcon_jax.data import open_dataset
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import ABORTED, DONE, STOPPED, UserError
 from mixcon_jax.evaluate import Scores, score
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
@@ -33,8 +33,6 @@ from mixcon_jax.runs.trace import Trace
 from mixcon_jax.runs.workdir import Workdir, report_if_finished
 from mixcon_jax.step import make_steps
 from mixcon_jax.units import duration
-
-DONE, STOPPED, ABORTED = 0, 75, 3  # exit codes; 75 is EX_TEMPFAIL: start it again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +102,11 @@ def _train(
         dataset = open_dataset(config, tokens)
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         startup.require_vocabulary(config, tokenizer)
-        share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-        train_batches = dataset.train_batches(**share)
-        heldout = watched = dataset.heldout_batches(config.eval.batch_size, **share)
+        process = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+        train_batches = dataset.train_batches(**process)
+        heldout = watched = dataset.heldout_batches(config.eval.batch_size, **process)
         if config.eval.max_rows:  # fewer rows during the run
-            watched = dataset.heldout_batches(config.eval.batch_size, config.eval.max_rows, **share)
+            watched = dataset.heldout_batches(config.eval.batch_size, config.eval.max_rows, **process)
 
         steps = make_steps(config, make_mesh(config.mesh))
         flops = accounting.flops_per_token(config.model, config.data.seq_len)

@@ -7,7 +7,7 @@ import pytest
 from mixcon_jax import step
 from mixcon_jax.planning.collectives import collectives, of_sequence
 from mixcon_jax.trees import named_leaves
-from tests.training import mesh_of, random_batch, tiny_config
+from tests.training import mesh_of, random_batch, step_config
 
 LENGTH = 16
 # A large epsilon, so that Adam does not blow up rounding where gradients vanish: see test_step.py.
@@ -31,7 +31,7 @@ OPTIONS = {
 
 def two_steps(devices, **mesh):
     """State, metrics and scores after two steps on documents that start anywhere."""
-    config = tiny_config(**OPTIONS, **{f'mesh__{axis}': size for axis, size in mesh.items()})
+    config = step_config(**OPTIONS, **{f'mesh__{axis}': size for axis, size in mesh.items()})
     steps = step.make_steps(config, mesh_of(config, devices))
     state, metrics = steps.init_state(), []
     for seed in (1, 2):
@@ -57,7 +57,7 @@ def test_what_a_step_exchanges_does_not_grow_with_the_sequence():
     options = OPTIONS | {'model__pattern': ('mamba+moe',), 'train__accum_steps': 1, 'model__dtype': 'bfloat16'}
     exchanged = []
     for length in (32, 64):
-        config = tiny_config(**options | {'data__seq_len': length}, mesh__data=2, mesh__context=2)
+        config = step_config(**options | {'data__seq_len': length}, mesh__data=2, mesh__context=2)
         steps = step.make_steps(config, mesh_of(config, 4))
         batch = steps.put(random_batch(0, 8, length))
         module = steps.train_step.lower(steps.abstract_state, batch).compile().as_text()

@@ -31,7 +31,7 @@ DOCS = ROOT / 'docs'
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob('*.md'))}
 SCRIPTED = {f'docs/{name}': text for name, text in PAGES.items()} | {'README.md': (ROOT / 'README.md').read_text()}
 RUN = [name for name in SCRIPTED if re.match(r'docs/(tutorial|howto-.*)\.md$', name)]
-NOT_COPIED = ('.git', '.venv', '.cache', '.*_cache', '.hypothesis', '*.egg-info', '__pycache__', 'runs', 'site')
+NOT_COPIED = ('.git', '.venv', '.cache', '.*_cache', '.hypothesis', '*.egg-info', 'runs', 'site')  # of the top alone
 
 PIECE = re.compile(
     r'^<!-- test: (?P<comment>.*?)\s*-->$'
@@ -279,7 +279,9 @@ def home(tmp_path_factory) -> Path:
 @pytest.mark.parametrize('name', RUN)
 def test_page_runs_as_printed(name, tmp_path, home):
     clone = tmp_path / 'mixcon'
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    # Further down there is mixcon_jax/runs, in whose absence that of the installed package would be imported.
+    top, below = shutil.ignore_patterns(*NOT_COPIED, '__pycache__'), shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT, clone, ignore=lambda path, names: (top if path == str(ROOT) else below)(path, names))
     flags = [flag for flag in os.environ['XLA_FLAGS'].split() if 'device_count' not in flag]
     environment = os.environ | {
         'HOME': str(home),
@@ -330,28 +332,65 @@ def test_every_kind_of_fault_has_tests_and_every_door_has_kinds():
 # ---------------------------------------------------------------------------------------------------------------------
 # The map of the house
 # ---------------------------------------------------------------------------------------------------------------------
-def mapped() -> dict[str, set[str]]:
-    """The words that README's map says of each folder."""
-    text = (ROOT / 'README.md').read_text()
-    lines = text[text.index('## The map of the house') :].split('```')[1].splitlines()
-    found: dict[str, set[str]] = {}
-    folder, parent = '', ''
-    for line in lines:
-        if head := re.match(r'(  )?([a-z_]+)/\s', line + ' '):
-            folder = f'{parent}/{head[2]}' if head[1] else head[2]
-            parent = parent if head[1] else head[2]
-        elif re.match(r'  [a-z]', line):
-            folder = parent
-        found.setdefault(folder, set()).update(re.findall(r'[a-z_0-9]+', line))
+NOT_NAMES = re.compile(r'make \w+|\w+\(\)')  # what else the map has in backticks: targets, functions
+
+
+def mapped() -> dict[str, list[str]]:
+    """What README's map names in each folder that has a line, in backticks as everything that it names."""
+    text = (ROOT / 'README.md').read_text().split('## The map of the house')[1].split('\n\n')[1]
+    found: dict[str, list[str]] = {}
+    parents: dict[int, str] = {}  # by the indentation of what lies in them
+    for item in re.split(r'\n(?= *- )', text.strip('\n')):
+        depth = item.index('-')
+        folder, names = parents.get(depth, ''), re.findall(r'`([^`]+)`', item)
+        if head := re.match(r' *- `(\w+)/`', item):
+            folder = parents[depth + 2] = f'{folder}/{head[1]}'.lstrip('/')
+            names = names[1:]
+        assert folder, f'README.md: {item!r} is of no folder'
+        found.setdefault(folder, []).extend(name for name in names if not NOT_NAMES.fullmatch(name))
     return found
 
 
-def test_the_map_in_the_readme_names_every_module():
-    """Or its folder, below which every kernel and every layer has files of its own."""
-    words = mapped()
+def missing(named: dict[str, list[str]]) -> set[str]:
+    """What the map does not name: modules of a folder that has a line, and folders that have none and are not named."""
+    wrong = set()
     for top in ('launch', 'mixcon_jax', 'kernels_pallas'):
         for path in sorted((ROOT / top).rglob('*.py')):
-            named, folder = path.stem, path.parent
-            while (where := folder.relative_to(ROOT).as_posix()) not in words:
-                named, folder = folder.name, folder.parent
-            assert named.startswith('__') or named in words[where], f'README.md says nothing of {named} in {where}'
+            name, folder = path.stem, path.parent.relative_to(ROOT)
+            while folder.as_posix() not in named:
+                name, folder = f'{folder.name}/', folder.parent
+            if not name.startswith('__') and name not in named[folder.as_posix()]:
+                wrong.add(f'{folder}/{name}')
+    return wrong
+
+
+def unreal(named: dict[str, list[str]]) -> set[str]:
+    """What the map names and is not there: a folder by a slash at the end, a file by its ending, else a module."""
+    wrong = set()
+    for folder, names in named.items():
+        for name in names:
+            path = ROOT / folder / (name if name.endswith(('/', '.py')) else f'{name}.py')
+            if not (path.is_dir() if name.endswith('/') else path.is_file()):
+                wrong.add(f'{folder}/{name}')
+    return wrong
+
+
+def test_the_map_in_the_readme_names_every_module_and_nothing_else():
+    """Of a kernel or a layer its folder, below which each has files of its own."""
+    named = mapped()
+    assert sum(map(len, named.values())) > 100
+    assert not missing(named), 'README.md says nothing of them'
+    assert not unreal(named), 'README.md names what is not there'
+    assert all(len(names) == len(set(names)) for names in named.values()), 'README.md names one twice'
+
+
+def test_a_word_that_is_no_name_stands_for_no_module():
+    """Prose is no name, nor is a name of another folder."""
+    named = mapped()
+    assert 'startup' in named['mixcon_jax'] and 'loop' not in named['mixcon_jax']
+    named['mixcon_jax'].remove('trees')
+    named['mixcon_jax/data'].append('trees')
+    named['mixcon_jax/models'].remove('mixers/')
+    named['kernels_pallas'].append('flash/')
+    assert missing(named) == {'mixcon_jax/models/mixers/', 'mixcon_jax/trees'}
+    assert unreal(named) == {'mixcon_jax/data/trees', 'kernels_pallas/flash/'}

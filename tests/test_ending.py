@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from jax._src.config import bool_env
 
 from launch import local
 from launch.sweep import sweep
-from mixcon_jax import cli
+from mixcon_jax import cli, errors
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import ambient, ending
 from mixcon_jax.host.log_filters import DRIVERS
@@ -154,5 +155,6 @@ def test_a_platform_that_is_not_here_is_one_line(platform, tmp_path):
 
 def test_the_exit_codes_stand_in_the_docs():
     page = Path(ROOT, 'docs', 'run-directory.md').read_text(encoding='utf-8')
-    for code in (ending.FAILED, ending.USER_ERROR, ending.FAULT, ending.INTERRUPTED):
-        assert f'\n| {code} | ' in page
+    codes = {value for name, value in vars(errors).items() if name.isupper()}
+    assert codes == {0, 1, 2, 3, 70, 75, 130}
+    assert codes == {int(code) for code in re.findall(r'^\| (\d+) \| ', page, re.MULTILINE)}

@@ -12,6 +12,7 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
+from mixcon_jax.models.reported import RECORDED
 from mixcon_jax.planning.hardware import peak_flops
 from mixcon_jax.runs.goodput import KINDS, Clock
 from mixcon_jax.runs.metrics import Metrics, Progress, TensorBoard, round_down, scalars
@@ -214,6 +215,12 @@ def test_records_are_due_at_the_same_steps_wherever_a_start_begins(tmp_path):
     assert whole == parts
     assert [r['step'] for r in whole if r['kind'] == 'train'] == [1, 4, 8, 12, 16, 20]
     assert whole[0]['stats'] == {'layer_1/moe_load': [[0.25, 0.75]], 'layer_0/kappa': [1.0]}
+
+
+def test_no_name_in_a_record_of_training_is_free_for_a_layers_loss(tmp_path):
+    run(tmp_path, config_of(every=4, tensorboard=False), 0, 20)
+    newest = last(read(tmp_path / 'metrics.jsonl'), kind='train')
+    assert {'mfu', 'goodput', 'tokens_seen', *step_metrics(1)} <= newest.keys() <= RECORDED
 
 
 def test_rates_leave_out_the_first_step_and_what_is_no_training(tmp_path):

@@ -16,7 +16,7 @@ OPTIMIZERS = ['adamw', 'muon', 'lion', 'adafactor']
 
 
 # ----- schedules -----
-def share(steps, **options):
+def fractions(steps, **options):
     config = configs.default().optim
     config.update(options)
     function = jax.jit(optim.schedule(config, steps))
@@ -25,7 +25,7 @@ def share(steps, **options):
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd', 'linear', 'constant'])
 def test_warm_up_rises_linearly_to_the_peak(schedule):
-    got = share(50, schedule=schedule, warmup_steps=10)
+    got = fractions(50, schedule=schedule, warmup_steps=10)
     np.testing.assert_allclose(got[:10], np.arange(1, 11) / 10, rtol=1e-6)
     assert got.max() == 1.0 and got.min() > 0
 
@@ -33,34 +33,34 @@ def test_warm_up_rises_linearly_to_the_peak(schedule):
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd', 'linear'])
 @pytest.mark.parametrize('final', [0.0, 0.1])
 def test_the_last_step_has_the_final_rate_and_it_stays(schedule, final):
-    got = share(37, schedule=schedule, warmup_steps=5, final_fraction=final, decay_fraction=0.3)
+    got = fractions(37, schedule=schedule, warmup_steps=5, final_fraction=final, decay_fraction=0.3)
     np.testing.assert_allclose(got[36:], final, atol=1e-6)
     assert np.all(np.diff(got[4:37]) <= 1e-7)
 
 
 def test_cosine_is_a_half_wave():
-    got = share(110, schedule='cosine', warmup_steps=10, final_fraction=0.2)
+    got = fractions(110, schedule='cosine', warmup_steps=10, final_fraction=0.2)
     at = lambda progress: 0.2 + 0.8 * (1 + np.cos(np.pi * progress)) / 2
     np.testing.assert_allclose(got[9:110], at(np.arange(101) / 100), rtol=1e-5)
     np.testing.assert_allclose(got[59], 0.6, rtol=1e-5)
 
 
 def test_linear_is_a_straight_line():
-    got = share(110, schedule='linear', warmup_steps=10, final_fraction=0.5)
+    got = fractions(110, schedule='linear', warmup_steps=10, final_fraction=0.5)
     np.testing.assert_allclose(got[9:110], 1 - 0.5 * np.arange(101) / 100, rtol=1e-5)
 
 
 def test_wsd_is_flat_until_it_decays():
-    got = share(100, schedule='wsd', warmup_steps=10, final_fraction=0.1, decay_fraction=0.2)
+    got = fractions(100, schedule='wsd', warmup_steps=10, final_fraction=0.1, decay_fraction=0.2)
     np.testing.assert_array_equal(got[9:80], 1.0)
     np.testing.assert_allclose(got[80:100], 1 - 0.9 * np.arange(1, 21) / 20, rtol=1e-5)
 
 
 def test_constant_stays_and_edge_lengths_stay_finite():
-    np.testing.assert_array_equal(share(20, schedule='constant', warmup_steps=0), 1.0)
+    np.testing.assert_array_equal(fractions(20, schedule='constant', warmup_steps=0), 1.0)
     for schedule in ('cosine', 'wsd', 'linear', 'constant'):
         for steps, warmup, decay in [(1, 0, 0.2), (5, 5, 0.0), (5, 9, 1.0)]:
-            got = share(steps, schedule=schedule, warmup_steps=warmup, decay_fraction=decay)
+            got = fractions(steps, schedule=schedule, warmup_steps=warmup, decay_fraction=decay)
             assert np.all(np.isfinite(got)) and np.all(got >= 0) and np.all(got <= 1)
 
 

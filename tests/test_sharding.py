@@ -14,7 +14,7 @@ from mixcon_jax.parallel import layout
 from mixcon_jax.parallel.axes import AXES
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.trees import named_leaves
-from tests.training import mesh_of, tiny_config
+from tests.training import mesh_of, step_config
 
 
 def mesh_config(**axes):
@@ -68,7 +68,7 @@ def test_specs_follow_the_table():
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'lion', 'adafactor'])
 def test_optimizer_state_lies_like_its_parameters(optimizer):
-    config = tiny_config(mesh__fsdp=8, optim__name=optimizer)
+    config = step_config(mesh__fsdp=8, optim__name=optimizer)
     steps = step.make_steps(config, mesh_of(config, 8))
     params = named_leaves(steps.abstract_state.params)
     matched = set()
@@ -83,7 +83,7 @@ def test_optimizer_state_lies_like_its_parameters(optimizer):
 
 
 def test_fsdp_leaves_each_device_its_share():
-    config = tiny_config(mesh__fsdp=8)
+    config = step_config(mesh__fsdp=8)
     steps = step.make_steps(config, mesh_of(config, 8))
     state = steps.init_state()
     for name, leaf in named_leaves(state.params).items():
@@ -92,7 +92,7 @@ def test_fsdp_leaves_each_device_its_share():
 
 
 def test_put_makes_one_global_batch():
-    config = tiny_config(mesh__fsdp=2)
+    config = step_config(mesh__fsdp=2)
     steps = step.make_steps(config, mesh_of(config, 4))
     batch = {key: np.arange(8 * 5).reshape(8, 5).astype(np.int32) for key in step.BATCH_KEYS} | {'more': np.ones(3)}
     placed = steps.put(batch)
@@ -105,9 +105,9 @@ def test_put_makes_one_global_batch():
 
 @pytest.mark.parametrize('batch_size, accum', [(6, 1), (8, 4), (12, 2)])
 def test_a_batch_that_does_not_split_is_refused(batch_size, accum):
-    config = tiny_config(train__batch_size=batch_size, train__accum_steps=accum)
-    with pytest.raises(ConfigError, match=r'train\.batch_size .* multiple of .*accum_steps'):
-        step.make_steps(config, mesh_of(config, 4))
+    config = step_config(train__batch_size=batch_size, train__accum_steps=accum)
+    with pytest.raises(ConfigError, match=r'^mesh\.data x mesh\.fsdp=4 must divide train\.batch_size / train\.accum_'):
+        configs.check_mesh(config, 4)
 
 
 def test_experts_multiply_only_their_devices_rows():

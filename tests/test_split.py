@@ -65,6 +65,32 @@ def test_channels_and_heads_are_shared_out_without_communication(name, axes):
     jax.tree.map(close, found, jax.jit(lambda arrays: run(**arrays))(arrays))
 
 
+@pytest.mark.parametrize('axes', [{'tensor': 2}, {'data': 2}, {'context': 2}], ids=['tensor', 'rows', 'tokens'])
+@pytest.mark.parametrize('name', CALLS)
+def test_gradients_on_a_mesh_are_those_of_one_device(name, axes):
+    """Of every array, those included that are whole on every device; on a shared-out sequence the outputs, too."""
+    function, on = getattr(kernels, name), mesh(**axes)
+    arrays = {key: value for key, value in CALLS[name].items() if isinstance(value, jax.Array)}
+    run = functools.partial(function, **{key: value for key, value in CALLS[name].items() if key not in arrays})
+    stateless = name == 'causal_conv1d' and 'context' in axes  # on shared-out tokens it neither takes nor gives a state
+    if stateless:
+        del arrays['initial_state']
+
+    def loss(arrays):
+        found = run(**arrays)[0] if stateless else run(**arrays)
+        return sum(jnp.vdot(leaf, normal(*leaf.shape)) for leaf in jax.tree.leaves(found)), found
+
+    def on_mesh(arrays):
+        with jax.sharding.use_abstract_mesh(on.abstract_mesh):
+            return jax.grad(loss, has_aux=True)(arrays)
+
+    assert 'shard_map' in str(jax.make_jaxpr(on_mesh)(arrays))
+    found = jax.jit(on_mesh)(jax.device_put(arrays, layout.replicated(on)))
+    want = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    assert all(jnp.abs(gradient).max() > 0 for gradient in want[0].values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, want)
+
+
 def test_what_shares_a_mesh_axis_is_split_together_or_not_at_all():
     """One key head cannot be halved, so that its query heads stay together, too."""
     arguments = CALLS['attention'] | {'k': normal(B, T, 1, 8), 'v': normal(B, T, 1, 8)}

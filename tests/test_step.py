@@ -17,9 +17,10 @@ from mixcon_jax import step
 from mixcon_jax.errors import UserError
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
+from mixcon_jax.models.reported import RECORDED
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.trees import map_named, named_leaves
-from tests.training import mesh_of, random_batch, tiny_config
+from tests.training import mesh_of, random_batch, step_config
 
 VOCAB, LENGTH = 61, 13
 
@@ -88,7 +89,7 @@ def two_steps(config, devices):
 @functools.cache
 def want_two_steps(**options):
     """The oracle of several tests: one device, one microbatch."""
-    return two_steps(tiny_config(**LINEAR, **options), 1)
+    return two_steps(step_config(**LINEAR, **options), 1)
 
 
 AXES = [
@@ -103,7 +104,7 @@ def test_devices_share_a_batch_as_if_it_were_one(axes):
     options = {'model__moe__router_z_coef': 0.01, 'train__z_loss_coef': 0.001}
     want_state, want_metrics = want_two_steps(**options)
     mesh = {f'mesh__{axis}': size for axis, size in axes.items()}
-    state, metrics = two_steps(tiny_config(**LINEAR, **options, **mesh), 8)
+    state, metrics = two_steps(step_config(**LINEAR, **options, **mesh), 8)
     assert_same(metrics, want_metrics)
     assert_same(state, want_state)
 
@@ -113,7 +114,7 @@ def test_accumulation_is_one_big_batch(accum, devices):
     """Balance coefficients are 0: that loss is a mean over microbatches, each with its own statistics."""
     options = {'model__moe__balance': 'none', 'train__z_loss_coef': 0.001}
     want_state, want_metrics = want_two_steps(**options)
-    state, metrics = two_steps(tiny_config(**LINEAR, **options, train__accum_steps=accum), devices)
+    state, metrics = two_steps(step_config(**LINEAR, **options, train__accum_steps=accum), devices)
     assert_same(state, want_state)
     for got, want in zip(metrics, want_metrics):
         for name in ('loss', 'z_loss', 'grad_norm', 'tokens', 'learning_rate'):
@@ -121,7 +122,7 @@ def test_accumulation_is_one_big_batch(accum, devices):
 
 
 def test_microbatches_are_strided_rows_and_auxiliary_losses_their_mean():
-    config = tiny_config(train__accum_steps=4, model__moe__balance_coef=0.1)
+    config = step_config(train__accum_steps=4, model__moe__balance_coef=0.1)
     steps = steps_of(config)
     state, batch = steps.init_state(), random_batch(3, 8, LENGTH)
     model = steps.model(state)
@@ -132,13 +133,14 @@ def test_microbatches_are_strided_rows_and_auxiliary_losses_their_mean():
         balance.append(aux['losses']['balance'].value)
         load.append(aux['stats']['layer_0/moe_load'])
     metrics = steps.train_step(state, steps.put(batch))[1]
+    assert metrics.keys() - RECORDED == {'balance', 'router_z'}  # no other name is free for a layer's loss
     np.testing.assert_allclose(metrics['balance'], np.mean(balance), rtol=1e-5)
     np.testing.assert_allclose(metrics['stats']['layer_0/moe_load'], np.mean(load, axis=0), rtol=1e-5)
 
 
 def test_gradient_of_the_loss_is_that_of_its_formula():
     """Through the state's first moment, (1 - b1) g without clipping: dense loss, mean over tokens, weighted parts."""
-    config = tiny_config(
+    config = step_config(
         optim__clip_norm=0.0, model__moe__balance_coef=0.3, model__moe__router_z_coef=0.2, train__z_loss_coef=0.05
     )
     steps = steps_of(config)
@@ -165,7 +167,7 @@ def test_gradient_of_the_loss_is_that_of_its_formula():
 
 
 def test_clipping_scales_the_gradient_to_the_norm_and_reports_the_norm_before():
-    free, tight = tiny_config(optim__clip_norm=0.0), tiny_config(optim__clip_norm=0.01)
+    free, tight = step_config(optim__clip_norm=0.0), step_config(optim__clip_norm=0.01)
     outcome = []
     for config in (free, tight):
         steps = steps_of(config, create=Plain)
@@ -179,7 +181,7 @@ def test_clipping_scales_the_gradient_to_the_norm_and_reports_the_norm_before():
 
 def test_no_buffer_of_a_step_holds_all_logits():
     batch, length, vocab = 8, 96, 1024
-    config = tiny_config(model__vocab_size=vocab, data__seq_len=length, train__loss_chunk=32)
+    config = step_config(model__vocab_size=vocab, data__seq_len=length, train__loss_chunk=32)
     steps = steps_of(config, create=Plain)
     arrays = steps.put(random_batch(13, batch, length, vocab))
     compiled = steps.train_step.lower(steps.abstract_state, arrays).compile()
@@ -191,7 +193,7 @@ def test_no_buffer_of_a_step_holds_all_logits():
 def test_bfloat16_computes_while_parameters_and_states_stay_float32():
     losses = []
     for dtype in ('float32', 'bfloat16'):
-        steps = steps_of(tiny_config(model__dtype=dtype, model__pattern=('attention+mlp',)))
+        steps = steps_of(step_config(model__dtype=dtype, model__pattern=('attention+mlp',)))
         state, metrics = steps.train_step(steps.init_state(), steps.put(random_batch(14, 8, LENGTH)))
         losses.append([float(metrics['loss']), float(metrics['grad_norm'])])
         assert metrics['loss'].dtype == jnp.float32
@@ -204,15 +206,15 @@ def test_bfloat16_computes_while_parameters_and_states_stay_float32():
 # ----- initial state -----
 def test_initial_state_is_the_same_on_every_mesh_bit_for_bit():
     prints = {
-        fingerprint(steps_of(tiny_config(mesh__fsdp=fsdp, mesh__tensor=tensor), devices).init_state().params)
+        fingerprint(steps_of(step_config(mesh__fsdp=fsdp, mesh__tensor=tensor), devices).init_state().params)
         for devices, fsdp, tensor in [(1, 1, 1), (8, 1, 1), (8, 8, 1), (8, 2, 4)]
     }
     assert len(prints) == 1
-    assert fingerprint(steps_of(tiny_config(seed=1)).init_state().params) not in prints
+    assert fingerprint(steps_of(step_config(seed=1)).init_state().params) not in prints
 
 
 def test_abstract_state_tells_shapes_types_and_places():
-    steps = steps_of(tiny_config(mesh__fsdp=8), 8)
+    steps = steps_of(step_config(mesh__fsdp=8), 8)
     for name, leaf in named_leaves(steps.init_state()).items():
         want = named_leaves(steps.abstract_state)[name]
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (want.shape, want.dtype, want.sharding), name
@@ -220,7 +222,7 @@ def test_abstract_state_tells_shapes_types_and_places():
 
 # ----- steps that go wrong -----
 def test_a_step_without_finite_loss_changes_nothing_and_counts():
-    config = tiny_config(model__moe__balance='bias', optim__warmup_steps=10)
+    config = step_config(model__moe__balance='bias', optim__warmup_steps=10)
     steps = steps_of(config)
     batch = steps.put(random_batch(6, 8, LENGTH))
     good, _ = steps.train_step(steps.init_state(), batch)
@@ -257,7 +259,7 @@ class Noisy(Plain):
 
 
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too():
-    steps = steps_of(tiny_config(), create=InfiniteSlope)
+    steps = steps_of(step_config(), create=InfiniteSlope)
     state = steps.init_state()
     before = host(state)
     state, metrics = steps.train_step(state, steps.put(random_batch(7, 8, LENGTH)))
@@ -289,14 +291,14 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(value):
 @pytest.mark.parametrize('optimizer', ['adamw', 'lion'])
 def test_an_update_that_is_not_finite_is_told_though_its_gradient_is(optimizer):
     """A rate that float32 cannot hold becomes infinite only when parameters are updated."""
-    steps = steps_of(tiny_config(optim__name=optimizer, optim__learning_rate=1e39), create=Plain)
+    steps = steps_of(step_config(optim__name=optimizer, optim__learning_rate=1e39), create=Plain)
     state, metrics = steps.train_step(steps.init_state(), steps.put(random_batch(7, 8, LENGTH)))
     assert not metrics['bad'] and metrics['broken']
     assert not all(np.isfinite(leaf).all() for leaf in named_leaves(state.params).values())
 
 
 def test_an_empty_batch_gives_no_gradient():
-    steps = steps_of(tiny_config(optim__weight_decay=0.0), create=Plain)
+    steps = steps_of(step_config(optim__weight_decay=0.0), create=Plain)
     batch = {key: np.zeros_like(value) for key, value in random_batch(8, 8, LENGTH).items()}
     state, metrics = steps.train_step(steps.init_state(), steps.put(batch))
     assert not metrics['bad'] and metrics['loss'] == metrics['tokens'] == metrics['grad_norm'] == 0
@@ -306,7 +308,7 @@ def test_an_empty_batch_gives_no_gradient():
 # ----- noise -----
 def test_noise_follows_seed_step_and_microbatch_and_stays_out_of_evaluation():
     def losses(**options):
-        steps = steps_of(tiny_config(optim__learning_rate=1e-30, **options), create=Noisy)
+        steps = steps_of(step_config(optim__learning_rate=1e-30, **options), create=Noisy)
         rows = {key: np.repeat(value[:1], 8, axis=0) for key, value in random_batch(9, 8, LENGTH).items()}
         batch, state = steps.put(rows), steps.init_state()
         evaluations, values = [], []
@@ -325,7 +327,7 @@ def test_noise_follows_seed_step_and_microbatch_and_stays_out_of_evaluation():
 
 # ----- routing bias -----
 def test_routing_bias_moves_towards_experts_below_their_share():
-    config = tiny_config(model__moe__balance='bias', model__moe__bias_rate=0.25, train__accum_steps=2)
+    config = step_config(model__moe__balance='bias', model__moe__bias_rate=0.25, train__accum_steps=2)
     steps = steps_of(config)
     state, total = steps.init_state(), 0.0
     for seed in range(3):
@@ -340,7 +342,7 @@ def test_routing_bias_moves_towards_experts_below_their_share():
 
 def test_named_experts_move_a_bias_of_their_own():
     layers = {'big': {'kind': 'moe', 'balance': 'bias', 'bias_rate': 0.5, 'num_experts': 5}}
-    config = tiny_config(model__layers=layers, model__pattern=('attention+moe', 'attention+big'))
+    config = step_config(model__layers=layers, model__pattern=('attention+moe', 'attention+big'))
     steps = steps_of(configs.validate(config))
     state, metrics = steps.train_step(steps.init_state(), steps.put(random_batch(0, 8, LENGTH)))
     load = np.asarray(metrics['stats']['layer_1/moe_load'])
@@ -353,7 +355,7 @@ def test_named_experts_move_a_bias_of_their_own():
 # ----- evaluation -----
 @pytest.mark.parametrize('devices', [1, 8])
 def test_evaluation_sums_each_scored_token_once(devices):
-    config = tiny_config(train__batch_size=16, train__loss_chunk=7)
+    config = step_config(train__batch_size=16, train__loss_chunk=7)
     steps = steps_of(config, devices)
     state, batch = steps.init_state(), random_batch(10, 16, LENGTH)
     batch['loss_mask'] &= np.random.default_rng(0).random(batch['loss_mask'].shape) < 0.8
@@ -368,7 +370,7 @@ def test_evaluation_sums_each_scored_token_once(devices):
 
 
 def test_evaluation_takes_batches_of_any_size_and_rows_of_padding():
-    steps = steps_of(tiny_config())
+    steps = steps_of(step_config())
     state, batch = steps.init_state(), random_batch(11, 5, LENGTH)
     padded = {key: np.concatenate([value, np.zeros((3, LENGTH), value.dtype)]) for key, value in batch.items()}
     one, other = (steps.eval_step(state, steps.put(rows)) for rows in (batch, padded))
@@ -380,7 +382,7 @@ def test_evaluation_takes_batches_of_any_size_and_rows_of_padding():
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'lion', 'adafactor'])
 def test_every_optimizer_learns_a_batch_by_heart(optimizer):
     rate = {'adamw': 0.02, 'muon': 0.02, 'lion': 0.005, 'adafactor': 0.1}[optimizer]
-    config = tiny_config(
+    config = step_config(
         optim__name=optimizer, optim__learning_rate=rate, train__steps=30, model__pattern=('attention+mlp',)
     )
     steps = steps_of(config)
@@ -393,8 +395,8 @@ def test_every_optimizer_learns_a_batch_by_heart(optimizer):
 
 
 def test_other_weights_start_a_run():
-    steps = steps_of(tiny_config(mesh__fsdp=8), 8)
-    other = host(steps_of(tiny_config(seed=5)).init_state())
+    steps = steps_of(step_config(mesh__fsdp=8), 8)
+    other = host(steps_of(step_config(seed=5)).init_state())
     state = step.load_params_into(steps.init_state(), other.params)
     assert_identical(state.params, other.params)
     assert jax.tree.map(lambda x: x.sharding, state.params) == jax.tree.map(
@@ -404,8 +406,8 @@ def test_other_weights_start_a_run():
 
 
 def test_weights_of_another_model_are_refused_by_name():
-    state = steps_of(tiny_config()).init_state()
-    wider = steps_of(tiny_config(model__moe__hidden_dim=9)).init_state().params
+    state = steps_of(step_config()).init_state()
+    wider = steps_of(step_config(model__moe__hidden_dim=9)).init_state().params
     with pytest.raises(UserError, match=r'blocks/layers/0/ffn/w_down has shape \(2, 3, 9, 16\).*\(2, 3, 8, 16\)'):
         step.load_params_into(state, wider)
     fewer = {key: value for key, value in state.params.items() if key != 'output'}

@@ -14,7 +14,7 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax import train as train_module
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import ABORTED, DONE, STOPPED, UserError
 from mixcon_jax.host.signals import STOPPING, StopRequest
 from mixcon_jax.runs.checkpoints import Checkpoints
 from mixcon_jax.runs.fingerprint import fingerprint
@@ -23,7 +23,7 @@ from mixcon_jax.runs.records import last, read
 from mixcon_jax.runs.trace import Trace
 from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir
-from mixcon_jax.train import ABORTED, DONE, STOPPED, Result, train
+from mixcon_jax.train import Result, train
 from tests.test_resume import outcome
 from tests.tiny import ROOT, tiny_config, write_corpus, write_experiment
 

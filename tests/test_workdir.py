@@ -17,7 +17,7 @@ from mixcon_jax import config as configs
 from mixcon_jax import optim, startup, step
 from mixcon_jax import train as train_module
 from mixcon_jax.cli import _step
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import ABORTED, DONE, UserError
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.reports import runs
 from mixcon_jax.runs import mark, saved
@@ -26,7 +26,7 @@ from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import last, read
 from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir, report_if_finished, same_schedule
-from mixcon_jax.train import ABORTED, DONE, train
+from mixcon_jax.train import train
 from tests.test_train import contents
 from tests.tiny import TIMELESS, tiny_config
 

@@ -8,7 +8,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.parallel.mesh import make_mesh
 
 
-def tiny_config(**options):
+def step_config(**options):
     """A whole configuration of a small model; options are dotted keys with ``__`` for the dot."""
     config = configs.default()
     config.model.update(dim=16, vocab_size=61, num_blocks=2, pattern=('attention+moe',), init_std=0.1)

@@ -1,15 +1,18 @@
-"""The grouped matrix product and its implementations."""
+"""The grouped matrix product's one entry point: checks shapes and picks an implementation."""
 
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
 from kernels_pallas.grouped_matmul import reference, xla
+
+WORDS = {'m': 'rows', 'd': 'width', 'e': 'groups', 'f': 'columns'}
 
 
 def grouped_matmul(
     x: Float[Array, 'm d'],
-    w: Float[Array, 'e i f'],
-    group_sizes: Int[Array, 'g'],
+    w: Float[Array, 'e d f'],
+    group_sizes: Int[Array, ' e'],
     *,
     block: int = 128,
     implementation: str | None = None,
@@ -27,13 +30,9 @@ def grouped_matmul(
       `[M, F]` in x's dtype, accumulated in at least float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
     """
-    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
-        raise ValueError(
-            f'grouped_matmul: x {x.shape}, w {w.shape} and group_sizes {group_sizes.shape} must be'
-            ' [M, D], [E, D, F] and [E]'
-        )
+    sizes(grouped_matmul, locals(), WORDS)
     candidates = (
         Candidate('blocked', lambda: xla.grouped_matmul(x, w, group_sizes, min(block, max(x.shape[0], 1)))),
         Candidate('reference', lambda: reference.grouped_matmul(x, w, group_sizes), by_name=True),

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TextIO
 
 from launch import processes
-from launch.processes import STOPPED, Child, Share, Signals
+from launch.processes import Child, Share, Signals
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
 from launch.sweep.show import Screen, table
 from launch.sweep.status import NEW, REFUSED, measure, status_of, steps_speed, tokens_per_step
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
-from mixcon_jax.errors import UserError
-from mixcon_jax.host.ending import FAILED, INTERRUPTED, exit_with
+from mixcon_jax.errors import FAILED, INTERRUPTED, STOPPED, UserError
+from mixcon_jax.host.ending import exit_with
 from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.host.signals import STOPPING
 from mixcon_jax.parsing import number

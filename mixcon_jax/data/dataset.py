@@ -17,7 +17,7 @@ from mixcon_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(abc.ABC):
-    """The data of one configuration; its batches are this process's shares.
+    """The data of one configuration; its batches are this process's rows of each.
 
     Attributes:
       config: the whole configuration.
@@ -30,11 +30,11 @@ class Dataset(abc.ABC):
     identity: tuple[str, ...]
 
     @abc.abstractmethod
-    def train_batches(self, **share: int) -> Any:
+    def train_batches(self, **process: int) -> Any:
         """Endless training batches of process_index of process_count."""
 
     @abc.abstractmethod
-    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> Any:
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, **process: int) -> Any:
         """Held-out batches, of ``max_rows`` rows, or with 0 of all."""
 
     @abc.abstractmethod
@@ -60,11 +60,11 @@ class Text(Dataset):
 
     stores: tuple[PreparedStore, ...]
 
-    def train_batches(self, **share: int) -> TrainBatches:
-        return TrainBatches(self.config, self.stores, **share)
+    def train_batches(self, **process: int) -> TrainBatches:
+        return TrainBatches(self.config, self.stores, **process)
 
-    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> HeldoutBatches:
-        return HeldoutBatches(self.config, self.stores, batch_size, max_rows=max_rows, **share)
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, **process: int) -> HeldoutBatches:
+        return HeldoutBatches(self.config, self.stores, batch_size, max_rows=max_rows, **process)
 
     def baselines(self) -> dict[str, float]:
         """Bits per byte of the held-out text."""
@@ -78,11 +78,11 @@ class Text(Dataset):
 class Task(Dataset):
     """A synthetic task, made as it is needed."""
 
-    def train_batches(self, **share: int) -> synthetic.SyntheticTrain:
-        return synthetic.SyntheticTrain(self.config, **share)
+    def train_batches(self, **process: int) -> synthetic.SyntheticTrain:
+        return synthetic.SyntheticTrain(self.config, **process)
 
-    def heldout_batches(self, batch_size: int, max_rows: int = 0, **share: int) -> synthetic.SyntheticHeldout:
-        return synthetic.SyntheticHeldout(self.config, batch_size, max_rows=max_rows, **share)
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, **process: int) -> synthetic.SyntheticHeldout:
+        return synthetic.SyntheticHeldout(self.config, batch_size, max_rows=max_rows, **process)
 
     def baselines(self) -> dict[str, float]:
         """The accuracy of guessing."""

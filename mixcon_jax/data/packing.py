@@ -211,8 +211,8 @@ def empty_batch(rows: int, seq_len: int) -> dict[str, np.ndarray]:
 
 
 def process_rows(rows: int, process_index: int, process_count: int, key: str) -> range:
-    """Which rows of a batch of ``rows`` a process makes: a contiguous share; ``key`` is the option to blame."""
+    """Which rows of a batch of ``rows`` a process makes, side by side; ``key`` is the option to blame."""
     if rows % process_count:
         raise UserError(f'{key}: {rows} rows cannot be divided among {process_count} processes')
-    share = rows // process_count
-    return range(process_index * share, (process_index + 1) * share)
+    count = rows // process_count
+    return range(process_index * count, (process_index + 1) * count)

@@ -237,8 +237,8 @@ class SyntheticTrain:
         self._seed, self._data = config.seed, config.data
         self._task = TASKS[config.data.sources[0].removeprefix(PREFIX)]
         self._batch_size = config.train.batch_size
-        share = process_rows(self._batch_size, process_index, process_count, 'train.batch_size')
-        self._rows = slice(share.start, share.stop)
+        rows = process_rows(self._batch_size, process_index, process_count, 'train.batch_size')
+        self._rows = slice(rows.start, rows.stop)
 
     def difficulty(self, step: int) -> tuple[int, int]:
         """Tokens and items of a sequence at ``step``: lengths grow by a constant factor, items by a constant number."""
@@ -250,7 +250,7 @@ class SyntheticTrain:
         return max(length, self._task.shortest(items)), items
 
     def __getitem__(self, step: int) -> Batch:
-        """This process's share [B / process_count, T] of batch ``step``."""
+        """This process's rows [B / process_count, T] of batch ``step``."""
         length, items = self.difficulty(step)
         symbols = self._data.synthetic.symbols
         batch = empty_batch(self._rows.stop - self._rows.start, self._data.seq_len)
@@ -295,7 +295,7 @@ class SyntheticHeldout:
         task = config.data.synthetic
         self.num_rows = min(max_rows, task.eval_rows) if max_rows else task.eval_rows
         self.lengths = tuple(sorted(set(task.eval_lengths) or {config.data.seq_len}))
-        self._share = process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
+        self._process_rows = process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
         # Every sequence of a task has as many answers.
         self.num_tokens = sum(self.num_rows * int(self._example(length, 0)[2].sum()) for length in self.lengths)
 
@@ -308,8 +308,8 @@ class SyntheticHeldout:
     def __iter__(self) -> Iterator[Batch]:
         for length in self.lengths:
             for start in range(0, self.num_rows, self.batch_size):
-                batch = empty_batch(len(self._share), length)
-                for place, row in enumerate(self._share):
+                batch = empty_batch(len(self._process_rows), length)
+                for place, row in enumerate(self._process_rows):
                     if start + row < self.num_rows:
                         one = {name: array[place : place + 1] for name, array in batch.items()}
                         fill(one, [self._example(length, start + row)])

@@ -9,12 +9,10 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import FAILED, FAULT, INTERRUPTED, USER_ERROR, UserError
 from mixcon_jax.host import ambient
 from mixcon_jax.host.log_filters import shorten_jax
 from mixcon_jax.host.output import OutputLost, guarded
-
-FAILED, USER_ERROR, FAULT, INTERRUPTED = 1, 2, 70, 130  # 70 is EX_SOFTWARE
 
 LESS_MEMORY = 'take a smaller batch, sequence or model (train.accum_steps and model.remat save memory in training)'
 # Of the machine, wherever they come from. Others are the user's to mend where they name a file.

@@ -1,94 +1,143 @@
 """Weights of Hugging Face transformers under our names and in our layout.
 
-The maps only rename, transpose, split and stack, so the same function carries a gradient over.
+What a layer's weights are called there stands in the layer's class (``Layer.PUBLISHED``); here stands what belongs to
+no layer: the embedding, the norms and the head. The maps only rename, transpose, split and stack, so the same function
+carries a gradient over.
 """
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-Weights = dict[str, np.ndarray]
+from mixcon_jax.errors import UserError
+from mixcon_jax.models import kinds, pattern
+from mixcon_jax.models.published import Place, Published, Weights, linear, same
 
-# Name in transformers -> our name, for weights of linear maps, which are [out, in] there and [in, out] here.
-TRANSPOSED = {
-    'in_proj.weight': 'in_proj',
-    'x_proj.weight': 'x_proj',
-    'dt_proj.weight': 'dt_proj',
-    'out_proj.weight': 'out_proj',
-    'q_proj.weight': 'q_proj',
-    'k_proj.weight': 'k_proj',
-    'v_proj.weight': 'v_proj',
-    'o_proj.weight': 'o_proj',
-    'gate_proj.weight': 'w_gate',
-    'up_proj.weight': 'w_up',
-    'down_proj.weight': 'w_down',
-    'router.weight': 'router',  # Jamba
-    'gate.weight': 'router',  # Mixtral
-}
-SAME = {
-    'conv1d.bias': 'conv/bias',
-    'dt_proj.bias': 'dt_bias',
-    'A_log': 'A_log',
-    'D': 'D',
-    'dt_layernorm.weight': 'dt_norm/scale',
-    'b_layernorm.weight': 'B_norm/scale',
-    'c_layernorm.weight': 'C_norm/scale',
-    'weight': 'scale',  # of a norm alone
-}
-# Parts of a decoder layer.
-PARTS = {
-    'mamba': 'mixer',
-    'self_attn': 'mixer',
-    'feed_forward': 'ffn',
-    'mlp': 'ffn',
-    'input_layernorm': 'mixer_norm',
-    'pre_ff_layernorm': 'ffn_norm',  # Jamba
-    'post_attention_layernorm': 'ffn_norm',  # Llama, Mixtral
-}
-TOP = {
-    'model.embed_tokens.weight': 'embedding',
-    'model.final_layernorm.weight': 'final_norm/scale',  # Jamba
-    'model.norm.weight': 'final_norm/scale',
+
+class Architecture(NamedTuple):
+    """What a published model has beside its layers.
+
+    Attributes:
+      top: ``{name: what makes ours of it}`` of the weights outside the decoder layers.
+      norms: our names of a decoder layer's norms, by what it calls them.
+    """
+
+    top: Mapping[str, Place]
+    norms: Mapping[str, str]
+
+
+NORM: dict[str, Place] = {'weight': same('scale')}  # of a norm alone
+SHARED = {'model.embed_tokens.weight': same('embedding'), 'lm_head.weight': linear('output')}
+LLAMA = Architecture(
+    SHARED | {'model.norm.weight': same('final_norm/scale')},
+    {'input_layernorm': 'mixer_norm', 'post_attention_layernorm': 'ffn_norm'},
+)
+# By the model_type of transformers, as in Layer.PUBLISHED.
+ARCHITECTURES = {
+    'jamba': Architecture(
+        SHARED | {'model.final_layernorm.weight': same('final_norm/scale')},
+        {'input_layernorm': 'mixer_norm', 'pre_ff_layernorm': 'ffn_norm'},
+    ),
+    'llama': LLAMA,
+    'mixtral': LLAMA,
 }
 
 
-def layer_weights(theirs: Mapping[str, np.ndarray]) -> Weights:
-    """Maps the weights of one mixer, FFN or norm."""
-    ours: Weights = {}
-    for name, value in theirs.items():
-        if name in TRANSPOSED:
-            ours[TRANSPOSED[name]] = value.T
-        elif name in SAME:
-            ours[SAME[name]] = value
-        elif name == 'conv1d.weight':  # [inner, 1, width] -> [width, inner]
-            ours['conv/weight'] = value[:, 0].T
-        elif name == 'experts.gate_up_proj':  # [experts, 2 hidden, dim] -> two of [experts, dim, hidden]
-            gate, up = np.split(value, 2, axis=1)
-            ours |= {'w_gate': gate.swapaxes(1, 2), 'w_up': up.swapaxes(1, 2)}
-        elif name == 'experts.down_proj':  # [experts, dim, hidden] -> [experts, hidden, dim]
-            ours['w_down'] = value.swapaxes(1, 2)
-        else:
-            raise KeyError(f'no place is known for the weight {name}')
-    return ours
+def norm_weights(theirs: Mapping[str, np.ndarray]) -> Weights:
+    """Maps the weights of one norm; errors as of ``layer_weights``."""
+    return _placed(theirs, NORM, 'a norm')
 
 
-def model_weights(theirs: Mapping[str, np.ndarray], pattern_size: int) -> Weights:
-    """Maps the weights of a whole model whose layers repeat every `pattern_size`; repeats are stacked."""
-    ours: Weights = {}
+def layer_weights(theirs: Mapping[str, np.ndarray], kind: str, architecture: str) -> Weights:
+    """Maps the weights of one mixer or FFN.
+
+    Args:
+      theirs: by their names within the layer.
+      kind: the registered name of the layer that is to have them.
+      architecture: ``model_type`` of transformers that they come from.
+
+    Returns:
+      Arrays by the names of the layer's parameters, in the types they came in.
+
+    Raises:
+      UserError: the layer does not say what that architecture calls its weights, or it has no such weight.
+    """
+    return _placed(theirs, published(kind, architecture).weights, f'the layer {kind!r} from {architecture}')
+
+
+def published(kind: str, architecture: str, role: str | None = None) -> Published:
+    """What an architecture calls a layer and its weights.
+
+    Args:
+      kind: the registered name of the layer.
+      architecture: ``model_type`` of transformers.
+      role: ``'mixer'`` or ``'ffn'``; None looks in both registries.
+
+    Raises:
+      UserError: the layer does not say it.
+    """
+    found = kinds.load(kind, role).PUBLISHED
+    if architecture not in found:
+        known = f'only in {", ".join(found)}' if found else 'nor in any other; its class has no PUBLISHED'
+        raise UserError(f'the layer {kind!r} does not say what its weights are called in {architecture}, {known}')
+    return found[architecture]
+
+
+def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) -> Weights:
+    """Maps the weights of a whole model; those of layers that one block's repeats share a place in are stacked.
+
+    Args:
+      theirs: by their names in transformers.
+      model: ``config.model``, whose pattern says which layer takes them.
+      architecture: ``model_type`` of transformers.
+
+    Returns:
+      Arrays by the names of the model's parameters.
+
+    Raises:
+      UserError: an architecture, a layer or a weight that has no place, named.
+    """
+    if architecture not in ARCHITECTURES:
+        raise UserError(f'the architecture {architecture!r} is not known; choose from {", ".join(ARCHITECTURES)}')
+    top, norms = ARCHITECTURES[architecture]
     layers: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    outside: dict[str, np.ndarray] = {}
     for name, value in theirs.items():
-        if name in TOP:
-            ours[TOP[name]] = value
-        elif name == 'lm_head.weight':
-            ours['output'] = value.T
-        elif match := re.fullmatch(r'model\.layers\.(\d+)\.(\w+)\.(.+)', name):
-            index, part, rest = match.groups()
-            layers.setdefault((int(index), PARTS[part]), {})[rest] = value
+        if match := re.fullmatch(r'model\.layers\.(\d+)\.(\w+)\.(.+)', name):
+            layers.setdefault((int(match[1]), match[2]), {})[match[3]] = value
         else:
-            raise KeyError(f'no place is known for the weight {name}')
+            outside[name] = value
+    places = [_modules(model, text, norms, architecture) for text in model.pattern]
     stacks: dict[str, list[np.ndarray]] = {}
-    for (index, part), weights in sorted(layers.items()):
-        for name, value in layer_weights(weights).items():
-            stacks.setdefault(f'blocks/layers/{index % pattern_size}/{part}/{name}', []).append(value)
-    return ours | {name: np.stack(values) for name, values in stacks.items()}
+    for (index, module), weights in sorted(layers.items()):
+        j = index % len(places)
+        where = f'layer {index} ({model.pattern[j]}) from {architecture}'
+        if module not in places[j]:
+            raise UserError(f'{where} has no place for {module}, only for {", ".join(places[j])}')
+        ours, known = places[j][module]
+        for name, value in _placed(weights, known, f'{module} of {where}').items():
+            stacks.setdefault(f'blocks/layers/{j}/{ours}/{name}', []).append(value)
+    stacked = {name: np.stack(values) for name, values in stacks.items()}
+    return _placed(outside, top, f'a model from {architecture}') | stacked
+
+
+def _modules(
+    model, text: str, norms: Mapping[str, str], architecture: str
+) -> dict[str, tuple[str, Mapping[str, Place]]]:
+    """Our part, and what its weights are called, for each module of a published decoder layer."""
+    found: dict[str, tuple[str, Mapping[str, Place]]] = {name: (ours, NORM) for name, ours in norms.items()}
+    for role, part in pattern.parts(model, text).items():
+        module, weights = published(part.kind, architecture, role)
+        found[module] = (role, weights)
+    return found
+
+
+def _placed(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str) -> Weights:
+    ours: Weights = {}
+    for name, value in theirs.items():
+        if name not in places:
+            raise UserError(f'{what} has no place for the weight {name}, only for {", ".join(places)}')
+        ours |= places[name](value)
+    return ours

@@ -23,14 +23,14 @@ class Counts:
       total: all of them.
       active: those that one token uses: of E experts, top_k.
       embedding: the embedding's and the output head's share of the total.
-      conba: what layers add to those that they extend, Conba to the Mamba mixer with norms; contained in total and
+      added: what layers add to those that they extend, Conba to the Mamba mixer with norms; contained in total and
         active.
     """
 
     total: int
     active: int
     embedding: int
-    conba: int
+    added: int
 
 
 def parameter_count(model) -> Counts:

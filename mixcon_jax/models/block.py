@@ -6,12 +6,11 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mixcon_jax.models import reported
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State
 from mixcon_jax.models.pattern import named_kinds, parse_layer, parts
-
-CLASH = 'ffn_'  # before the name of an FFN's statistic that the mixer has too
 
 
 class Residual(nnx.Module):
@@ -39,7 +38,11 @@ class Residual(nnx.Module):
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
     ) -> tuple[Float[Array, 'b t d'], State | None, dict[str, Aux]]:
-        """As of ``Layer``, with the aux of each part by its role."""
+        """As of ``Layer``, with the aux of each part by its role.
+
+        Raises:
+          ValueError: a part reports a statistic or a loss under a name that is taken.
+        """
         old = {} if state is None else state
         normed = self.mixer_norm(x)
         y, mixer_state, aux = self.mixer(normed, context.fold(0), old.get('mixer'))
@@ -51,13 +54,18 @@ class Residual(nnx.Module):
                 normed = self.ffn_norm(x)
             y, new['ffn'], auxes['ffn'] = self.ffn(normed, context.fold(1), old.get('ffn'))
             x = x + y
+        for role, part in self.parts().items():
+            for kind, key in (('statistic', 'stats'), ('loss', 'losses')):
+                for name in auxes[role].get(key, {}):
+                    if (why := reported.refused(kind, name)) is not None:
+                        raise ValueError(f'{type(part).__qualname__} reports {why}')
         return x, None if state is None else new, auxes
 
-    def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> dict[str, Any]:
-        """The parts' new buffers by role, from the layer's statistics."""
-        of_ffn = {name.removeprefix(CLASH): value for name, value in stats.items() if name.startswith(CLASH)}
-        seen = {'mixer': stats, 'ffn': {**stats, **of_ffn}}
-        return {role: self.parts()[role].update_buffers(values, seen[role]) for role, values in buffers.items()}
+    def update_buffers(
+        self, buffers: Mapping[str, Any], stats: Mapping[str, Mapping[str, Array]]
+    ) -> dict[str, Mapping[str, Any]]:
+        """The parts' new buffers, from their statistics, all by role."""
+        return {role: self.parts()[role].update_buffers(values, stats[role]) for role, values in buffers.items()}
 
 
 class Block(nnx.Module):
@@ -88,9 +96,7 @@ class Block(nnx.Module):
             for aux in auxes.values():
                 for name, loss in aux.get('losses', {}).items():
                     losses.setdefault(name, []).append(loss)
-                for name, value in aux.get('stats', {}).items():
-                    key = f'layer_{j}/{name}'
-                    stats[f'layer_{j}/{CLASH}{name}' if key in stats else key] = value
+            stats |= reported.statistics(j, {role: aux.get('stats', {}) for role, aux in auxes.items()})
         means = {name: Loss.mean(found) for name, found in losses.items()}
         return x, None if state is None else new, {'losses': means, 'stats': stats}
 
@@ -99,10 +105,10 @@ class Block(nnx.Module):
 
         Args:
           buffers: ``{'layers': {'j': {role: the part's}}}``, of layers that have any.
-          stats: ``{'layer_j/name': array}``.
+          stats: by their names in metrics.
         """
-        new = {}
-        for j, values in buffers['layers'].items():
-            own = {name.partition('/')[2]: value for name, value in stats.items() if name.startswith(f'layer_{j}/')}
-            new[j] = self.layers[int(j)].update_buffers(values, own)
+        new = {
+            j: self.layers[int(j)].update_buffers(values, reported.by_part(int(j), stats))
+            for j, values in buffers['layers'].items()
+        }
         return {'layers': new}

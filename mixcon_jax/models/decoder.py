@@ -47,7 +47,7 @@ class Decoder(nnx.Module):
 
         Returns:
           Hidden features `[B, T, D]` after the final norm, the state, and ``{'losses': {name: Loss}, means over the
-          parts of layers that have one, 'stats': {'layer_j/name': stacked over blocks}}``.
+          parts of layers that have one, 'stats': stacked over blocks, by their names in metrics}``.
         """
         x = self.embedding[...][tokens].astype(self.dtype)
         graphdef, variables = nnx.split(self.blocks)
@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
 
         Args:
           buffers: nested dicts ``{'blocks': {'layers': {'j': ...}}}`` of arrays `[num_blocks, ...]`; empty if none.
-          stats: ``{'layer_j/name': [num_blocks, ...]}``, the mean over microbatches.
+          stats: `[num_blocks, ...]` by their names in metrics, the mean over microbatches.
         """
         return {name: jax.vmap(self.blocks.update_buffers)(values, stats) for name, values in buffers.items()}
 

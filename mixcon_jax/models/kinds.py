@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mixcon_jax.errors import ConfigError
+from mixcon_jax.models import reported
 from mixcon_jax.models.ffns import FFNS
 from mixcon_jax.models.mixers import MIXERS
 from mixcon_jax.options import OPTIONS, Option, Statistic
 
 REGISTRIES = {'mixer': MIXERS, 'ffn': FFNS}  # by the role in a pattern's layer
 CONTRACT = 'mixcon_jax.models.layer.Layer'
-FREE = ('mixcon_jax.options', 'mixcon_jax.checks')  # what a description may import, beside the standard library
+READABLE = ('mixcon_jax.options', 'mixcon_jax.checks')  # what a description may import, beside the standard library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +73,25 @@ def registered(name: str, role: str | None = None) -> str | type:
 
     Args:
       name: of the kind.
-      role: ``'mixer'`` or ``'ffn'``; None looks in both.
+      role: ``'mixer'`` or ``'ffn'``; None looks in both, which may have the name for one class alone: a group of
+        ``model.layers`` says a kind, not its role.
 
     Raises:
-      ConfigError: nothing is.
+      ConfigError: nothing is, or something else in each registry.
     """
     roles = REGISTRIES if role is None else (role,)
-    for kinds in (REGISTRIES[role] for role in roles):
-        if name in kinds:
-            return kinds[name]
-    raise ConfigError(f'{name!r} is no registered {role or "mixer or ffn"}; choose from {", ".join(names(role))}')
+    found = {each: REGISTRIES[each][name] for each in roles if name in REGISTRIES[each]}
+    if not found:
+        raise ConfigError(f'{name!r} is no registered {role or "mixer or ffn"}; choose from {", ".join(names(role))}')
+    if len(set(found.values())) > 1:
+        both = ' and as '.join(f'{each} {kind}' for each, kind in found.items())
+        raise ConfigError(f'{name!r} is registered as {both}; give one of them another name')
+    return next(iter(found.values()))
 
 
 def names(role: str | None = None) -> list[str]:
-    """The registered names of a role, or of both."""
-    return [name for each in (REGISTRIES if role is None else (role,)) for name in REGISTRIES[each]]
+    """The registered names of a role, or of both, each once."""
+    return list(dict.fromkeys(name for each in (REGISTRIES if role is None else (role,)) for name in REGISTRIES[each]))
 
 
 def load(name: str, role: str | None = None) -> Any:
@@ -102,12 +107,16 @@ def describe(name: str, role: str | None = None) -> Description:
     """What a kind says of itself; arguments as of ``registered``.
 
     Raises:
-      ConfigError: no such kind, or its file cannot be read so.
+      ConfigError: no such kind, its file cannot be read so, or it declares a statistic under a name that is taken.
     """
     kind = registered(name, role)
     found = _of_class(kind) if isinstance(kind, type) else _of_source(kind)
     if CONTRACT not in [part.owner for part in found]:
         raise ConfigError(f'{name!r} is registered as {kind}, which does not derive from {CONTRACT}')
+    for part in found:
+        for statistic in part.statistics:
+            if (why := reported.refused('statistic', statistic)) is not None:
+                raise ConfigError(f'{part.owner} declares {why}')
     return Description(found)
 
 
@@ -115,11 +124,12 @@ def groups() -> dict[str, dict[str, Option]]:
     """The groups of options of all registered kinds, below ``config.model``.
 
     Raises:
-      ConfigError: two classes declare a group of one name, or one that the model has already.
+      ConfigError: two classes declare a group of one name, or one that the model has already, or are registered under
+        one name.
     """
     owners: dict[str, str] = {}
     found: dict[str, dict[str, Option]] = {}
-    for part in (part for role in REGISTRIES for name in names(role) for part in describe(name, role).declarations):
+    for part in (part for name in names() for part in describe(name).declarations):
         for group, options in part.options.items():
             owner = owners.setdefault(group, part.owner)
             if owner != part.owner or group in OPTIONS['model']:
@@ -208,13 +218,13 @@ def _run(statement: ast.ClassDef, tree: ast.Module, file: str) -> dict[str, Any]
     code = _compiled(described, file)
     bound = {name for node in described for name in _binds(node)}
     needed = dict.fromkeys(name for name in _globals(code) if name not in bound and not hasattr(builtins, name))
-    given = [node for node in tree.body if _is_free(node)]
+    given = [node for node in tree.body if _is_readable(node)]
     have = {name for node in given for name in _binds(node)}
     for name in needed:
         if name not in have:
             raise ConfigError(
                 f'{file}, line {statement.lineno}: what describes {statement.name} needs {name!r}, but is read without'
-                f' its file; it may use literals, the standard library and {", ".join(FREE)}'
+                f' its file; it may use literals, the standard library and {", ".join(READABLE)}'
             )
     values: dict[str, Any] = {}
     exec(_compiled([node for node in given if needed.keys() & set(_binds(node))], file), values)
@@ -240,11 +250,11 @@ def _member(node: ast.stmt, file: str) -> ast.stmt | None:
     return None
 
 
-def _is_free(node: ast.stmt) -> bool:
+def _is_readable(node: ast.stmt) -> bool:
     """Whether a statement of a layer's file may be run to describe it."""
     match node:
         case ast.ImportFrom(module=str(module), level=0):
-            return module in FREE or module.split('.')[0] in sys.stdlib_module_names
+            return module in READABLE or module.split('.')[0] in sys.stdlib_module_names
         case ast.Import():
             return all(alias.name.split('.')[0] in sys.stdlib_module_names for alias in node.names)
         case ast.Assign(targets=[ast.Name()], value=value):
@@ -257,7 +267,7 @@ def _is_free(node: ast.stmt) -> bool:
 
 
 def _binds(node: ast.stmt) -> Iterator[str]:
-    """The names that a statement of ``_member`` or ``_is_free`` defines."""
+    """The names that a statement of ``_member`` or ``_is_readable`` defines."""
     match node:
         case ast.Import() | ast.ImportFrom():
             yield from ((alias.asname or alias.name).split('.')[0] for alias in node.names)

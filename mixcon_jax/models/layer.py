@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State
+from mixcon_jax.models.published import Published
 from mixcon_jax.options import Option, Statistic
 
 
@@ -17,7 +18,8 @@ class Layer(nnx.Module):
 
     ``OPTIONS``, ``STATISTICS`` and ``check`` describe the class to whoever reads a configuration, which must not load
     JAX: they are read from the source of the class (``mixcon_jax.models.kinds``), so they may use literals, the
-    standard library, ``mixcon_jax.options`` and ``mixcon_jax.checks``. A subclass adds to those of its bases.
+    standard library, ``mixcon_jax.options`` and ``mixcon_jax.checks``. A subclass adds to those of its bases, but
+    ``PUBLISHED`` takes the place of theirs.
 
     Args:
       config: ``config.model``, resolved; of a part that a pattern calls by a name of ``model.layers``, with the options
@@ -28,10 +30,13 @@ class Layer(nnx.Module):
     Attributes:
       OPTIONS: the groups of options that the class adds below ``config.model``, ``{group: {name: Option}}``.
       STATISTICS: ``{name: Statistic}`` of what a call reports.
+      PUBLISHED: what published checkpoints call the layer and its weights, ``{architecture: Published}``, by the
+        ``model_type`` of Hugging Face transformers.
     """
 
     OPTIONS: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
     STATISTICS: ClassVar[Mapping[str, Statistic]] = {}
+    PUBLISHED: ClassVar[Mapping[str, Published]] = {}
 
     # ----- of the class: what a configuration makes of it -----
     @staticmethod
@@ -92,7 +97,8 @@ class Layer(nnx.Module):
           state: None starts fresh and returns None; else of ``init_state`` or an earlier call.
 
         Returns:
-          The output, the state, and ``{'losses': {name: Loss}, 'stats': {name: array}}``, either left out if empty.
+          The output, the state, and ``{'losses': {name: Loss}, 'stats': {name: array}}``, either left out if empty;
+          ``mixcon_jax.models.reported`` says which names are free, and what metrics call them.
         """
 
     def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from kernels_pallas.call import Call, bind
 from mixcon_jax.parallel.axes import RULES, SEQUENCE_AXIS
 
-Shares = dict[str, tuple[str, ...]]  # the mesh axes that share out each dimension
+Partition = dict[str, tuple[str, ...]]  # the mesh axes over which each dimension is split
 
 
 def split(call: Call) -> Callable[..., Any]:
@@ -29,16 +29,16 @@ def split(call: Call) -> Callable[..., Any]:
         arrays = {name: arguments[name] for name in call.dims if hasattr(arguments[name], 'ndim')}
         whole = call.whole(arguments)
         axes = {dim: logical for dim, logical in call.axes.items() if dim not in whole}
-        shares = _shares(axes, {name: call.dims[name] for name in arrays}, arrays)
-        if not shares:
+        partition = _partition(axes, {name: call.dims[name] for name in arrays}, arrays)
+        if not partition:
             return call.function(**arguments)
         function = call.function
-        if call.context_parallel is not None and any(SEQUENCE_AXIS in axes for axes in shares.values()):
+        if call.context_parallel is not None and any(SEQUENCE_AXIS in axes for axes in partition.values()):
             function = functools.partial(call.context_parallel, axis_name=SEQUENCE_AXIS)
         trees = {name: arguments[name] for name in call.trees if arguments[name] is not None}
         static = {name: value for name, value in arguments.items() if name not in arrays | trees}
         local = functools.partial(function, **static)
-        return _mapped(local, arrays, call.dims, trees, call.results(arguments), shares)
+        return _mapped(local, arrays, call.dims, trees, call.results(arguments), partition)
 
     return run
 
@@ -62,10 +62,10 @@ def by_parts(
       axes: the logical axis of each dimension that may be shared out: ``{'b': 'batch'}``.
     """
     named = {name: tuple(text.split()) for name, text in dims.items()}
-    shares = _shares(axes, named, arrays)
-    if not shares:
+    partition = _partition(axes, named, arrays)
+    if not partition:
         return function(**arrays)
-    return _mapped(function, arrays, named, {}, result, shares)
+    return _mapped(function, arrays, named, {}, result, partition)
 
 
 def shards_of(logical: str, size: int) -> int:
@@ -75,8 +75,8 @@ def shards_of(logical: str, size: int) -> int:
     return count if size % count == 0 else 1
 
 
-def _shares(axes: Mapping[str, str], dims: Mapping[str, tuple[str, ...]], arrays: Mapping[str, Array]) -> Shares:
-    """The mesh axes of every dimension that this step shares out: all that ask for a mesh axis, or none of them."""
+def _partition(axes: Mapping[str, str], dims: Mapping[str, tuple[str, ...]], arrays: Mapping[str, Array]) -> Partition:
+    """The mesh axes of every dimension that this step splits: all that ask for a mesh axis, or none of them."""
     sizes: dict[str, int] = {}
     for name, value in arrays.items():
         for dim, size in zip(_spread(dims[name], value.ndim), value.shape):
@@ -93,10 +93,10 @@ def _mapped(
     dims: Mapping[str, tuple[str, ...]],
     trees: Mapping[str, Any],
     results: str | tuple[str, ...],
-    shares: Shares,
+    partition: Partition,
 ) -> Any:
-    """The function under ``shard_map``; mesh axes that share out nothing of it stay with XLA."""
-    used = {axis for axes in shares.values() for axis in axes}
+    """The function under ``shard_map``; mesh axes that split nothing of it stay with XLA."""
+    used = {axis for axes in partition.values() for axis in axes}
     # Nor do axes of one device, but where XLA keeps one its CPU compiler aborts at sums of bfloat16 gradients. They go
     # with what is shared: a gradient is summed over all axes that its array's spec does not name.
     idle = tuple(
@@ -104,7 +104,7 @@ def _mapped(
     )
 
     def spec(names: Sequence[str]) -> PartitionSpec:
-        entries = [shares.get(name) for name in names]
+        entries = [partition.get(name) for name in names]
         first = next((i for i, axes in enumerate(entries) if axes), None)
         return PartitionSpec(*(axes + idle if i == first and axes else axes for i, axes in enumerate(entries)))
 

@@ -14,7 +14,7 @@ SIZES = {
     'pred': 1, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
     's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8,
 }  # fmt: skip
-FREE = {
+NO_KERNEL = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'iota', 'after-all', 'partition-id', 'while',
     'conditional', 'call', 'opt-barrier', 'async-start', 'async-done', 'async-update',
 }  # fmt: skip
@@ -114,7 +114,7 @@ def _walk(computations, name: str, times: int) -> Iterator[Kernel]:
             yield from _walk(computations, instruction.called('body'), times * int(trips.group(1) if trips else 1))
         elif opcode in ('call', 'async-start'):
             yield from _walk(computations, instruction.called('to_apply') or instruction.called('calls'), times)
-        if opcode in FREE or opcode.endswith('-done'):
+        if opcode in NO_KERNEL or opcode.endswith('-done'):
             continue
         operands = [body[operand] for operand in instruction.operands]
         called = computations.get(instruction.called('calls')) if opcode.startswith('fusion') else None

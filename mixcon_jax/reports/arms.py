@@ -23,7 +23,7 @@ Options = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Costs:
     """What an arm's model costs.
 
     Attributes:
@@ -63,8 +63,8 @@ class Arm:
         return tuple(run for run in self.runs if run.state == DONE and math.isfinite(number(run.final, 'loss')))
 
     @property
-    def sizes(self) -> Sizes:
-        return _sizes(json.dumps(self.config.model.to_dict(), sort_keys=True), self.config.data.seq_len)
+    def sizes(self) -> Costs:
+        return _costs(json.dumps(self.config.model.to_dict(), sort_keys=True), self.config.data.seq_len)
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,10 +91,10 @@ class Arm:
 
 
 @functools.cache
-def _sizes(model: str, seq_len: int) -> Sizes:
+def _costs(model: str, seq_len: int) -> Costs:
     """Of a model as JSON; each takes JAX a fraction of a second."""
     options = configs.from_dict({'model': json.loads(model)}).model
-    return Sizes(
+    return Costs(
         accounting.parameter_count(options),
         accounting.flops_per_token(options, seq_len),
         accounting.state_bytes(options, seq_len),

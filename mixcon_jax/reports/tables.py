@@ -62,7 +62,7 @@ def arm_rows(arms: Sequence[Arm], baseline: Arm, score: Score, differences: Mapp
         row: Row = {'arm': arm.label} | _options(arm)
         row |= {
             'parameters': sizes.counts.total, 'parameters_active': sizes.counts.active,
-            'parameters_conba': sizes.counts.conba, 'flops_per_token': sizes.flops_per_token,
+            'parameters_conba': sizes.counts.added, 'flops_per_token': sizes.flops_per_token,
             'tokens_per_second': rate, 'context': arm.config.data.seq_len, 'state_bytes': sizes.state_bytes,
             f'state_bytes_{LONG_CONTEXT}': sizes.state_bytes_long, 'tokens_seen': round(arm.tokens_seen),
             'runs': len(arm.runs), 'finished': len(arm.finished),
@@ -126,7 +126,7 @@ def sizes(arms: Sequence[Arm]) -> str:
     for arm in arms:
         counts, cost = arm.sizes.counts, arm.sizes
         rows.append((
-            arm.label, f'{counts.total:,}', f'{counts.active:,}', f'{counts.conba:,}', short(cost.flops_per_token),
+            arm.label, f'{counts.total:,}', f'{counts.active:,}', f'{counts.added:,}', short(cost.flops_per_token),
             NONE if math.isnan(arm.tokens_per_second) else f'{arm.tokens_per_second:,.0f}', kibi(cost.state_bytes),
             kibi(cost.state_bytes_long), short(arm.tokens_seen), states(arm),
         ))  # fmt: skip

@@ -1,29 +1,32 @@
-"""Every layer that the shared invariants run over, at a small size and away from its initial values."""
+"""Every layer that the shared invariants run over, at a small size and away from its initial values.
+
+Every registered kind has a case by itself, under its own name; here stand those with options that change what it does.
+"""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mixcon_jax import config as configs
+from mixcon_jax.errors import ConfigError
 from mixcon_jax.models import kinds, pattern, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 
 DIM = 32
 
-# name -> (what a pattern calls the layer, options below config.model)
-CASES = {
+# name -> (what a pattern calls the layer, options below config.model), beside or in place of the registered kinds' own
+OTHERS = {
     'attention': ('attention', {'attention.block_size': 8}),
     'attention_rope': ('attention', {'attention.rope': True, 'attention.block_size': 8}),
     'attention_named': (
         'local',
         {'layers.local': {'kind': 'attention', 'rope': True, 'num_kv_heads': 4}, 'attention.block_size': 8},
     ),
-    'mamba': ('mamba', {}),
     'mamba_norms': ('mamba', {'mamba.norms': True, 'ssm.chunk': 5}),
-    'conba': ('conba', {}),
     'conba_paper': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_paper').items()}),
     'conba_code': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_code').items()}),
     'conba_diag': ('conba', {'conba.control': 'diag', 'conba.reference': 'proj', 'conba.state_scaling': 'none'}),
@@ -37,7 +40,6 @@ CASES = {
             'conba.state_scaling': 'readout',
         },
     ),
-    'mlp': ('mlp', {}),
     'moe_dense': ('moe', {'moe.implementation': 'dense'}),
     'moe_grouped': ('moe', {'moe.implementation': 'grouped', 'moe.group_block': 4, 'moe.renormalize': True}),
     'moe_bias': ('moe', {'moe.balance': 'bias'}),
@@ -55,6 +57,30 @@ def model_config(options=(), dtype='float32'):
     for key, value in dict(options).items():
         configs.put(config, f'model.{key}', value)
     return configs.validate(config).model
+
+
+def of_every_kind():
+    """The case of every registered kind, by its name: its defaults, as far as they fit the width of these models."""
+    layers = {name: name for name in kinds.names('mixer')} | {name: f'attention+{name}' for name in kinds.names('ffn')}
+    return {name: (name, fitting(layer)) for name, layer in layers.items()}
+
+
+def fitting(layer):
+    """Options that pass the checks of a pattern's layer: whole numbers that these refuse are halved till they pass."""
+    options = {'pattern': (layer,)}
+    while True:
+        try:
+            model_config(options)
+        except ConfigError as error:
+            refused = re.match(r'model\.(\w+\.\w+)=(\d+) ', str(error))
+            if refused is None or int(refused[2]) < 2:
+                raise
+            options[refused[1]] = int(refused[2]) // 2
+        else:
+            return options
+
+
+CASES = of_every_kind() | OTHERS
 
 
 def perturbed(module, seed, scale=0.3):

@@ -15,6 +15,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.errors import ConfigError
 from mixcon_jax.models import kinds
 from mixcon_jax.models.layer import Layer
+from tests.models import cases
 from tests.tiny import ROOT
 
 REGISTERED = [(name, role) for role in kinds.REGISTRIES for name in kinds.names(role)]
@@ -123,6 +124,16 @@ def test_a_mixer_of_ones_own_brings_its_options_their_derivation_and_its_checks(
     assert module not in sys.modules
 
 
+def test_a_mixer_of_ones_own_is_in_the_shared_suite_at_a_size_that_its_checks_allow(write):
+    write(FILE.replace('Option(1,', 'Option(256,'))
+    found = cases.of_every_kind()
+    assert found.keys() == set(kinds.names())
+    assert found['mine'] == ('mine', {'pattern': ('mine',), 'mine.lag': cases.DIM})
+    write(FILE.replace('Option(1,', 'Option(-1,'))
+    with pytest.raises(ConfigError, match=r'^model\.mine\.lag=-1 must be at least 1$'):
+        cases.of_every_kind()
+
+
 @pytest.mark.parametrize(
     'old, new, message',
     [
@@ -150,6 +161,22 @@ def test_a_class_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setitem(kinds.MIXERS, 'mine', 'mixcon_jax.models.mixers.nothing.Mine')
     with pytest.raises(ConfigError, match=r'there is no module mixcon_jax\.models\.mixers\.nothing'):
         configs.default()
+
+
+def test_a_name_in_both_registries_means_one_class(monkeypatch):
+    """A group of model.layers names a kind without its role, so its options could be of either."""
+    monkeypatch.setitem(kinds.MIXERS, 'moe', kinds.FFNS['moe'])
+    assert kinds.names().count('moe') == 1
+    config = configs.default()
+    config.model.update(pattern=('big+big',), layers={'big': {'kind': 'moe', 'num_experts': 6}})
+    assert configs.validate(config).model.layers.big.num_experts == 6
+    monkeypatch.setitem(kinds.FFNS, 'mamba', kinds.FFNS['mlp'])
+    with pytest.raises(
+        ConfigError,
+        match=r"^'mamba' is registered as mixer .*\.Mamba and as ffn .*\.MLP; give one of them another name$",
+    ):
+        configs.default()
+    assert kinds.describe('mamba', 'ffn').options.keys() == {'mlp'}
 
 
 def test_a_layer_must_say_its_operations():

@@ -116,7 +116,7 @@ def test_published_models(name):
     assert counts.total == exact
     assert (round(counts.total / 1e9, 3), round(counts.active / 1e9, 3)) == (total, active)
     assert counts.embedding == 2 * architecture.vocab * architecture.dim
-    assert counts.conba == 0
+    assert counts.added == 0
 
 
 def test_mixcon_of_the_paper():
@@ -124,7 +124,7 @@ def test_mixcon_of_the_paper():
     model = paper.get_config().model
     counts = parameter_count(model)
     total, active = counted(MIXCON)
-    assert (counts.total - counts.conba, counts.active - counts.conba) == (total, active)
+    assert (counts.total - counts.added, counts.active - counts.added) == (total, active)
     assert (round(total / 1e9, 2), round(active / 1e9, 2)) == (52.88, 13.42)
 
 
@@ -133,8 +133,8 @@ def test_mixcon_with_other_key_value_heads(kv_heads, billions):
     model = paper.get_config().model
     model.attention.num_kv_heads = kv_heads
     counts = parameter_count(model)
-    assert counts.total - counts.conba == counted(dataclasses.replace(MIXCON, kv_heads=kv_heads))[0]
-    assert round((counts.total - counts.conba) / 1e9, 3) == billions
+    assert counts.total - counts.added == counted(dataclasses.replace(MIXCON, kv_heads=kv_heads))[0]
+    assert round((counts.total - counts.added) / 1e9, 3) == billions
 
 
 def test_conba_additions_of_the_paper():
@@ -147,14 +147,14 @@ def test_conba_additions_of_the_paper():
     reference = 2 * inner  # w_r and b_r
     control = 2 * (dim * heads + heads) + heads  # alpha and lambda with their biases, kappa
     gate = 2 * inner  # w_1 and u_2
-    assert parameter_count(model).conba == 24 * (scaling + taps + reference + control + gate)
+    assert parameter_count(model).added == 24 * (scaling + taps + reference + control + gate)
 
 
 @pytest.mark.parametrize('preset', presets.CONBA_PRESETS)
 def test_conba_additions_are_small(preset):
     """No preset of the paper's model spends more than three in a hundred of a mixer on its own mechanisms."""
     counts = parameter_count(paper.get_config(preset).model)
-    assert 0 < counts.conba / 24 < 0.03 * 105.31e6
+    assert 0 < counts.added / 24 < 0.03 * 105.31e6
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_parameters_operations_and_state_are_counted_with_a_parts_own_options():
     counts, others = parameter_count(model), parameter_count(whole)
     assert counts.total - others.total == heads + 2 * (32 * (6 - 4) + 3 * 32 * (6 * wider - 4 * width))
     assert counts.active - others.active == heads + 2 * (32 * (6 - 4) + 3 * 32 * (3 * wider - 2 * width))
-    assert counts.conba == others.conba > 0
+    assert counts.added == others.added > 0
     assert flops_per_token(model, 64) - flops_per_token(whole, 64) == 3 * 2 * (counts.active - others.active)
     assert state_bytes(model, 64) - state_bytes(whole, 64) == 2 * 64 * 2 * (4 - 2) * 8 * 4
 

@@ -23,6 +23,11 @@ def fixture(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+def architecture(name: str) -> str:
+    """The published architecture that a fixture is of, as ``Layer.PUBLISHED`` calls it."""
+    return name.partition('_')[0]
+
+
 def below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The entries `prefix/NAME`, by NAME."""
     return {name.removeprefix(f'{prefix}/'): value for name, value in arrays.items() if name.startswith(f'{prefix}/')}

@@ -81,18 +81,19 @@ def test_layer(name):
     fixture, kind, options = LAYERS[name]
     theirs = cases.fixture(fixture)
     module = cases.layer(kind, cases.model_config(options))
-    own = cases.load(module, huggingface.layer_weights(cases.below(theirs, 'w')))
+    ours = lambda prefix: huggingface.layer_weights(cases.below(theirs, prefix), kind, cases.architecture(fixture))
+    own = cases.load(module, ours('w'))
     assert not own or kind == 'conba'
     y, dx, gradients = cases.run_layer(module, theirs['x'], theirs['dy'])
     cases.assert_same(y, theirs['y'], 'the output')
     cases.assert_same(dx, theirs['dx'], 'the gradient of the input')
-    compare(gradients, huggingface.layer_weights(cases.below(theirs, 'dw')), own)
+    compare(gradients, ours('dw'), own)
 
 
 def test_rms_norm():
     theirs = cases.fixture('jamba_rms_norm')
     module = RMSNorm(32, Parameters(jax.random.key(0)), 1e-6)
-    assert not cases.load(module, huggingface.layer_weights(cases.below(theirs, 'w')))
+    assert not cases.load(module, huggingface.norm_weights(cases.below(theirs, 'w')))
     y, pullback = jax.vjp(module, jax.numpy.asarray(theirs['x']))
     cases.assert_same(np.asarray(y), theirs['y'], 'the output')
     cases.assert_same(np.asarray(pullback(theirs['dy'])[0]), theirs['dx'], 'the gradient of the input')
@@ -107,8 +108,9 @@ def test_model(name):
     theirs = cases.fixture(fixture)
     config = cases.model_config(options, num_blocks=num_blocks)
     module = cases.model(config)
-    own = cases.load(module, huggingface.model_weights(cases.below(theirs, 'w'), len(config.pattern)))
+    ours = lambda prefix: huggingface.model_weights(cases.below(theirs, prefix), config, cases.architecture(fixture))
+    own = cases.load(module, ours('w'))
     assert not own or 'conba' in name
     y, gradients = cases.run_model(module, theirs['tokens'], theirs['dy'])
     cases.assert_same(y, theirs['y'], 'the logits')
-    compare(gradients, huggingface.model_weights(cases.below(theirs, 'dw'), len(config.pattern)), own)
+    compare(gradients, ours('dw'), own)

@@ -6,7 +6,14 @@ from jaxtyping import Array, Float
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+from mixcon_jax.models.published import Published, linear
 from mixcon_jax.options import COUNT, Option
+
+WEIGHTS = {
+    'gate_proj.weight': linear('w_gate'),
+    'up_proj.weight': linear('w_up'),
+    'down_proj.weight': linear('w_down'),
+}
 
 
 class MLP(Layer):
@@ -22,6 +29,7 @@ class MLP(Layer):
             )
         }
     }
+    PUBLISHED = {'jamba': Published('feed_forward', WEIGHTS), 'llama': Published('mlp', WEIGHTS)}
 
     @classmethod
     def flops(cls, model, seq_len: int) -> float:

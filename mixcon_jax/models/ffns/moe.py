@@ -13,6 +13,7 @@ from mixcon_jax.checks import at_most
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Buffer, Loss, Parameters, State, masked_mean, normal, output_std
+from mixcon_jax.models.published import Published, experts, linear
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
 from mixcon_jax.parallel.split import by_parts
 
@@ -23,6 +24,8 @@ DIMS = {
     'x': 'b t d', 'chosen': 'b t k', 'weights': 'b t k', 'mask': 'b t',
     'w_gate': 'e d f', 'w_up': 'e d f', 'w_down': 'e f d',
 }  # fmt: skip
+
+WEIGHTS = {'experts.gate_up_proj': experts('w_gate', 'w_up'), 'experts.down_proj': experts('w_down')}
 
 
 class MoE(Layer):
@@ -63,6 +66,10 @@ class MoE(Layer):
         'moe_load': Statistic('Share of the choices that went to each expert.', TITLE, 'shares'),
         'moe_entropy': Statistic('Entropy of the router, in nats.', TITLE, 'aside', 'entropy'),
         'moe_dropped': Statistic('Share of the choices that no expert took.', TITLE, 'exception', 'dropped'),
+    }
+    PUBLISHED = {
+        'jamba': Published('feed_forward', WEIGHTS | {'router.weight': linear('router')}),
+        'mixtral': Published('mlp', WEIGHTS | {'gate.weight': linear('router')}),
     }
 
     @staticmethod

@@ -8,6 +8,7 @@ from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+from mixcon_jax.models.published import Published, linear
 from mixcon_jax.options import COUNT, POSITIVE, Option, above
 from mixcon_jax.parallel.kernels import attention
 
@@ -30,6 +31,10 @@ class Attention(Layer):
             'block_size': Option(256, 'Queries and keys a tile of the portable blockwise attention.', POSITIVE),
         }
     }
+    PUBLISHED = dict.fromkeys(
+        ('jamba', 'llama', 'mixtral'),
+        Published('self_attn', {f'{name}.weight': linear(name) for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj')}),
+    )
 
     @staticmethod
     def check(model) -> None:

@@ -22,9 +22,24 @@ from mixcon_jax.models.layers import (
     project,
     uniform,
 )
+from mixcon_jax.models.published import Published, depthwise, linear, same
 from mixcon_jax.options import COUNT, POSITIVE, Option, above, multiple_of, one_of
 
 OPS_PER_STATE = 7  # decay's exponent and exp, decay times state, input times B, their sum, and C's multiply-add
+
+WEIGHTS = {
+    **{f'{name}.weight': linear(name) for name in ('in_proj', 'x_proj', 'dt_proj', 'out_proj')},
+    'conv1d.weight': depthwise('conv/weight'),
+    'conv1d.bias': same('conv/bias'),
+    'dt_proj.bias': same('dt_bias'),
+    'A_log': same('A_log'),
+    'D': same('D'),
+}
+NORMS = {
+    'dt_layernorm.weight': same('dt_norm/scale'),
+    'b_layernorm.weight': same('B_norm/scale'),
+    'c_layernorm.weight': same('C_norm/scale'),
+}
 
 
 class ScanInputs(NamedTuple):
@@ -79,6 +94,7 @@ class SelectiveSSM(Layer):
             ),
         }
     }
+    PUBLISHED = {'mamba': Published('mixer', WEIGHTS), 'jamba': Published('mamba', WEIGHTS | NORMS)}
 
     @staticmethod
     def check(model) -> None:

@@ -1,0 +1,52 @@
+"""What published checkpoints call a layer's weights and how they lay them out: what ``Layer.PUBLISHED`` is made of.
+
+What makes ours of theirs only renames, transposes or splits, so the same function carries a gradient over.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+Weights = dict[str, np.ndarray]
+Place = Callable[[np.ndarray], Weights]  # one published weight -> ours, by name
+
+
+class Published(NamedTuple):
+    """A layer in one published architecture.
+
+    Attributes:
+      module: what a decoder layer calls it there.
+      weights: ``{name below the module: what makes ours of it}``.
+    """
+
+    module: str
+    weights: Mapping[str, Place]
+
+
+def same(name: str) -> Place:
+    """A weight that lies as ours of this name does."""
+    return lambda value: {name: value}
+
+
+def linear(name: str) -> Place:
+    """The weight of a linear map, ``[out, in]`` there and ``[in, out]`` here."""
+    return lambda value: {name: value.T}
+
+
+def depthwise(name: str) -> Place:
+    """The filters of a depthwise convolution, ``[channels, 1, width]`` there and ``[width, channels]`` here."""
+    return lambda value: {name: value[:, 0].T}
+
+
+def experts(*names: str) -> Place:
+    """The linear maps of all experts, ``[experts, out, in]`` there and ``[experts, in, out]`` here.
+
+    Of several names the maps lie behind one another along ``out``, equally wide.
+    """
+
+    def place(value: np.ndarray) -> Weights:
+        parts = np.split(value, len(names), axis=1)
+        return {name: part.swapaxes(1, 2) for name, part in zip(names, parts, strict=True)}
+
+    return place

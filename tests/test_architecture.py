@@ -187,7 +187,7 @@ def test_what_answers_at_once_loads_neither_jax_nor_numpy(start):
         assert {'mixcon_jax.checks', 'mixcon_jax.models.kinds', 'mixcon_jax.models.mixers'} <= seen
 
 
-@pytest.mark.parametrize('package', ['mixcon_jax', 'kernels_pallas', 'launch'])
+@pytest.mark.parametrize('package', ['mixcon_jax', 'kernels_pallas', 'launch', 'tests'])
 def test_no_file_is_longer_than_can_be_read_at_once(package: str):
     lines = {path: len(path.read_text().splitlines()) for path in (ROOT / package).rglob('*.py')}
     assert lines and not {path.relative_to(ROOT).as_posix(): count for path, count in lines.items() if count > 400}

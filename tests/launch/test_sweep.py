@@ -22,7 +22,6 @@ from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan
 from launch.sweep.show import Screen
 from mixcon_jax import config as configs
-from mixcon_jax.errors import UserError
 from mixcon_jax.runs import saved
 from mixcon_jax.runs.records import last, read
 from mixcon_jax.runs.run import Run
@@ -261,17 +260,6 @@ def after(moment, action) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def test_signals_are_noted_and_only_a_second_ctrl_c_kills():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
-        for number, expected in ((signal.SIGTERM, (True, False)), (signal.SIGTERM, (True, False))):
-            signal.raise_signal(number)
-            assert (signals.stop, signals.kill) == expected
-        signal.raise_signal(signal.SIGINT)
-        assert signals.kill
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
 def test_folders_that_hold_something_else_fail_by_themselves(monkeypatch, three, tmp_path):
     """A run of another configuration, a case that another sweep is running, and one that is done."""
     short, _, long = three
@@ -409,26 +397,3 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, options, message):
     assert end.value.code == 2
     assert error.startswith('error: ') and error.count('\n') == 1 and message in error
     assert not (tmp_path / 'sweep').exists()
-
-
-def test_cores_and_gpus_are_shared_out_equally(monkeypatch):
-    monkeypatch.setattr(processes, '_cores', lambda: (0, 1, 4, 5, 6))
-    shares = processes.shares(2, '--jobs', {'CUDA_VISIBLE_DEVICES': '3,5,7,-1,9'})
-    assert shares == [Share((0, 1), ('3',)), Share((4, 5), ('5',))]
-    assert processes.shares(1, '--jobs', {'CUDA_VISIBLE_DEVICES': '3'}) == [Share()]
-    assert processes.shares(3, '--jobs', {'CUDA_VISIBLE_DEVICES': ''})[2] == Share((4,))
-    assert processes.shares(3, '--jobs', {'CUDA_VISIBLE_DEVICES': '1', 'JAX_PLATFORMS': 'cpu'})[0].gpus is None
-    assert processes.shares(4, '--processes', {'JAX_PLATFORMS': 'cpu'}, overlap=True) == [Share()] * 4
-    with pytest.raises(UserError, match='--jobs 2 needs as many GPUs, but 1 is visible'):
-        processes.shares(2, '--jobs', {'CUDA_VISIBLE_DEVICES': '4', 'JAX_PLATFORMS': 'cuda,cpu'})
-
-
-@pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='this system pins no process')
-def test_a_child_has_its_share_and_a_session_of_its_own():
-    before = os.sched_getaffinity(0)
-    core = max(before)
-    show = 'print(sorted(os.sched_getaffinity(0)), os.environ["CUDA_VISIBLE_DEVICES"], os.getsid(0) == os.getpid())'
-    share = Share((core,), ('2', '3'))
-    child = processes.start('timeit', ['-n1', '-r1', '-s', 'import os', show], share, os.environ, subprocess.PIPE)
-    assert child.communicate()[0].decode().splitlines()[0] == f'[{core}] 2,3 True'
-    assert os.sched_getaffinity(0) == before

@@ -13,8 +13,10 @@ from mixcon_jax.checks import at_most
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Buffer, Loss, Parameters, State, masked_mean, normal, output_std
-from mixcon_jax.models.published import Published, experts, linear
+from mixcon_jax.models.published import Published, linear
+from mixcon_jax.models.published import experts as stacked
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
+from mixcon_jax.parallel import experts
 from mixcon_jax.parallel.split import by_parts
 
 TITLE = 'experts: share of tokens'  # of the statistics' table
@@ -25,7 +27,7 @@ DIMS = {
     'w_gate': 'e d f', 'w_up': 'e d f', 'w_down': 'e f d',
 }  # fmt: skip
 
-WEIGHTS = {'experts.gate_up_proj': experts('w_gate', 'w_up'), 'experts.down_proj': experts('w_down')}
+WEIGHTS = {'experts.gate_up_proj': stacked('w_gate', 'w_up'), 'experts.down_proj': stacked('w_down')}
 
 
 class MoE(Layer):
@@ -89,19 +91,19 @@ class MoE(Layer):
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.moe
-        experts, dim = options.num_experts, config.dim
+        count, dim = options.num_experts, config.dim
         width, init = options.hidden_dim, normal(config.init_std)
-        self.router = params('router', (dim, experts), ('embed', 'experts'), init)
-        self.w_gate = params('w_gate', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
-        self.w_up = params('w_up', (experts, dim, width), ('experts', 'embed', 'mlp'), init)
+        self.router = params('router', (dim, count), ('embed', 'experts'), init)
+        self.w_gate = params('w_gate', (count, dim, width), ('experts', 'embed', 'mlp'), init)
+        self.w_up = params('w_up', (count, dim, width), ('experts', 'embed', 'mlp'), init)
         self.w_down = params(
             'w_down',
-            (experts, width, dim),
+            (count, width, dim),
             ('experts', 'mlp', 'embed'),
             normal(output_std(config.init_std, num_layers)),
         )
         if options.balance == 'bias':
-            self.router_bias = Buffer(jnp.zeros((experts,)), logical_axes=('experts',))
+            self.router_bias = Buffer(jnp.zeros((count,)), logical_axes=('experts',))
 
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
@@ -117,18 +119,18 @@ class MoE(Layer):
         chosen = by_parts(best, {'scores': jax.lax.stop_gradient(scores)}, {'scores': 'b t e'}, 'b t k', TOKENS)
         if options.renormalize:
             # p / sum(p) of the chosen, from their logits: the p may all be 0 in float32 where the bias has chosen.
-            weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1), axis=-1)
+            weights = jax.nn.softmax(_of_chosen(logits, chosen), axis=-1)
         else:
-            weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
+            weights = _of_chosen(probabilities, chosen)
         weights = jnp.where(context.mask[..., None], weights, 0)
 
         tokens = x.shape[0] * x.shape[1]
         dense = options.implementation == 'dense' or (not options.implementation and tokens <= DENSE_TOKENS)
-        experts = {name: getattr(self, name).astype(x.dtype) for name in ('w_gate', 'w_up', 'w_down')}
+        matrices = {name: getattr(self, name).astype(x.dtype) for name in ('w_gate', 'w_up', 'w_down')}
         if dense:
-            y = self._dense(x, chosen, weights, **experts)
+            y = self._dense(x, chosen, weights, **matrices)
         else:
-            arrays = {'x': x, 'chosen': chosen, 'weights': weights, 'mask': context.mask} | experts
+            arrays = {'x': x, 'chosen': chosen, 'weights': weights, 'mask': context.mask} | matrices
             y = by_parts(self._grouped, arrays, DIMS, 'b t d', TOKENS)
         return y, state, self._aux(logits, probabilities, chosen, context)
 
@@ -159,17 +161,14 @@ class MoE(Layer):
     ) -> Float[Array, 'b t d']:
         """Sorts (token, choice) pairs by expert and multiplies each group by its expert; padding sorts last."""
         batch, length, dim = x.shape
-        experts, k = self.options.num_experts, self.options.top_k
-        owner = jnp.where(mask[..., None], chosen, experts).reshape(-1)
-        order = jnp.argsort(owner, stable=True)
-        product = functools.partial(
-            grouped_matmul, group_sizes=jnp.bincount(owner, length=experts), block=self.options.group_block
-        )
-        rows = x.reshape(-1, dim)[order // k]
-        rows = product(jax.nn.silu(product(rows, w_gate)) * product(rows, w_up), w_down)
-        rows = rows * weights.reshape(-1)[order].astype(x.dtype)[:, None]
-        # A gather undoes the sort, so that each token's choices are added in a fixed order.
-        return rows[jnp.argsort(order)].reshape(batch, length, k, dim).sum(axis=2)
+        owner = jnp.where(mask[..., None], chosen, self.options.num_experts)
+        order = experts.order(owner.reshape(batch * length, -1), self.options.num_experts)
+        product = functools.partial(grouped_matmul, group_sizes=order.group_sizes, block=self.options.group_block)
+        rows = experts.dispatch(x.reshape(-1, dim), order)
+        # One product for both: XLA writes them side by side as it converts them.
+        gate, up = jnp.split(product(rows, jnp.concatenate([w_gate, w_up], axis=-1)), 2, axis=-1)
+        rows = product(jax.nn.silu(gate) * up, w_down)
+        return experts.combine(rows, weights.reshape(batch * length, -1), order).reshape(x.shape)
 
     def _aux(
         self,
@@ -183,9 +182,9 @@ class MoE(Layer):
         Balance loss: E sum_i f_i p_i with f_i the share of (token, choice) pairs that went to expert i and p_i its mean
         probability; it is 1 when balanced, E / top_k when collapsed. z-loss: mean of logsumexp(logits)^2.
         """
-        experts, mask = self.options.num_experts, context.mask[..., None]
+        num_experts, mask = self.options.num_experts, context.mask[..., None]
         count = jnp.maximum(context.mask.sum(), 1)
-        picks = jax.nn.one_hot(chosen, experts, dtype=probabilities.dtype).sum(axis=2)
+        picks = jax.nn.one_hot(chosen, num_experts, dtype=probabilities.dtype).sum(axis=2)
         routed = jnp.sum(jnp.where(mask, picks, 0), axis=(0, 1))
         pairs = count * self.options.top_k
         load = routed / pairs
@@ -197,7 +196,7 @@ class MoE(Layer):
             'moe_dropped': 1 - routed.sum() / pairs,  # share of the pairs that no expert took
         }
         options = self.options
-        balance = experts * jnp.sum(jax.lax.stop_gradient(load) * mean)
+        balance = num_experts * jnp.sum(jax.lax.stop_gradient(load) * mean)
         router_z = masked_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, context)
         losses = {
             'balance': Loss(balance, options.balance_coef if options.balance == 'loss' else 0.0),
@@ -212,3 +211,9 @@ class MoE(Layer):
         load = stats['moe_load']
         step = self.options.bias_rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
         return {**buffers, 'router_bias': buffers['router_bias'] + step}
+
+
+def _of_chosen(values: Float[Array, 'b t e'], chosen: Int[Array, 'b t k']) -> Float[Array, 'b t k']:
+    """The chosen experts' values: by a mask, for the gradient of indexing is a scatter."""
+    is_chosen = chosen[..., None] == jnp.arange(values.shape[-1])
+    return jnp.sum(jnp.where(is_chosen, values[..., None, :], 0), axis=-1)

@@ -221,17 +221,17 @@ def _part(array: Any, box: Box) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------- tiles
-def slots(size: int, fetched: Mapping[str, tuple[Sequence[int], Any]], count: int = 2, engine: bool = True) -> dict:
+def slots(size: int, fetched: Mapping[str, tuple[Sequence[int], Any]], flying: int = 2, engine: bool = True) -> dict:
     """Scratch for tiles of time in flight: `name_` in shared memory for each array that is fetched, and a barrier.
 
     Args:
       size: tokens of a tile.
       fetched: by name, what a block takes of a token: shape and type.
-      count: tiles in flight.
+      flying: tiles in flight.
       engine: whether the copy engine fetches; plain asynchronous copies need no barrier, `arrived`.
     """
-    places = {f'{name}_': plgpu.SMEM((count, size, *shape), dtype) for name, (shape, dtype) in fetched.items()}
-    barrier = {'arrived': plgpu.Barrier(num_arrivals=len(places), num_barriers=count)} if engine else {}
+    places = {f'{name}_': plgpu.SMEM((flying, size, *shape), dtype) for name, (shape, dtype) in fetched.items()}
+    barrier = {'arrived': plgpu.Barrier(num_arrivals=len(places), num_barriers=flying)} if engine else {}
     return places | barrier
 
 
@@ -313,7 +313,12 @@ class Tiles:
         """After `begin`, `process(tile, slot, carry)` of every tile in turn, from the first or from the last.
 
         Results in shared memory, if there are any, must have a place of their own in every slot.
+
+        Raises:
+          ValueError: there is one slot, which is being processed while the next tile would come.
         """
+        if self.slots < 2:
+            raise ValueError('tiles that are fetched ahead need two slots')
 
         def one(k: Any, carry: Any) -> Any:
             index, slot = self.count - 1 - k if reverse else k, lax.rem(k, self.slots)
@@ -371,6 +376,8 @@ def launch(
       interpret: parameters of Mosaic's interpreter, to run on a CPU; None compiles.
     """
     names = (*inputs, *outputs, *scratch)
+    if len(set(names)) < len(names):
+        raise ValueError(f'{name} has two arrays of one name among {", ".join(names)}')
     kernel = plgpu.kernel(
         lambda *refs: body(SimpleNamespace(**dict(zip(names, refs, strict=True)))),
         out_type=tuple(outputs.values()),

@@ -147,7 +147,7 @@ def _run(name, body, inputs, outputs, fetched, staged, tile, interpret):
     block = lambda array: ((HEADS, *array.shape[3:]), jnp.float32)  # what it takes of a token
     scratch = mosaic.slots(tile, {name: block(inputs[name]) for name in fetched})
     results = {f'{name}_': plgpu.SMEM((tile, HEADS, *shape), jnp.float32) for name, shape in staged.items()}
-    barrier = {'arrived': scratch.pop('arrived')}
+    barrier = {'arrived': scratch.pop('arrived')}  # behind all memory
 
     def with_tiles(ref):
         row, part = lax.axis_index('batch'), Span(Index(lax.axis_index('heads')) * HEADS, HEADS)

@@ -34,12 +34,12 @@ def devices(target: str, hosts: int = 1, devices_per_host: int = 1) -> list[Any]
     return found
 
 
-def compile_for(device: Any, function: Any, *args: Any, **jit_options: Any) -> Any:
-    """Compiles a function for an absent device and abstract arguments; returns JAX's ``Compiled``.
+def lower_for(device: Any, function: Any, *args: Any, **jit_options: Any) -> Any:
+    """Lowers a function for an absent device and abstract arguments; returns JAX's ``Lowered``.
 
     Args:
       device: from `devices`; arguments without a sharding are placed on it.
-      function: to be traced and compiled.
+      function: to be traced.
       args: trees of arrays or ``jax.ShapeDtypeStruct``.
       jit_options: for `jax.jit`.
     """
@@ -51,7 +51,13 @@ def compile_for(device: Any, function: Any, *args: Any, **jit_options: Any) -> A
     args = jax.tree.map(abstract, args)
     # Kernels ask the default device for its architecture.
     with jax.default_device(device):
-        compiled = jax.jit(function, **jit_options).trace(*args).lower(lowering_platforms=('cuda',)).compile()
+        return jax.jit(function, **jit_options).trace(*args).lower(lowering_platforms=('cuda',))
+
+
+def compile_for(device: Any, function: Any, *args: Any, **jit_options: Any) -> Any:
+    """Compiles what `lower_for` lowers; returns JAX's ``Compiled``."""
+    with jax.default_device(device):
+        compiled = lower_for(device, function, *args, **jit_options).compile()
     kind = type(compiled.runtime_executable()).__name__
     assert kind == 'Executable', f'compiled for the CPU instead ({kind}): an argument lacks a sharding'
     return compiled

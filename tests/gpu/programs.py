@@ -8,8 +8,8 @@ leave every program as it was, and a GPU would run the same instructions. Where 
 
 The second compiles every case again, for an H100 that is absent, and gives the new sources' hash to the cards of those
 variants all of whose programs are the same: the PTX, the host's code that launches it (grid, shared memory, tensor
-maps), and XLA's operations around it. The card keeps the hash of the sources that a GPU ran. What no case covers, such
-as which calls a kernel refuses, is for the other tests.
+maps), and the operations around it, as they are handed to XLA. The card keeps the hash of the sources that a GPU ran.
+What no case covers, such as which calls a kernel refuses, is for the other tests.
 """
 
 import argparse
@@ -23,49 +23,71 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kernels_pallas import cards
+from mixcon_jax.planning.hardware import TARGETS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TARGET = 'h100'
+REFUSED = 'refused'
 LAST = 'GpuAssemblyToBinaryPass'  # before it a module holds the PTX as text, and the host's code
+STRING = r'"(?:[^"\\]|\\.)*"'
 REGISTER = r'%(?:p|r|rd|rs|f|fd|h)\d+\b'
+SOURCE = rf'(?:{REGISTER}|%(?:tid|ctaid|ntid|nctaid)\.[xyz]|%laneid|[-\w.]+)'
 COMPUTES = re.compile(  # an instruction that writes one register and does nothing else
-    r'(?:mov|cvta?|add|sub|mul|mad|fma|shl|shr|and|or|xor|not|neg|abs|min|max|setp|selp|ex2|lg2|rcp|div|rem|prmt|lop3|'
-    rf'bfe|shf|ld\.param)\.[\w.:]+ {REGISTER}, [^;]*;'
+    r'(?:(?:mov|cvta?|add|sub|mul|mad|fma|shl|shr|and|or|xor|not|neg|abs|min|max|setp|selp|ex2|lg2|rcp|div|rem|prmt|lop3|'
+    rf'bfe|shf)(?!\S*\.cc)\.[\w.:]+ {REGISTER}(?:, {SOURCE})+'
+    rf'|ld\.param[\w.:]* {REGISTER}, \[\w+_param_\d+(?:\+\d+)?\]);'
+).fullmatch
+LINE = re.compile(  # what a line of a program may be: a brace, a label, a directive, or one instruction
+    r'[(){}]+|[$\w]+:|\.[^;]*;?|(?:@!?[%\w]+ )?[a-z][\w.:]*(?: (?:[^;{}]|\{[^{};]*\})*)?;'
 ).fullmatch
 
 
-def compiled(kernel: str) -> dict[str, dict[str, str]]:
-    """A digest of what each case of a kernel is compiled to, by variant and case; Mosaic must be asked to dump."""
+class NotUnderstood(ValueError):
+    """A program has something that this module does not know how to compare."""
+
+
+def compiled(kernel: str, index: int) -> str:
+    """A digest of what a case of a kernel is compiled to; this process must dump, and have compiled nothing else.
+
+    Raises:
+      NotUnderstood: the programs cannot be told.
+    """
     import jax
 
     from kernels_pallas import cases
     from mixcon_jax.planning import compiling
 
-    device = compiling.devices(TARGET)[0]
-    folder = pathlib.Path(os.environ['MOSAIC_GPU_DUMP_TO'])
-    found: dict[str, dict[str, str]] = {}
-    for case in cases.of(kernel)[0]:
+    device, case = compiling.devices(TARGET)[0], cases.of(kernel)[0][index]
 
-        def graded(arrays: Any, cotangents: Any, case: Any = case) -> Any:
-            outputs, pull = jax.vjp(lambda arrays: case.kernel(arrays, None), arrays)
-            return outputs, pull(cotangents)[0]
+    def graded(arrays: Any, cotangents: Any) -> Any:
+        outputs, pull = jax.vjp(lambda arrays: case.kernel(arrays, None), arrays)
+        return outputs, pull(cotangents)[0]
 
-        for dump in folder.iterdir():
-            dump.unlink()
-        jax.clear_caches()
-        arrays = jax.eval_shape(case.draw)
-        with jax.default_device(device):
-            refusal = case.refusal()
-            outputs = None if refusal else jax.eval_shape(lambda arrays, case=case: case.kernel(arrays, None), arrays)
-        text = f'refused: {refusal}'
-        if outputs is not None:
-            program = compiling.compile_for(device, graded, arrays, outputs)
-            text = '\n'.join([*_programs(folder), _around(program.as_text())])
-        found.setdefault(case.variant, {})[case.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return found
+    arrays = jax.eval_shape(case.draw)
+    with jax.default_device(device):
+        if refusal := case.refusal():
+            return f'{REFUSED}: {refusal}'
+        outputs = jax.eval_shape(lambda arrays: case.kernel(arrays, None), arrays)
+    around, count = _around(compiling.lower_for(device, graded, arrays, outputs).as_text())
+    compiling.compile_for(device, graded, arrays, outputs)
+    programs = _programs(pathlib.Path(os.environ['MOSAIC_GPU_DUMP_TO']))
+    if len(programs) != count or not count:
+        raise NotUnderstood(f'{kernel} {case.name} calls {count} kernels, and {len(programs)} were dumped')
+    return hashlib.sha256('\n'.join([*programs, around]).encode()).hexdigest()[:16]
+
+
+def _around(text: str) -> tuple[str, int]:
+    """The operations that are handed to XLA, in which each kernel is a number, and how many kernels there are."""
+    kernels: dict[str, int] = {}
+    numbered = lambda found: f'kernel = {kernels.setdefault(found[1], len(kernels))}'
+    text = re.sub(rf'kernel_hash = ({STRING}), module = {STRING}', numbered, text)
+    if len(re.findall(r'@mosaic_gpu', text)) != len(re.findall(r'\bkernel = \d+', text)):
+        raise NotUnderstood('a Mosaic call of another form')
+    return text, len(kernels)
 
 
 def _programs(folder: pathlib.Path) -> list[str]:
@@ -75,15 +97,17 @@ def _programs(folder: pathlib.Path) -> list[str]:
 
 
 def _module(log: str) -> str:
-    (module,) = re.findall(rf'IR Dump Before {LAST}: .*?\n(.*?)(?=\n// -----// IR Dump|\Z)', log, re.DOTALL)
-    module = re.sub(r'^#loc.*\n', '', module, flags=re.MULTILINE)
-    module = re.sub(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)', '', module)
-    module = re.sub(r'mosaic_gpu\.dump_basename = "[^"]*"', '', module)
-    return re.sub(
-        r'assembly = "((?:[^"\\]|\\.)*)"',
-        lambda found: _ptx(found[1].replace(r'\0A', '\n').replace(r'\09', '\t')),
-        module,
-    )
+    found = re.findall(rf'IR Dump Before {LAST}: .*?\n(.*?)(?=\n// -----// IR Dump|\Z)', log, re.DOTALL)
+    if len(found) != 1:
+        raise NotUnderstood(f'{len(found)} dumps before {LAST}')
+    module = re.sub(r'^#loc.*\n', '', found[0], flags=re.MULTILINE)
+    module = re.sub(rf' loc\((?:[^()"]|{STRING}|\((?:[^()"]|{STRING})*\))*\)', '', module)
+    module = re.sub(rf'mosaic_gpu\.dump_basename = {STRING}', '', module)
+    unescaped = lambda text: text.replace(r'\0A', '\n').replace(r'\09', '\t')
+    module, programs = re.subn(rf'assembly = ({STRING})', lambda found: _ptx(unescaped(found[1][1:-1])), module)
+    if programs != 1:
+        raise NotUnderstood(f'{programs} programs in a module')
+    return module
 
 
 def _ptx(text: str) -> str:
@@ -92,10 +116,18 @@ def _ptx(text: str) -> str:
     What is left, in its order, are the instructions that do something: branches, barriers, memory, exchanges between
     threads, and writes to a register that has several. In place of any other register stands what it is computed from;
     of a register that has several writes, also which is the last above, and in which block that is read.
+
+    Raises:
+      NotUnderstood: a line is more than one instruction, or none that is known.
     """
-    idle = r'//.*|\.(?:loc|file|reg)\b.*|\$L__(?:tmp|func_begin|func_end)\w*:'
-    lines = [' '.join(line.split()) for line in text.partition('\t.section')[0].splitlines()]
-    lines = [line for line in lines if line and not re.fullmatch(idle, line)]
+    text, *sections = re.split(r'^\s*\.section\s+', text, flags=re.MULTILINE)
+    if other := [section for section in sections if not section.startswith('.debug')]:
+        raise NotUnderstood(f'a section {other[0].split()[0]}')
+    lines = [' '.join(line.partition('//')[0].split()) for line in text.splitlines()]
+    if strange := [line for line in lines if line and not LINE(line)]:
+        raise NotUnderstood(f'the line {strange[0]!r}')
+    idle = re.compile(r'(?:\.(?:loc|file)\b.*|\.reg [^;]*;|\$L__(?:tmp|func_begin|func_end)\w*:)?').fullmatch
+    lines = [line for line in lines if not idle(line)]
     writes = Counter(register for line in lines for register in _written(line))
     acting: list[str] = []
     computed: dict[str, tuple[str, str]] = {}  # operation and operands, by the register that they give
@@ -106,10 +138,9 @@ def _ptx(text: str) -> str:
         block += line.endswith(':')
         if COMPUTES(line) and writes[written[0]] == 1:
             operation, _, operands = line.partition(f' {written[0]}, ')
-            when = lambda found, block=block: (
-                f'{found[0]}@{seen[found[0]]}.{block}' if writes[found[0]] > 1 else found[0]
-            )
-            computed[written[0]] = operation, re.sub(REGISTER, when, operands)
+            several = {register for register in re.findall(REGISTER, operands) if writes[register] > 1}
+            state = [f'{register} {seen[register]} {block}' for register in sorted(several)]
+            computed[written[0]] = operation, ' '.join([operands, *state])
         else:
             acting.append(line)
             seen.update(written)
@@ -133,34 +164,36 @@ def _ptx(text: str) -> str:
 
 def _written(line: str) -> list[str]:
     """The registers that an instruction may write: those of its first operand."""
-    operand = re.match(rf'(?:@!?{REGISTER} )?[a-z][\w.:]* (\{{[^}}]*\}}|[^,;\[]+)', line)
+    operand = re.match(r'(?:@!?[%\w]+ )?[a-z][\w.:]* (\{[^}]*\}|[^,;\[]+)', line)
     return re.findall(REGISTER, operand[1]) if operand else []
 
 
-def _around(text: str) -> str:
-    """XLA's operations, without where in our sources they come from and without the kernels' own text."""
-    body = re.search(r'^(%|ENTRY)', text, re.MULTILINE)
-    text = text[body.start() :] if body else text
-    text = re.sub(r', metadata=\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}', '', text)
-    return re.sub(r'(custom_call_target="mosaic_gpu\w*".*), backend_config=.*', r'\1', text)
-
-
 # ---------------------------------------------------------------------------------------------------- all kernels
-def digests(kernels: list[str]) -> dict[str, Any]:
-    """`compiled` of every kernel, each in a process of its own, with what it depends on."""
+def digests(kernels: list[str], jobs: int) -> dict[str, Any]:
+    """`compiled` of every case of these kernels, each in a process of its own, with what it depends on."""
     import jax
 
-    found = {}
-    for kernel in kernels:
-        print(f'compiling the cases of {kernel}', file=sys.stderr, flush=True)
+    from kernels_pallas import cases
+
+    def one(work: tuple[str, int, Any]) -> str:
+        kernel, index, case = work
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {
                 'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false', cards.TRUST: '1',
                 'MOSAIC_GPU_DUMP_TO': folder, 'MOSAIC_GPU_DUMP_PTX': '1',
             }  # fmt: skip
-            command = [sys.executable, '-m', 'tests.gpu.programs', '--kernel', kernel]
-            done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        found[kernel] = {'sources': cards.source_hash(kernel), 'variants': json.loads(done.stdout)}
+            command = [sys.executable, '-m', 'tests.gpu.programs', '--case', f'{kernel}:{index}']
+            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f'{kernel} {case.name}: {done.stderr[-2000:]}')
+        print(f'{kernel} {case.variant} {case.name}', file=sys.stderr, flush=True)
+        return done.stdout.splitlines()[-1]
+
+    work = [(kernel, index, case) for kernel in kernels for index, case in enumerate(cases.of(kernel)[0])]
+    found: dict[str, Any] = {kernel: {'sources': cards.source_hash(kernel), 'variants': {}} for kernel in kernels}
+    with ThreadPoolExecutor(jobs) as pool:
+        for (kernel, _, case), digest in zip(work, pool.map(one, work)):
+            found[kernel]['variants'].setdefault(case.variant, {})[case.name] = digest
     return {'jax': jax.__version__, 'target': TARGET, 'kernels': found}
 
 
@@ -174,6 +207,8 @@ def carry(before: dict[str, Any], now: dict[str, Any], card: cards.Card) -> tupl
     was, is_now = (found['kernels'].get(card.kernel) for found in (before, now))
     if was is None or is_now is None:
         return card, f'{name}: not compiled'
+    if card.compute_capability != '.'.join(map(str, TARGETS[now['target']].capability)):
+        return card, f'{name}: of compute capability {card.compute_capability}, which is not that of {now["target"]}'
     if card.sources == is_now['sources']:
         return card, f'{name}: its sources are as they were'
     if card.sources != was['sources']:
@@ -183,6 +218,8 @@ def carry(before: dict[str, Any], now: dict[str, Any], card: cards.Card) -> tupl
     old, new = (found['variants'].get(card.variant, {}) for found in (was, is_now))
     if not old or old.keys() != new.keys():
         return card, f'{name}: other cases than before'
+    if refused := [case for case, digest in new.items() if digest.startswith(REFUSED)]:
+        return card, f'{name}: {refused[0]} is refused'
     if changed := [case for case in old if old[case] != new[case]]:
         return card, f'{name}: another program for {len(changed)} of {len(old)} cases, the first {changed[0]}'
     ran = card.ran or card.sources
@@ -194,16 +231,18 @@ def main(arguments: list[str]) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--out', type=pathlib.Path, help='write the digests of all programs here')
     what.add_argument('--carry', type=pathlib.Path, help='compare with these, and carry the cards whose are the same')
-    what.add_argument('--kernel', help='what it starts a process for: print the digests of one kernel')
+    what.add_argument('--case', help='what it starts a process for: print the digest of KERNEL:NUMBER')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, help='processes at once: %(default)s')
     options = parser.parse_args(arguments)
-    if options.kernel:
-        print(json.dumps(compiled(options.kernel)))
+    if options.case:
+        kernel, _, index = options.case.partition(':')
+        print(compiled(kernel, int(index)))
         return 0
     if options.out:
-        options.out.write_text(json.dumps(digests(cards.kernels()), indent=1))
+        options.out.write_text(json.dumps(digests(cards.kernels(), options.jobs), indent=1))
         return 0
     before, stale = json.loads(options.carry.read_text()), 0
-    now = digests(cards.kernels())
+    now = digests(cards.kernels(), options.jobs)
     for kernel in cards.kernels():
         found = [carry(before, now, card) for card in cards.shipped(kernel)]
         for card, words in found:

@@ -20,7 +20,7 @@ def attention(
     q_offset: int | Int[Array, ''] = 0,
     scale: float | None = None,
     implementation: str | None = None,
-    block_size: int = 256,
+    block_size: int | None = None,
 ) -> Float[Array, 'b t h d']:
     """Causal softmax attention: query t sees keys `s <= q_offset + t` of its own segment.
 
@@ -36,7 +36,8 @@ def attention(
       scale: of the scores; 1/sqrt(d) if None.
       implementation: None picks for the shapes; 'reference' (dense), 'blockwise' (memory linear in T and S, both
         ways) or 'one_query' (T = 1, as in decoding).
-      block_size: queries and keys a tile of 'blockwise'.
+      block_size: queries and keys a tile of 'blockwise'; None for what suits the platform, up to 1024 on GPUs and 256
+        elsewhere.
 
     Returns:
       [B, T, H, d] in q's type.
@@ -45,7 +46,7 @@ def attention(
       ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
     """
     segment_ids, kv_segment_ids = _segments(sizes(attention, locals(), WORDS), segment_ids, kv_segment_ids)
-    if block_size < 1:
+    if block_size is not None and block_size < 1:
         raise ValueError(f'attention: block_size must be at least 1, got {block_size}')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = q, k, v, segment_ids, kv_segment_ids, q_offset, scale

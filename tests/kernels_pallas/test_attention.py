@@ -270,7 +270,8 @@ def test_memory_is_linear_in_the_length():
 def test_errors_name_the_argument():
     attend = inspect.unwrap(attention)  # below the tests' own check of annotations
     q, k, v = draw(0, 3, 5)
-    with pytest.raises(ValueError, match="no implementation 'flash'; available here: one_query, blockwise, reference"):
+    known = 'one_query, tokamax, blockwise, reference'
+    with pytest.raises(ValueError, match=f"no implementation 'flash'; available here: {known}"):
         attend(q, k, v, implementation='flash')
     with pytest.raises(ValueError, match=r"'one_query' takes one query a row, q has shape \(2, 3,"):
         attend(q, k, v, implementation='one_query')

@@ -59,7 +59,7 @@ class MoE(Layer):
                 'Expert products: "" picks; dense runs every expert, grouped sorts tokens.',
                 one_of('', 'dense', 'grouped'),
             ),
-            'group_block': Option(128, 'Rows a block of the grouped product.', POSITIVE),
+            'group_block': Option(0, 'Rows a block of the portable grouped product; 0 picks for the platform.', COUNT),
         }
     }
     STATISTICS = {
@@ -163,7 +163,7 @@ class MoE(Layer):
         owner = jnp.where(mask[..., None], chosen, experts).reshape(-1)
         order = jnp.argsort(owner, stable=True)
         product = functools.partial(
-            grouped_matmul, group_sizes=jnp.bincount(owner, length=experts), block=self.options.group_block
+            grouped_matmul, group_sizes=jnp.bincount(owner, length=experts), block=self.options.group_block or None
         )
         rows = x.reshape(-1, dim)[order // k]
         rows = product(jax.nn.silu(product(rows, w_gate)) * product(rows, w_up), w_down)

@@ -4,6 +4,7 @@ A kernel's cards lie beside its sources, in `<kernel>/verified.json`, one for ea
 `python -m tests.gpu.accept`. What `python -m kernels_pallas.verify` finds on the user's own GPU goes into a folder of
 local cards and counts the same. A card covers a kernel while the hash of its sources stands: a line changed in any file
 that the kernel is built from makes the card stale. Comments, the text of docstrings and layout are not in the hash.
+Of a kernel that is a library's, the sources are those of the adapter, and the library's version is a line of them.
 """
 
 import ast
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import jax
 
 PACKAGE = pathlib.Path(__file__).parent
-FILE = 'verified.json'
+FILE, ADAPTER = 'verified.json', 'tokamax.py'
 VERIFIED = 'verified'
 COMMAND = 'python -m kernels_pallas.verify'
 TRUST, FOLDER = 'MIXCON_TRUST_UNVERIFIED', 'MIXCON_CARDS'  # environment variables
@@ -86,14 +87,16 @@ class Card:
 
 # -------------------------------------------------------------------------------------------------------- sources
 def kernels() -> list[str]:
-    """The kernels that have GPU sources, by name."""
-    return sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.glob('*/mosaic_gpu*')})
+    """The kernels that have GPU sources, our own or an adapter to a library's, by name."""
+    found = (path for pattern in ('*/mosaic_gpu*', f'*/{ADAPTER}') for path in PACKAGE.glob(pattern))
+    return sorted({path.relative_to(PACKAGE).parts[0] for path in found})
 
 
 @functools.cache
 def sources(kernel: str) -> tuple[pathlib.Path, ...]:
-    """The files that a kernel is built from: its own `mosaic_gpu`, and what that imports of this package."""
-    own = [*PACKAGE.glob(f'{kernel}/mosaic_gpu.py'), *PACKAGE.glob(f'{kernel}/mosaic_gpu/*.py')]
+    """The files that a kernel is built from: its `mosaic_gpu` or adapter, and what those import of this package."""
+    patterns = 'mosaic_gpu.py', 'mosaic_gpu/*.py', ADAPTER
+    own = [path for pattern in patterns for path in PACKAGE.glob(f'{kernel}/{pattern}')]
     found: dict[pathlib.Path, None] = {}
     waiting = sorted(own)
     while waiting:

@@ -9,14 +9,15 @@ import types
 import jax
 import pytest
 
-from kernels_pallas import cards, platform, verify
+from kernels_pallas import cards, platform, tokamax, verify
 from mixcon_jax import doctor
 from mixcon_jax.errors import UserError
 
 
 @pytest.fixture
 def hopper(monkeypatch, tmp_path):
-    """A GPU, and no card of any kernel."""
+    """A GPU, no card of any kernel, and no library of kernels."""
+    monkeypatch.setattr(tokamax, '_missing', lambda module: 'tokamax is not installed')
     monkeypatch.setattr(platform, 'platform', lambda: 'gpu')
     monkeypatch.setattr(platform, 'compute_capability', lambda: (9, 0))
     monkeypatch.setattr(platform, 'device', lambda: types.SimpleNamespace(device_kind='NVIDIA H100'))
@@ -70,7 +71,10 @@ def test_a_jax_that_does_not_start_is_said_in_a_line(monkeypatch):
 
 
 def test_kernels_that_do_not_run_are_listed_with_the_reason(hopper, monkeypatch):
-    assert all('by XLA: no GPU of compute capability 9.x has verified' in line for line in doctor.kernels())
+    library = [line for line in doctor.kernels() if ' attention ' in line or ' grouped_matmul ' in line]
+    ours = [line for line in doctor.kernels() if line not in library]
+    assert library and all('by XLA: tokamax is not installed' in line for line in library)
+    assert ours and all('by XLA: no GPU of compute capability 9.x has verified' in line for line in ours)
     sample = cards.Card('', '', cards.VERIFIED, 'NVIDIA H100', '9.0', '', jax.__version__, '', '', '', '')
     good = dataclasses.replace(
         sample, kernel='causal_conv1d', variant='silu', sources=cards.source_hash('causal_conv1d')

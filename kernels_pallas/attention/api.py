@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import one_query, reference, xla
+from kernels_pallas.attention import one_query, reference, tokamax, xla
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
 
@@ -20,7 +20,7 @@ def attention(
     q_offset: int | Int[Array, ''] = 0,
     scale: float | None = None,
     implementation: str | None = None,
-    block_size: int = 256,
+    block_size: int | None = None,
 ) -> Float[Array, 'b t h d']:
     """Causal softmax attention: query t sees keys `s <= q_offset + t` of its own segment.
 
@@ -30,27 +30,39 @@ def attention(
       q: queries [B, T, H, d]; k, v: keys and values [B, S, K, d] with K a divisor of H: query heads
         `i * H/K ... (i+1) * H/K - 1` share key head i, which is never repeated in memory.
       segment_ids: [B, T] document of each query, 0 for padding; a query sees only keys of the same non-zero segment,
-        and one that sees no key gives 0.
+        and one that sees no key gives 0. Where 'tokamax' runs, a document's tokens must lie side by side.
       kv_segment_ids: [B, S] document of each key; segment_ids if None, which needs S = T.
       q_offset: index of the first query among the keys (how much a cache already holds); may be traced.
       scale: of the scores; 1/sqrt(d) if None.
-      implementation: None picks for the shapes; 'reference' (dense), 'blockwise' (memory linear in T and S, both
-        ways) or 'one_query' (T = 1, as in decoding).
-      block_size: queries and keys a tile of 'blockwise'.
+      implementation: None picks for the platform and the shapes: 'one_query' (T = 1, as in decoding); 'tokamax' (that
+        library's flash attention, of a sequence to itself, bfloat16, heads of 64 or 128) on NVIDIA GPUs of compute
+        capability 9.x that have verified it; 'blockwise' (memory linear in T and S, both ways) elsewhere. 'reference'
+        is dense.
+      block_size: queries and keys a tile of 'blockwise'; None for what suits the platform, up to 1024 on GPUs and 256
+        elsewhere.
 
     Returns:
       [B, T, H, d] in q's type.
 
     Raises:
-      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
+      ValueError: a shape that does not fit, naming the argument, an implementation that does not exist, or one that
+        cannot run here.
     """
+    own_segments = kv_segment_ids is not None
     segment_ids, kv_segment_ids = _segments(sizes(attention, locals(), WORDS), segment_ids, kv_segment_ids)
-    if block_size < 1:
+    if block_size is not None and block_size < 1:
         raise ValueError(f'attention: block_size must be at least 1, got {block_size}')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = q, k, v, segment_ids, kv_segment_ids, q_offset, scale
     candidates = (
         Candidate('one_query', lambda: one_query.attention(*arguments), lambda: _several_queries(q)),
+        Candidate(
+            'tokamax',
+            lambda: tokamax.attention(q, k, v, segment_ids, scale),
+            lambda: tokamax.unsupported(q, k, v, own_segments, q_offset),
+            lambda: tokamax.variants(q.shape[-1], segment_ids is not None),
+            silent=tokamax.cached(q, k, own_segments, q_offset),
+        ),
         Candidate('blockwise', lambda: xla.attention(*arguments, block_size)),
         Candidate('reference', lambda: reference.attention(*arguments), by_name=True),
     )

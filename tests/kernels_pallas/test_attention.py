@@ -1,13 +1,16 @@
 """Attention: the other forms equal dense softmax attention, in float64, for any lengths, documents and caches."""
 
 import inspect
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.attention import attention
+from kernels_pallas import platform
+from kernels_pallas.attention import attention, whole_tiles, xla
 
 WIDTH = 8
 TOLERANCE = {'rtol': 1e-11, 'atol': 1e-12}
@@ -137,6 +140,113 @@ def test_blocks_above_the_diagonal_are_not_visited():
     assert bool(jnp.isfinite(out[:, :24]).all()) and bool(jnp.isnan(out[:, 24:]).all())
 
 
+@pytest.fixture(params=['cpu', 'gpu'])
+def on(request, monkeypatch):
+    """Traced as for that platform; what runs is the CPU."""
+    monkeypatch.setattr(platform, 'platform', lambda: request.param)
+    return request.param
+
+
+def rows(length, *sizes, batch=1):
+    """Segment ids of rows of documents of these sizes over and over, the last cut off."""
+    ids = np.repeat(np.arange(1, 2 + length // min(sizes)), np.resize(sizes, 1 + length // min(sizes)))
+    return jnp.asarray(np.tile(ids[:length], (batch, 1)), jnp.int32)
+
+
+@pytest.mark.parametrize('sizes', [(7,), (64,), (3, 40, 1)], ids=str)
+def test_packed_documents_equal_dense_as_each_platform_goes_through_them(on, sizes):
+    """Rows of the same documents; of others; padding ahead of, between and behind them."""
+    length = 61
+    same = rows(length, *sizes, batch=2)
+    others = jnp.stack([same[0], 1 + jnp.arange(length, dtype=jnp.int32) // 9])
+    padded = jnp.where((jnp.arange(length) < 9) | (jnp.arange(length) // 10 == 3), 0, others)
+    for segment_ids in (same, others, padded):
+        qkv = draw(length, length, length)
+        expected = graded(qkv, segment_ids=segment_ids, implementation='reference')
+        assert_close(graded(qkv, segment_ids=segment_ids, implementation='blockwise', block_size=8), expected)
+
+
+def test_documents_whose_numbers_do_not_rise_see_their_own_keys():
+    """Nor need a document's tokens lie side by side."""
+    qkv = draw(0, 40, 40)
+    segment_ids = jnp.asarray([[3] * 9 + [1] * 12 + [3] * 7 + [2] * 12, [2] * 20 + [1] * 20], jnp.int32)
+    expected = graded(qkv, segment_ids=segment_ids, implementation='reference')
+    assert_close(graded(qkv, segment_ids=segment_ids, implementation='blockwise', block_size=4), expected)
+
+
+def tiles_of(segment_ids, block_size=None, q_offset=0):
+    """How many turns the loop over tiles takes, and how many it would without documents."""
+    q_steps = segment_ids.shape[1] // xla.tile_size(segment_ids.shape[1], block_size)
+    q_block = segment_ids.shape[1] // q_steps
+    static = xla._Static(q_block, q_steps, q_block, q_steps, 1.0, True)
+    blocks = xla._split(segment_ids, q_steps, q_block)
+    return int(xla._plan(static, (blocks, blocks), q_offset).count), q_steps * (q_steps + 1) // 2
+
+
+def test_tiles_of_other_documents_are_not_visited_on_a_cpu():
+    """Rows of 512 tokens a document cost less than a quarter of one document; of no document, nothing."""
+    for sizes in ((512,), (400, 600, 512, 536)):
+        visited, all_of_them = tiles_of(rows(8192, *sizes, batch=2))
+        assert visited <= all_of_them / 4, sizes
+    assert tiles_of(jnp.ones((1, 8192), jnp.int32)) == (528, 528)
+    assert tiles_of(jnp.zeros((1, 8192), jnp.int32))[0] == 0
+    q, k, v = draw(0, 32, 32)
+    segment_ids = rows(32, 8, batch=2)
+    out = attention(q, k.at[:, :8].set(jnp.nan), v.at[:, :8].set(jnp.nan), segment_ids=segment_ids, block_size=8)
+    assert bool(jnp.isfinite(out[:, 8:]).all()) and bool(jnp.isnan(out[:, :8]).all())
+
+
+def loops(length, **options):
+    """The loops of a gradient: 'scan' is of a length that the compiler knows, 'while' of one that it does not."""
+    qkv = draw(0, length, length)
+    gradient = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, **options)), argnums=(0, 1, 2))
+    text = str(jax.make_jaxpr(gradient)(*qkv))
+    return text.count('scan['), text.count('while[')
+
+
+def test_loops_have_lengths_that_a_gpu_knows(on):
+    """Whether another turn comes, a GPU's host would have to ask it for."""
+    packed = {'segment_ids': rows(64, 7, batch=2), 'block_size': 8}
+    assert loops(64, block_size=8) == (2, 0)
+    assert loops(64, **packed) == ((2, 0) if on == 'gpu' else (0, 2))
+    assert loops(64, **packed | {'block_size': 64}) == (0, 0)
+    assert loops(64, block_size=8, q_offset=jnp.int32(0)) == (0, 2)
+
+
+def test_tiles_by_platform(on):
+    """As large as the platform takes well, and sharing the keys evenly; a cache of whole tiles stays as it is."""
+    largest = {'cpu': 256, 'gpu': 1024}[on]
+    assert xla.tile_size(8192) == largest and xla.tile_size(8192, 300) == 300
+    assert [xla.tile_size(n) for n in (1100, 2304)] == {'cpu': [256, 256], 'gpu': [640, 768]}[on]
+    for keys in range(1, 5000, 37):
+        size, whole = xla.tile_size(keys), whole_tiles(keys)
+        assert size <= largest and size % 128 == 0
+        assert keys <= whole < keys + size and (whole == keys or whole % size == 0)
+        assert whole_tiles(whole) == whole
+        assert xla.tile_size(whole) == size or whole <= size
+    assert [whole_tiles(n, 16) for n in (1, 16, 17)] == [1, 16, 32]
+
+
+def test_more_queries_than_32_bits_count():
+    """Shapes alone: a token's place is counted along its row, never through the batch and the heads."""
+    batch, length, heads, width = 64, 65536, 32, 128
+    query = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((batch, length, 4, width), jnp.bfloat16)
+    segment_ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def gradient(q, k, v, segment_ids):
+        loss = lambda *qkv: jnp.sum(attention(*qkv, segment_ids=segment_ids).astype(jnp.float32))
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    found = jax.eval_shape(gradient, query, key, key, segment_ids)
+    assert [x.shape for x in found] == [query.shape, key.shape, key.shape]
+    iotas = re.findall(
+        r'iota\[\s*dimension=\d+\s+dtype=\w+\s+shape=\(([^)]*)\)',
+        str(jax.make_jaxpr(gradient)(query, key, key, segment_ids)),
+    )
+    assert iotas and all(math.prod(int(n) for n in sizes.split(',') if n) <= length for sizes in iotas)
+
+
 def test_bfloat16_is_accumulated_in_float32():
     """At T = 4096: close to the same numbers in float32, and finite gradients."""
     qkv = [x.astype(jnp.bfloat16) for x in draw(0, 4096, 4096, heads=2, kv_heads=1, batch=1)]
@@ -160,7 +270,8 @@ def test_memory_is_linear_in_the_length():
 def test_errors_name_the_argument():
     attend = inspect.unwrap(attention)  # below the tests' own check of annotations
     q, k, v = draw(0, 3, 5)
-    with pytest.raises(ValueError, match="no implementation 'flash'; available here: one_query, blockwise, reference"):
+    known = 'one_query, tokamax, blockwise, reference'
+    with pytest.raises(ValueError, match=f"no implementation 'flash'; available here: {known}"):
         attend(q, k, v, implementation='flash')
     with pytest.raises(ValueError, match=r"'one_query' takes one query a row, q has shape \(2, 3,"):
         attend(q, k, v, implementation='one_query')

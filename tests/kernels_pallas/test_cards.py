@@ -13,7 +13,9 @@ import pytest
 from kernels_pallas import cards, cases, dispatch, platform, verify
 from kernels_pallas.cards import Card
 
-KERNELS = ['adaptive_gain', 'causal_conv1d', 'selective_scan']
+OURS = ['adaptive_gain', 'causal_conv1d', 'selective_scan']
+ADAPTED = ['attention', 'grouped_matmul']  # to a library's kernels
+KERNELS = sorted(OURS + ADAPTED)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,8 @@ def shipped(copy, *made: Card) -> None:
 def test_the_kernels_and_what_they_are_built_from():
     assert cards.kernels() == KERNELS
     names = {k: {path.relative_to(cards.PACKAGE).as_posix() for path in cards.sources(k)} for k in KERNELS}
-    assert all({'mosaic.py', 'platform.py'} <= found for found in names.values())
+    assert all({'mosaic.py', 'platform.py'} <= names[kernel] for kernel in OURS)
+    assert all(names[k] == {'platform.py', 'tokamax.py', f'{k}/tokamax.py'} for k in ADAPTED)
     assert {'selective_scan/mosaic_gpu/backward.py', 'affine.py'} <= names['selective_scan']
     assert names['causal_conv1d'] == {'mosaic.py', 'platform.py', 'causal_conv1d/mosaic_gpu.py'}
     assert 'adaptive_gain/reference.py' in names['adaptive_gain']  # EPS
@@ -77,7 +80,10 @@ def test_the_kernels_and_what_they_are_built_from():
     [
         ('causal_conv1d/mosaic_gpu.py', {'causal_conv1d'}),
         ('selective_scan/mosaic_gpu/tiles.py', {'selective_scan'}),
-        ('mosaic.py', set(KERNELS)),
+        ('mosaic.py', set(OURS)),
+        ('tokamax.py', set(ADAPTED)),
+        ('attention/tokamax.py', {'attention'}),
+        ('platform.py', set(KERNELS)),
         ('selective_scan/xla.py', set()),
     ],
 )

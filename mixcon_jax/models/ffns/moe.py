@@ -61,7 +61,7 @@ class MoE(Layer):
                 'Expert products: "" picks; dense runs every expert, grouped sorts tokens.',
                 one_of('', 'dense', 'grouped'),
             ),
-            'group_block': Option(128, 'Rows a block of the grouped product.', POSITIVE),
+            'group_block': Option(0, 'Rows a block of the portable grouped product; 0 picks for the platform.', COUNT),
         }
     }
     STATISTICS = {
@@ -163,7 +163,8 @@ class MoE(Layer):
         batch, length, dim = x.shape
         owner = jnp.where(mask[..., None], chosen, self.options.num_experts)
         order = experts.order(owner.reshape(batch * length, -1), self.options.num_experts)
-        product = functools.partial(grouped_matmul, group_sizes=order.group_sizes, block=self.options.group_block)
+        block = self.options.group_block or None
+        product = functools.partial(grouped_matmul, group_sizes=order.group_sizes, block=block)
         rows = experts.dispatch(x.reshape(-1, dim), order)
         # One product for both: XLA writes them side by side as it converts them.
         gate, up = jnp.split(product(rows, jnp.concatenate([w_gate, w_up], axis=-1)), 2, axis=-1)

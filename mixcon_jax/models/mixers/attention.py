@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.attention import whole_tiles
 from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -28,7 +29,9 @@ class Attention(Layer):
             ),
             'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
             'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
-            'block_size': Option(256, 'Queries and keys a tile of the portable blockwise attention.', POSITIVE),
+            'block_size': Option(
+                0, 'Queries and keys a tile of the portable blockwise attention; 0 picks for the platform.', COUNT
+            ),
         }
     }
     PUBLISHED = dict.fromkeys(
@@ -54,6 +57,7 @@ class Attention(Layer):
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.attention
         self.head_dim = options.head_dim
+        self.block_size = options.block_size or None
         self.dtype = jnp.dtype(config.dtype)
         q_width, kv_width = options.num_heads * self.head_dim, options.num_kv_heads * self.head_dim
         init = normal(config.init_std)
@@ -65,13 +69,12 @@ class Attention(Layer):
         )
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Returns an empty cache of ``max_len`` tokens a row, rounded up to whole blocks, which need no padding.
+        """Returns an empty cache of ``max_len`` tokens a row, rounded up to whole tiles, which need no padding.
 
         A token's heads lie side by side, [B, max_len, K * d], as decoding reads them: a cache that is reshaped between
         its update and its use is copied by XLA at every token.
         """
-        if max_len > self.options.block_size:
-            max_len = -(-max_len // self.options.block_size) * self.options.block_size
+        max_len = whole_tiles(max_len, self.block_size)
         shape = (batch, max_len, self.options.num_kv_heads * self.head_dim)
         return {
             'k': jnp.zeros(shape, self.dtype),
@@ -90,7 +93,7 @@ class Attention(Layer):
         if self.options.rope:
             q, k = (rotate(value, context.positions, self.options.rope_theta) for value in (q, k))
         if state is None:
-            y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.options.block_size)
+            y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.block_size)
         else:
             start = state['length']
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
@@ -109,7 +112,7 @@ class Attention(Layer):
                 segment_ids=context.segment_ids,
                 kv_segment_ids=state['segment_ids'],
                 q_offset=start,
-                block_size=self.options.block_size,
+                block_size=self.block_size,
             )
         return project(y.reshape(*x.shape[:2], -1).astype(x.dtype), self.o_proj), state, {}
 

@@ -1,0 +1,91 @@
+"""Attention by tokamax's flash attention for Hopper GPUs (Pallas Mosaic): an adapter to its private interface.
+
+What a query sees reaches from its document's first token to itself: of tokamax's masks that is `is_causal` with
+`k_start`, by which its forward pass leaves out the tiles before. Its backward pass visits them, masked. To be called on
+a device's own part, inside `jax.shard_map(..., check_vma=False)`: left to XLA, its inputs are gathered first.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas import tokamax as library
+
+MODULE = 'tokamax._src.ops.attention.pallas_mosaic_gpu_vjp'
+WIDTHS = (64, 128)  # of heads, that cases try
+TILE = 128  # of queries and keys; the library's own padding is not asked for
+
+
+def cached(q: Any, k: Any, own_segments: bool, q_offset: Any) -> bool:
+    """Whether a call is another than that of a sequence to itself from its start: one that reads a cache, say."""
+    return own_segments or k.shape[1] != q.shape[1] or not isinstance(q_offset, int) or q_offset != 0
+
+
+def unsupported(q: Any, k: Any, v: Any, own_segments: bool, q_offset: Any) -> str | None:
+    """Why this cannot take a call on the device that is here, or None.
+
+    Args:
+      q, k, v: as in `api.attention`, or their shapes and types.
+      own_segments: whether keys have segment_ids of their own.
+      q_offset: as in `api.attention`.
+    """
+    if cached(q, k, own_segments, q_offset):
+        return 'it takes a sequence that attends to itself from its start, without kv_segment_ids or a q_offset'
+    for name, value in (('q', q), ('k', k), ('v', v)):
+        if value.dtype != jnp.bfloat16:
+            return f'it takes bfloat16, {name} is {value.dtype.name}'
+    if q.shape[-1] not in WIDTHS:
+        return f'it takes heads of width {" or ".join(map(str, WIDTHS))}, these have {q.shape[-1]}'
+    if q.size >= library.MOST:
+        return f'q has {q.size} numbers, which indices of 32 bits cannot count'
+    return library.unavailable(MODULE)
+
+
+def variants(width: int, packed: bool) -> tuple[str, ...]:
+    """The programs that a call with heads of a width runs, by the names of their cards."""
+    return (f'{"packed" if packed else "causal"}{width}',)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+    """Shapes and result as in `api.attention`, for a sequence that attends to itself.
+
+    Args:
+      q, k, v: [B, T, H, d], [B, T, K, d], bfloat16, any T.
+      segment_ids: int [B, T] or None; a document's tokens must lie side by side.
+      scale: of the scores.
+    """
+    length = q.shape[1]
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -length % TILE)) + ((0, 0),) * (x.ndim - 2))  # behind all, seen by none
+    start = None if segment_ids is None else first_keys(pad(segment_ids))[:, None, :]
+    out = _flash(pad(q), pad(k), pad(v), start, scale)[:, :length]
+    # Padding has seen itself, so that no row is without a key: its output and what flows back from it are cut off here.
+    return out if segment_ids is None else jnp.where((segment_ids > 0)[..., None, None], out, 0)
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, scale: float) -> jax.Array:
+    """The library's kernels, with the tiles that it takes by itself; its own choice looks into a file of timings first.
+
+    Args:
+      q, k, v: as in `attention`, T a multiple of `TILE`.
+      start: int32 [B, 1, T], the first key that each query sees.
+      scale: of the scores.
+    """
+    from tokamax._src.ops.attention import base
+    from tokamax._src.ops.attention import pallas_mosaic_gpu as forward
+    from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp as backward
+
+    tiles = {'block_q_dkv': 64, 'block_kv_dkv': 64, 'block_q_dq': 64, 'block_kv_dq': 64, 'num_stages': 2}
+    flash = forward.PallasMosaicGpuFlashAttention(
+        config=forward.ConfigSM90(block_q=64, block_kv=128, num_stages=2),
+        vjp=backward.PallasMosaicGpuFlashAttentionVjp(config=backward.Config(**tiles)),
+    )
+    return flash(q, k, v, mask=base.Mask(is_causal=True, k_start=start), logits_scale=scale)
+
+
+def first_keys(segment_ids: jax.Array) -> jax.Array:
+    """The first key [B, T] that each query sees: where its run of equal ids begins; for padding, itself."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    return lax.cummax(jnp.where(begins | (segment_ids <= 0), index, 0), axis=1)

@@ -1,0 +1,165 @@
+"""Attention and grouped products as compiled for H100s that are not there: by tokamax's kernels, and portable.
+
+Nothing runs. What needs tokamax is left out where it is not installed: the extra `plan` is without it, since its own
+requirements are many.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kernels_pallas.attention import attention
+from kernels_pallas.grouped_matmul import grouped_matmul
+from mixcon_jax import config as configs
+from mixcon_jax.parallel import kernels, split
+from mixcon_jax.parallel.layout import batch_sharding
+from mixcon_jax.parallel.mesh import make_mesh
+from mixcon_jax.planning import compiling
+from mixcon_jax.planning.collectives import collectives
+
+# A program for a device that is not there cannot be read back from the cache, and is compiled.
+pytestmark = pytest.mark.filterwarnings('ignore:Error reading persistent compilation cache')
+
+BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 4, 2048, 8, 2, 64
+
+
+@pytest.fixture(scope='module')
+def library():
+    return pytest.importorskip('tokamax', reason='tokamax, of the extra "gpu", is not installed')
+
+
+def shape(*sizes, dtype=jnp.bfloat16, sharding=None):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+
+def gradients(function):
+    """A function's result and its gradients, from the cotangent, the arrays that have gradients, and others."""
+
+    def run(cotangent, arrays, *others):
+        result, pull = jax.vjp(lambda *arrays: function(*arrays, *others), *arrays)
+        return result, pull(cotangent)
+
+    return run
+
+
+def launched(text: str) -> int:
+    return text.count('custom_call_target="mosaic_gpu')
+
+
+def largest(text: str) -> int:
+    """Elements of the largest array of a program."""
+    return max(math.prod(map(int, dims.split(','))) for dims in re.findall(r'\w+\[([\d,]+)\]', text))
+
+
+def attended(packed: bool, length: int = LENGTH, **options):
+    def run(q, k, v, segment_ids):
+        return attention(q, k, v, segment_ids=segment_ids if packed else None, **options)
+
+    q, k = shape(BATCH, length, HEADS, WIDTH), shape(BATCH, length, KV_HEADS, WIDTH)
+    return gradients(run), (q, (q, k, k), shape(BATCH, length, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize('packed', [True, False])
+def test_the_portable_loops_are_of_known_length(packed):
+    """Of an unknown one, the host asks the device before every turn."""
+    function, arguments = attended(packed, 4096, implementation='blockwise')
+    text = compiling.compile_for(compiling.devices('h100')[0], function, *arguments).as_text()
+    counts = re.findall(r'"known_trip_count":\{"n":"(\d+)"', text)
+    assert counts == ['10', '10'] and text.count(' while(') == 2 and ' conditional(' not in text
+
+
+@pytest.mark.parametrize('packed', [True, False])
+@pytest.mark.parametrize('length', [LENGTH, 1000])
+def test_attention_has_three_kernels_and_nothing_quadratic(library, packed, length):
+    """Keys are not repeated for the query heads that share them, either."""
+    function, arguments = attended(packed, length, implementation='tokamax')
+    text = compiling.compile_for(compiling.devices('h100')[0], function, *arguments).as_text()
+    assert launched(text) == 3 and ' while(' not in text
+    assert largest(text) == BATCH * -(-length // 128) * 128 * HEADS * WIDTH
+    assert f'{length},{length}]' not in text
+
+
+@pytest.fixture
+def on_mesh():
+    """Absent H100s: two for the rows, two for the heads."""
+    options = configs.default().mesh
+    options.update({'data': 2, 'tensor': 2})
+    return make_mesh(options, compiling.devices('h100', devices_per_host=4))
+
+
+def compiled(mesh, function, *arguments) -> str:
+    def inside(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    with jax.default_device(mesh.devices.flat[0]):
+        return jax.jit(inside).trace(*arguments).lower(lowering_platforms=('cuda',)).compile().as_text()
+
+
+def test_on_a_mesh_attention_says_nothing(library, on_mesh):
+    """Each device computes its own rows and heads, of which its kernels take no more."""
+    rows = NamedSharding(on_mesh, PartitionSpec(('data', 'fsdp'), None, 'tensor'))
+    q, k = (shape(BATCH, LENGTH, count, WIDTH, sharding=rows) for count in (HEADS, KV_HEADS))
+    ids = shape(BATCH, LENGTH, dtype=jnp.int32, sharding=NamedSharding(on_mesh, PartitionSpec(('data', 'fsdp'))))
+    run = lambda q, k, v, segment_ids: kernels.attention(q, k, v, segment_ids=segment_ids, implementation='tokamax')
+    text = compiled(on_mesh, gradients(run), q, (q, k, k), ids)
+    assert launched(text) == 3 and largest(text) == BATCH * LENGTH * HEADS * WIDTH // 4
+    assert all(found == (0, 0) for found in collectives(text).values())
+
+
+def test_the_grouped_product_has_three_kernels_and_no_dense_product(library):
+    rows, groups, width, columns = 8192, 16, 256, 512
+    run = lambda x, w, group_sizes: grouped_matmul(x, w, group_sizes, implementation='tokamax')
+    arguments = shape(rows, columns), (shape(rows, width), shape(groups, width, columns))
+    device = compiling.devices('h100')[0]
+    text = compiling.compile_for(device, gradients(run), *arguments, shape(groups, dtype=jnp.int32)).as_text()
+    assert launched(text) == 3 and ' dot(' not in text and 'cublas' not in text and ' while(' not in text
+    assert largest(text) == rows * columns
+
+
+def test_on_a_mesh_the_grouped_product_takes_a_devices_own_rows(library, on_mesh):
+    """Only the matrices' gradients are exchanged, summed over the rows."""
+    groups, width, columns = 4, 128, 192
+
+    def local(x, w):
+        group_sizes = jnp.full(groups, x.shape[0] // groups, jnp.int32)
+        return grouped_matmul(x, w, group_sizes, implementation='tokamax')
+
+    def run(x, w):
+        dims = {'x': 'b d', 'w': 'e d f'}
+        return split.by_parts(local, {'x': x, 'w': w}, dims, 'b f', {'b': 'batch'})
+
+    rows, whole = (NamedSharding(on_mesh, PartitionSpec(*axes)) for axes in ((('data', 'fsdp'),), ()))
+    x, y = (shape(2048, count, sharding=rows) for count in (width, columns))
+    text = compiled(on_mesh, gradients(run), y, (x, shape(groups, width, columns, sharding=whole)))
+    assert launched(text) == 3
+    found = collectives(text)
+    assert found['all-gather'] == (0, 0) and found['all-reduce'][0] > 0
+    assert largest(text) <= 2048 // 2 * columns
+
+
+def test_a_step_in_bfloat16_has_both(library):
+    """Where the library's kernels are trusted, as here, or verified, nobody need name them."""
+    from mixcon_jax.step import BATCH_KEYS, make_steps
+
+    config = configs.default()
+    config.model.update(dim=256, vocab_size=128, pattern=('attention+moe',), dtype='bfloat16')
+    config.model.attention.update(num_heads=4, num_kv_heads=2)
+    config.model.moe.update(hidden_dim=192, implementation='grouped')
+    config.data.seq_len, config.train.batch_size = 256, 8
+    config = configs.validate(config)
+    device = compiling.devices('h100')[0]
+    mesh = make_mesh(config.mesh, [device])
+    steps = make_steps(config, mesh)
+    types = dict.fromkeys(BATCH_KEYS, np.int32) | {'loss_mask': bool}
+    batch = {key: shape(8, 256, dtype=kind, sharding=batch_sharding(mesh)) for key, kind in types.items()}
+    with jax.default_device(device):
+        lowered = steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',))
+        text = lowered.compile().as_text()
+    assert launched(text) >= 3 + 3 * 3  # more where a block is computed anew
+    assert 'ragged_dot' in text

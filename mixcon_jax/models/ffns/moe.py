@@ -12,7 +12,18 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 from mixcon_jax.checks import at_most
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Buffer, Loss, Parameters, State, masked_mean, normal, output_std
+from mixcon_jax.models.layers import (
+    Aux,
+    Buffer,
+    Loss,
+    Parameters,
+    State,
+    gated,
+    masked_mean,
+    normal,
+    output_std,
+    scaled,
+)
 from mixcon_jax.models.published import Published, experts, linear
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
 from mixcon_jax.parallel.split import by_parts
@@ -144,8 +155,8 @@ class MoE(Layer):
         """Runs every expert on every token: the smallest form, for few tokens and as an oracle."""
         one_hot = jax.nn.one_hot(chosen, self.options.num_experts, dtype=weights.dtype)
         mix = jnp.einsum('btk,btke->bte', weights, one_hot).astype(x.dtype)
-        hidden = jax.nn.silu(jnp.einsum('btd,edf->btef', x, w_gate)) * jnp.einsum('btd,edf->btef', x, w_up)
-        return jnp.einsum('btef,bte,efd->btd', hidden, mix, w_down)
+        gate, up = (jnp.einsum('btd,edf->btef', x, weight) for weight in (w_gate, w_up))
+        return jnp.einsum('btef,bte,efd->btd', gated(gate, up), mix, w_down)
 
     def _grouped(
         self,
@@ -166,8 +177,8 @@ class MoE(Layer):
             grouped_matmul, group_sizes=jnp.bincount(owner, length=experts), block=self.options.group_block
         )
         rows = x.reshape(-1, dim)[order // k]
-        rows = product(jax.nn.silu(product(rows, w_gate)) * product(rows, w_up), w_down)
-        rows = rows * weights.reshape(-1)[order].astype(x.dtype)[:, None]
+        rows = product(gated(product(rows, w_gate), product(rows, w_up)), w_down)
+        rows = scaled(rows, weights.reshape(-1)[order][:, None])
         # A gather undoes the sort, so that each token's choices are added in a fixed order.
         return rows[jnp.argsort(order)].reshape(batch, length, k, dim).sum(axis=2)
 

@@ -10,8 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention.reference import visible
+from kernels_pallas.call import KEPT
 
 WIDEST = 16  # blocks of keys a tile of few queries may have: tiles beyond the last filled key are not visited
 NEGATIVE = -1e30  # finite, so that a row without a visible key stays free of nan
@@ -116,6 +118,7 @@ def _blockwise(q, k, v, segments, q_offset, scale):
 
 def _forward(q, k, v, segments, q_offset, scale):
     out, logsumexp = _map(lambda i: _forward_block(q, k, v, segments, i, q_offset, scale), q.shape[0])
+    out, logsumexp = (checkpoint_name(x, KEPT) for x in (out, logsumexp))
     return out, (q, k, v, segments, q_offset, out, logsumexp)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from kernels_pallas.call import KEPT
 from mixcon_jax.models.context import Context
 from mixcon_jax.parallel.kernels import causal_conv1d
 
@@ -98,9 +100,27 @@ def output_std(init_std: float, num_layers: int) -> float:
     return init_std / math.sqrt(2 * num_layers)
 
 
+def kept(x: Float[Array, '*b']) -> Float[Array, '*b']:
+    """x, which the backward pass keeps, if it needs it, with ``model.remat='selective'``.
+
+    What matrix products give has this mark (``project``), so that none is repeated, and the residual stream. GPU
+    kernels' results are kept without it; all else is computed again.
+    """
+    return checkpoint_name(x, KEPT)
+
+
 def widened(x: Float[Array, '*b']) -> Float[Array, '*b']:
     """x in at least float32, the type of sums."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def selective(primitive: Any, *args: Any, **params: Any) -> bool:
+    """The policy of ``jax.checkpoint`` with ``model.remat='selective'``: keep what is marked, and kernels' results."""
+    return primitive.name in KERNELS or _marked(primitive, *args, **params)
+
+
+KERNELS = ('mpmd_map', 'pallas_call')  # the primitives that Pallas's kernels are
+_marked = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 def keeping_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -158,7 +178,7 @@ class RMSNorm(nnx.Module):
 
 def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
     """Multiplies by a weight matrix in x's dtype."""
-    return x @ weight[...].astype(x.dtype)
+    return kept(x @ weight[...].astype(x.dtype))
 
 
 class ShortConv(nnx.Module):

@@ -9,8 +9,9 @@ JAX_PLATFORMS=cpu, extra `plan`.
 
 The columns: memory at the peak; kernels launched; conditions of loops whose rounds depend on data, each of which the
 host waits for; GiB read and written by kernels, and of those in float32; the necessary GiB and the ratio; operations in
-matrix products as a multiple of the model's own (models/accounting); seconds to trace and compile. Of a loop of unknown
-rounds `--rounds` are counted: by default (n + 1) / 2, n blocks of attention in a row, the mean of a causal triangle.
+matrix products as a multiple of the model's own (models/accounting); CPU seconds to trace and to compile, all threads
+together. Of a loop of unknown rounds `--rounds` are counted: by default (n + 1) / 2, n blocks of attention in a row,
+the mean of a causal triangle.
 
 Necessary are, of P parameters with AdamW, 32 P bytes (the gradient written; parameter, gradient and both moments read;
 parameter and moments written, all float32) and twice the bytes of what the backward pass keeps with
@@ -69,13 +70,13 @@ def figures(config: Any, target: str, rounds: float = 0) -> dict[str, Any]:
     rounds = rounds or (-(-length // min(length, config.model.attention.block_size)) + 1) / 2
     with jax.default_device(device):  # kernels ask for its architecture
         steps = make_steps(config, make_mesh(config.mesh, [device]))
-        start = time.perf_counter()
+        start = time.process_time()
         batch = {key: jax.ShapeDtypeStruct((rows, length), kind) for key, kind in BATCH.items()}
         lowered = steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',))
-        traced = time.perf_counter()
+        traced = time.process_time()
         compiled = lowered.compile()
     assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
-    seconds = traced - start, time.perf_counter() - traced
+    seconds = traced - start, time.process_time() - traced
     text = compiled.as_text()
     found, loops = hlo.kernels(text, rounds), [loop for loop in hlo.loops(text, rounds) if loop.rounds is None]
     by_name: dict[str, int] = {}

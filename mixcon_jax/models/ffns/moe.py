@@ -19,6 +19,7 @@ from mixcon_jax.models.layers import (
     Parameters,
     State,
     gated,
+    kept,
     masked_mean,
     normal,
     output_std,
@@ -120,7 +121,7 @@ class MoE(Layer):
         options = self.options
         # Full precision also where float32 products are rounded by default: near ties decide which expert runs.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.matmul(x.astype(wide), self.router[...], precision=jax.lax.Precision.HIGHEST)
+        logits = kept(jnp.matmul(x.astype(wide), self.router[...], precision=jax.lax.Precision.HIGHEST))
         probabilities = jax.nn.softmax(logits, axis=-1)
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
         # XLA would gather the scores of all devices for this, too.
@@ -155,7 +156,7 @@ class MoE(Layer):
         """Runs every expert on every token: the smallest form, for few tokens and as an oracle."""
         one_hot = jax.nn.one_hot(chosen, self.options.num_experts, dtype=weights.dtype)
         mix = jnp.einsum('btk,btke->bte', weights, one_hot).astype(x.dtype)
-        gate, up = (jnp.einsum('btd,edf->btef', x, weight) for weight in (w_gate, w_up))
+        gate, up = (kept(jnp.einsum('btd,edf->btef', x, weight)) for weight in (w_gate, w_up))
         return jnp.einsum('btef,bte,efd->btd', gated(gate, up), mix, w_down)
 
     def _grouped(
@@ -177,7 +178,8 @@ class MoE(Layer):
             grouped_matmul, group_sizes=jnp.bincount(owner, length=experts), block=self.options.group_block
         )
         rows = x.reshape(-1, dim)[order // k]
-        rows = product(gated(product(rows, w_gate), product(rows, w_up)), w_down)
+        gate, up = kept(product(rows, w_gate)), kept(product(rows, w_up))
+        rows = kept(product(gated(gate, up), w_down))
         rows = scaled(rows, weights.reshape(-1)[order][:, None])
         # A gather undoes the sort, so that each token's choices are added in a fixed order.
         return rows[jnp.argsort(order)].reshape(batch, length, k, dim).sum(axis=2)

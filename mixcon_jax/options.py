@@ -137,6 +137,11 @@ OPTIONS: dict[str, Any] = {
             ' 0 picks: on GPUs all of up to four blocks, else one.',
             COUNT,
         ),
+        'embedding_gradient': Option(
+            'scatter', 'How the gradient of the embedding adds up its tokens: by XLA\'s scatter, or "sorted", in one order on every device, which'
+            ' no GPU has shown to give the same bits in two processes yet.',
+            one_of('scatter', 'sorted'),
+        ),
         'layers': {},  # groups of options by the name that a pattern calls them: models/pattern.py
         # Here follow the groups of the layers, each in its layer's file: models/kinds.py.
     },

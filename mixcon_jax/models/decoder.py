@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas import platform
 from mixcon_jax.models.block import Block
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.embedding import lookup
 from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, normal
 from mixcon_jax.models.pattern import resolve
 
@@ -68,7 +69,7 @@ class Decoder(nnx.Module):
           Hidden features `[B, T, D]` after the final norm, the state, and ``{'losses': {name: Loss}, means over the
           parts of layers that have one, 'stats': stacked over blocks, by their names in metrics}``.
         """
-        x = self.embedding[...][tokens].astype(self.dtype)
+        x = lookup(self.embedding[...], tokens, self.config.embedding_gradient).astype(self.dtype)
         graphdef, variables = nnx.split(self.blocks)
 
         def body(x: Array, xs: tuple) -> tuple[Array, Aux]:

@@ -119,7 +119,11 @@ def selective(primitive: Any, *args: Any, **params: Any) -> bool:
     return primitive.name in KERNELS or _marked(primitive, *args, **params)
 
 
-KERNELS = ('mpmd_map', 'pallas_call')  # the primitives that Pallas's kernels are
+KERNELS = (
+    'custom_vmap_call',
+    'mpmd_map',
+    'pallas_call',
+)  # what Pallas's kernels are to a policy: plgpu.kernel the first
 _marked = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+KEPT = 'kept'  # names, for policies of `jax.checkpoint`, what backward passes keep of forward passes in plain XLA
 Dims = tuple[str, ...]
 DimSizes = dict[str, Any]  # of dimensions by name; a tuple where the name stands for several ('*slots')
 

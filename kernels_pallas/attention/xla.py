@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import platform
 from kernels_pallas.attention.reference import visible
+from kernels_pallas.call import KEPT
 
 LARGEST = {'gpu': 1024}  # queries and keys a tile where the caller does not say; a CPU's caches hold one of 256
 ELSEWHERE = 256
@@ -217,6 +219,7 @@ def _forward(q, k, v, segments, q_offset, static):
     logsumexp = jnp.full(queries.shape[:-1], NEGATIVE, wide)
     out, logsumexp, *_ = _turns(plan, tile, (out, logsumexp, zero, logsumexp[0], zero[..., 0]))
     out = out[:, :length]
+    out, logsumexp = (checkpoint_name(x, KEPT) for x in (out, logsumexp))
     return out, (q, k, v, segments, q_offset, out, logsumexp)
 
 

@@ -1,15 +1,16 @@
 """A block: the layers of one pattern repeat, each a mixer, a mixer then an FFN, or both in parallel."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mixcon_jax.models import reported
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State
+from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State, kept, selective
 from mixcon_jax.models.pattern import named_kinds, parse_layer, parts
 
 
@@ -51,6 +52,7 @@ class Residual(nnx.Module):
         x = x + y
         if hasattr(self, 'ffn'):
             if not self.parallel:
+                x = kept(x)
                 normed = self.ffn_norm(x)
             y, new['ffn'], auxes['ffn'] = self.ffn(normed, context.fold(1), old.get('ffn'))
             x = x + y
@@ -74,6 +76,7 @@ class Block(nnx.Module):
     def __init__(self, config, params: Parameters, index: int | Int[Array, '']) -> None:
         size = len(config.pattern)
         num_layers = size * config.num_blocks
+        self.remat = config.remat
         self.layers = nnx.List(
             [
                 Residual(config, spec, params.layer(index * size + j), num_layers)
@@ -91,7 +94,11 @@ class Block(nnx.Module):
         stats: dict[str, Array] = {}
         new: list[State | None] = []
         for j, layer in enumerate(self.layers):
-            x, layer_state, auxes = layer(x, context.fold(j), None if state is None else state[j])
+            run: Callable[..., Any] = layer
+            if self.remat == 'selective' and state is None:
+                # Layer by layer, so that what is computed again is of one layer at a time.
+                run = jax.checkpoint(lambda x, context, state, layer=layer: layer(x, context, state), policy=selective)
+            x, layer_state, auxes = run(x, context.fold(j), None if state is None else state[j])
             new.append(layer_state)
             for aux in auxes.values():
                 for name, loss in aux.get('losses', {}).items():

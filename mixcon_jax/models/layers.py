@@ -1,6 +1,7 @@
 """What the layers share: named parameters, weighted losses, RMSNorm, a short convolution that respects documents."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -9,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from kernels_pallas.call import KEPT
 from mixcon_jax.models.context import Context
 from mixcon_jax.parallel.kernels import causal_conv1d
 
@@ -97,10 +100,73 @@ def output_std(init_std: float, num_layers: int) -> float:
     return init_std / math.sqrt(2 * num_layers)
 
 
-def rms_normalize(x: Float[Array, '*b d'], eps: float) -> Float[Array, '*b d']:
-    """Divides by the root mean square over the last axis, in at least float32; keeps x's dtype."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+def kept(x: Float[Array, '*b']) -> Float[Array, '*b']:
+    """x, which the backward pass keeps, if it needs it, with ``model.remat='selective'``.
+
+    What matrix products give has this mark (``project``), so that none is repeated, and the residual stream. GPU
+    kernels' results are kept without it; all else is computed again.
+    """
+    return checkpoint_name(x, KEPT)
+
+
+def widened(x: Float[Array, '*b']) -> Float[Array, '*b']:
+    """x in at least float32, the type of sums."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def selective(primitive: Any, *args: Any, **params: Any) -> bool:
+    """The policy of ``jax.checkpoint`` with ``model.remat='selective'``: keep what is marked, and kernels' results."""
+    return primitive.name in KERNELS or _marked(primitive, *args, **params)
+
+
+KERNELS = (
+    'custom_vmap_call',
+    'mpmd_map',
+    'pallas_call',
+)  # what Pallas's kernels are to a policy: plgpu.kernel the first
+_marked = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+
+def keeping_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function, whose gradient keeps its arguments as they are and computes what lies between once more.
+
+    For elementwise functions of narrow arrays, bfloat16, that compute in float32: left to itself, autodiff keeps the
+    float32 intermediates. What computes in the type of its first argument stays as it is. A matrix product that ends
+    the function is not repeated, since its gradient needs only its factors.
+    """
+    again = jax.checkpoint(function)
+
+    @functools.wraps(function)
+    def call(x: Array, *args: Any) -> Array:
+        return (function if widened(x).dtype == x.dtype else again)(x, *args)
+
+    return call
+
+
+@keeping_arguments
+def scaled(x: Float[Array, '...'], scale: Float[Array, '...']) -> Float[Array, '...']:
+    """x times a scale that broadcasts against it, in x's type; product and the scale's gradient are in float32.
+
+    A parameter's gradient is a sum over all tokens: a scale that is rounded to bfloat16 before the product would have
+    it summed in bfloat16, too.
+    """
+    return (widened(x) * scale).astype(x.dtype)
+
+
+def swish_product(gate: Float[Array, '*b f'], up: Float[Array, '*b f']) -> Float[Array, '*b f']:
+    """SiLU(gate) * up, in at least float32, rounded to the type of gate."""
+    return (jax.nn.silu(widened(gate)) * widened(up)).astype(gate.dtype)
+
+
+gated = keeping_arguments(swish_product)
+
+
+@keeping_arguments
+def rms_norm(x: Float[Array, '*b d'], scale: Float[Array, 'd'], eps: float | Float[Array, '']) -> Float[Array, '*b d']:
+    """Divides by the root mean square over the last axis and scales, all in at least float32; keeps x's dtype."""
+    wide = widened(x)
+    normalized = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (normalized * scale.astype(wide.dtype)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -111,12 +177,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-        return rms_normalize(x, self.eps) * self.scale.astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
     """Multiplies by a weight matrix in x's dtype."""
-    return x @ weight[...].astype(x.dtype)
+    return kept(x @ weight[...].astype(x.dtype))
 
 
 class ShortConv(nnx.Module):

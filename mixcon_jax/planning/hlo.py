@@ -2,7 +2,9 @@
 
 A fusion is one kernel that reads its operands and writes its results; what it reads twice comes from a cache and counts
 once. Of an operand that it only slices, or updates in place, the slice counts. A loop's body counts as often as XLA
-knows it runs. Calls of kernels (`custom-call`) count their operands and results.
+knows it runs; of a loop whose number of rounds depends on data the caller says how many to count, and its condition,
+which the host waits for before every round and after the last, counts as well. Calls of kernels (`custom-call`) count
+their operands and results.
 """
 
 import math
@@ -23,10 +25,15 @@ INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
 
 
-def array_bytes(shape: str) -> int:
-    """Bytes of an HLO shape, the sum for a tuple."""
-    return sum(SIZES[kind] * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in ARRAY.findall(shape)
-               if kind in SIZES)  # fmt: skip
+def array_bytes(shape: str, only: str = '') -> int:
+    """Bytes of an HLO shape, the sum for a tuple; of the arrays of one type, such as 'f32', if it is given."""
+    return sum(SIZES[kind] * math.prod(sizes(dims)) for kind, dims in ARRAY.findall(shape)
+               if kind in SIZES and kind in (only or kind,))  # fmt: skip
+
+
+def sizes(dims: str) -> list[int]:
+    """The sizes of an array's dimensions, from their text."""
+    return [int(size) for size in dims.split(',') if size]
 
 
 def largest(text: str) -> int:
@@ -34,7 +41,7 @@ def largest(text: str) -> int:
     # Of a Mosaic kernel the text holds a program, too, whose bytes could look like anything.
     lines = (line.partition('backend_config=')[0] for line in text.splitlines())
     arrays = (array for line in lines for array in ARRAY.findall(line))
-    return max(math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in arrays if kind in SIZES)
+    return max(math.prod(sizes(dims)) for kind, dims in arrays if kind in SIZES)
 
 
 @dataclass
@@ -53,7 +60,12 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """One launch site: `count` launches, each moving `bytes`."""
+    """One launch site: `count` launches, each moving `bytes`.
+
+    Attributes:
+      float32: of the bytes, those of float32 arrays.
+      flops: a launch's operations in matrix products, two a multiply-add; of custom calls, those of cuBLAS alone.
+    """
 
     name: str
     kind: str
@@ -62,10 +74,22 @@ class Kernel:
     shape: str
     operands: list[str] = field(default_factory=list)
     operation: str = ''
+    float32: int = 0
+    flops: int = 0
 
     @property
     def total(self) -> int:
         return self.bytes * self.count
+
+
+@dataclass
+class Loop:
+    """A loop of a module: how often it is entered, and the rounds each time, None where they depend on data."""
+
+    name: str
+    operation: str
+    entered: int
+    rounds: int | None
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -99,47 +123,81 @@ def _closing(rest: str) -> tuple[str, str]:
     return rest, ''
 
 
-def kernels(text: str) -> list[Kernel]:
-    """Every kernel of an optimised module's text (`compiled.as_text()`), loops followed."""
+def kernels(text: str, rounds: float = 1) -> list[Kernel]:
+    """Every kernel of an optimised module's text (`compiled.as_text()`), loops followed.
+
+    Args:
+      text: of the module.
+      rounds: to count of a loop whose number of rounds is not known, in the mean.
+    """
     computations, entry = parse(text)
-    return list(_walk(computations, entry, 1))
+    return [found for found in _walk(computations, entry, 1, rounds) if isinstance(found, Kernel)]
 
 
-def _walk(computations, name: str, times: int) -> Iterator[Kernel]:
+def loops(text: str, rounds: float = 1) -> list[Loop]:
+    """Every loop of an optimised module's text; `rounds` as of `kernels`, for the loops inside."""
+    computations, entry = parse(text)
+    return [found for found in _walk(computations, entry, 1, rounds) if isinstance(found, Loop)]
+
+
+def _walk(computations, name: str, times: float, rounds: float) -> Iterator[Kernel | Loop]:
     body = computations[name]
     for instruction in body.values():
         opcode = instruction.opcode
+        operation = (re.search(r'op_name="([^"]*)"', instruction.attributes) or ['', ''])[1]
         if opcode == 'while':
-            trips = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', instruction.attributes)
-            yield from _walk(computations, instruction.called('body'), times * int(trips.group(1) if trips else 1))
+            known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', instruction.attributes)
+            yield Loop(instruction.name, operation, round(times), int(known[1]) if known else None)
+            yield from _walk(
+                computations, instruction.called('body'), times * (int(known[1]) if known else rounds), rounds
+            )
+            if not known and instruction.called('condition'):
+                yield from _walk(computations, instruction.called('condition'), times * (rounds + 1), rounds)
         elif opcode in ('call', 'async-start'):
-            yield from _walk(computations, instruction.called('to_apply') or instruction.called('calls'), times)
+            called = instruction.called('to_apply') or instruction.called('calls')
+            yield from _walk(computations, called, times, rounds)
         if opcode in NO_KERNEL or opcode.endswith('-done'):
             continue
         operands = [body[operand] for operand in instruction.operands]
-        called = computations.get(instruction.called('calls')) if opcode.startswith('fusion') else None
-        moved = _fusion_bytes(instruction, operands, called) if called else _plain_bytes(instruction, operands)
+        inside = computations.get(instruction.called('calls')) if opcode.startswith('fusion') else None
+        moved = [
+            _fusion_bytes(operands, inside, only) if inside else _plain_bytes(instruction, operands, only)
+            for only in ('', 'f32')
+        ]
         kind = (re.search(r'kind=k(\w+)', instruction.attributes) or ['', opcode])[1]
         target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
         if '__triton' in instruction.attributes:
             kind = 'triton'
-        operation = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        flops = sum(_flops(product, inside or body) for product in (inside or {instruction.name: instruction}).values())
         yield Kernel(
-            instruction.name, target.group(1) if target else kind, moved, times, instruction.shape,
-            [operand.shape for operand in operands], operation.group(1) if operation else '',
+            instruction.name, target.group(1) if target else kind, moved[0], round(times), instruction.shape,
+            [operand.shape for operand in operands], operation, moved[1], flops,
         )  # fmt: skip
 
 
-def _plain_bytes(instruction: Instruction, operands: list[Instruction]) -> int:
-    result = array_bytes(instruction.shape)
+def _flops(instruction: Instruction, body: dict[str, Instruction]) -> int:
+    """Operations of a matrix product, by XLA's `dot` or cuBLAS; 0 of anything else."""
+    contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.attributes)
+    if instruction.opcode == 'custom-call' and '__cublas' in instruction.attributes:
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([\d",]*)\]', instruction.attributes)
+    elif instruction.opcode != 'dot':
+        return 0
+    result, left = (ARRAY.search(shape) for shape in (instruction.shape, body[instruction.operands[0]].shape))
+    assert contracted and result and left, f'a product whose sizes are not to be read: {instruction}'
+    lengths = sizes(left[2])
+    return 2 * math.prod(sizes(result[2])) * math.prod(lengths[axis] for axis in sizes(contracted[1].replace('"', '')))
+
+
+def _plain_bytes(instruction: Instruction, operands: list[Instruction], only: str) -> int:
+    result = array_bytes(instruction.shape, only)
     if instruction.opcode in SLICES:
         return 2 * result
     if instruction.opcode == 'dynamic-update-slice':
-        return 2 * array_bytes(operands[1].shape)
-    return result + sum(array_bytes(operand.shape) for operand in operands)
+        return 2 * array_bytes(operands[1].shape, only)
+    return result + sum(array_bytes(operand.shape, only) for operand in operands)
 
 
-def _fusion_bytes(instruction: Instruction, operands: list[Instruction], body: dict[str, Instruction]) -> int:
+def _fusion_bytes(operands: list[Instruction], body: dict[str, Instruction], only: str) -> int:
     users: dict[str, list[Instruction]] = {name: [] for name in body}
     for inner in body.values():
         for operand in inner.operands if inner.opcode != 'parameter' else ():
@@ -156,7 +214,7 @@ def _fusion_bytes(instruction: Instruction, operands: list[Instruction], body: d
         if inner.opcode != 'parameter':
             continue
         uses = ends(inner.name)
-        size = array_bytes(operands[int(inner.operands[0])].shape)
+        size = array_bytes(operands[int(inner.operands[0])].shape, only)
         # An operand updated in place isn't read; one that is only sliced is read as far as the slices go.
         updated = all(use.opcode == 'dynamic-update-slice' and use.operands[0] == name for name, use in uses)
         sliced = all(
@@ -164,14 +222,15 @@ def _fusion_bytes(instruction: Instruction, operands: list[Instruction], body: d
         )
         if uses and updated:
             continue
-        total += min(size, sum(array_bytes(use.shape) for _, use in uses)) if uses and sliced else size
+        read = sum(array_bytes(use.shape) for _, use in uses) if uses and sliced else size
+        total += min(size, read)
     root = next(inner for inner in body.values() if inner.root)
     for result in [body[name] for name in root.operands] if root.opcode == 'tuple' else [root]:
         behind = result
         while behind.opcode in ('bitcast', 'convert'):
             behind = body[behind.operands[0]]
         in_place = behind.opcode == 'dynamic-update-slice'
-        total += array_bytes(body[behind.operands[1]].shape if in_place else result.shape)
+        total += array_bytes(body[behind.operands[1]].shape if in_place else result.shape, only)
     return total
 
 

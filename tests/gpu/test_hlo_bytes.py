@@ -1,6 +1,6 @@
 """Bytes counted from a compiled module's text, on one written by hand."""
 
-from mixcon_jax.planning.hlo import array_bytes, kernels, largest
+from mixcon_jax.planning.hlo import Loop, array_bytes, kernels, largest, loops
 
 MODULE = """
 HloModule hand, is_scheduled=true
@@ -56,3 +56,49 @@ def test_loops_slices_updates_in_place_and_custom_calls():
 def test_largest_array():
     assert largest(MODULE) == 800
     assert largest('%x = (pred[2,3]{1,0}, bf16[4,5,6]{2,1,0}) custom-call(), backend_config={"f32[9,9,9]"}') == 120
+
+
+PRODUCTS = """
+HloModule hand, is_scheduled=true
+
+%gemm (p0: bf16[4,6], p1: bf16[6,8]) -> f32[4,8] {
+  %p0 = bf16[4,6]{1,0} parameter(0)
+  %p1 = bf16[6,8]{1,0} parameter(1)
+  ROOT %dot.1 = f32[4,8]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%condition (carry: (s32[], f32[4,8])) -> pred[] {
+  %carry = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  ROOT %less = pred[] compare(%i, %i), direction=LT
+}
+
+%body (carry: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %carry = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%carry), index=1
+  %y = f32[4,8]{1,0} negate(%x)
+  ROOT %next = (s32[], f32[4,8]{1,0}) tuple(%i, %y)
+}
+
+ENTRY %main (a: bf16[4,6], b: bf16[6,8]) -> (s32[], f32[4,8]) {
+  %a = bf16[4,6]{1,0} parameter(0)
+  %b = bf16[6,8]{1,0} parameter(1)
+  %start = s32[] constant(0)
+  %gemm_fusion = f32[4,8]{1,0} fusion(%a, %b), kind=kCustom, calls=%gemm
+  %gemm_call = (f32[4,8]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}
+  %init = (s32[], f32[4,8]{1,0}) tuple(%start, %gemm_fusion)
+  ROOT %loop = (s32[], f32[4,8]{1,0}) while(%init), condition=%condition, body=%body, metadata={op_name="jit(f)/while"}
+}
+"""  # noqa: E501
+
+
+def test_products_float32_and_loops_of_unknown_rounds():
+    """Two and a half rounds in the mean, so three and a half conditions."""
+    fusion, call, negated, condition = kernels(PRODUCTS, rounds=2.5)
+    assert fusion.flops == call.flops == 2 * 4 * 6 * 8
+    assert (fusion.bytes, fusion.float32) == (48 + 96 + 128, 128)
+    assert (negated.count, negated.float32, negated.flops) == (2, 256, 0)
+    assert condition.count == 4
+    assert loops(PRODUCTS) == [Loop('loop', 'jit(f)/while', 1, None)]
+    assert [loop.rounds for loop in loops(MODULE)] == [8]

@@ -1,11 +1,19 @@
 """Dense SwiGLU feed-forward network."""
 
-import jax
 from jaxtyping import Array, Float
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+from mixcon_jax.models.layers import (
+    Aux,
+    Parameters,
+    State,
+    keeping_arguments,
+    normal,
+    output_std,
+    project,
+    swish_product,
+)
 from mixcon_jax.models.published import Published, linear
 from mixcon_jax.options import COUNT, Option
 
@@ -47,5 +55,11 @@ class MLP(Layer):
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
         del context
-        hidden = jax.nn.silu(project(x, self.w_gate)) * project(x, self.w_up)
-        return project(hidden, self.w_down), state, {}
+        gate, up = project(x, self.w_gate), project(x, self.w_up)
+        return swiglu(gate, up, self.w_down[...].astype(x.dtype)), state, {}
+
+
+@keeping_arguments
+def swiglu(gate: Float[Array, '*b f'], up: Float[Array, '*b f'], weight: Float[Array, 'f d']) -> Float[Array, '*b d']:
+    """(SiLU(gate) * up) weight; the backward pass keeps gate and up."""
+    return swish_product(gate, up) @ weight

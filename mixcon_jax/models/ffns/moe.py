@@ -12,7 +12,18 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 from mixcon_jax.checks import at_most
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Buffer, Loss, Parameters, State, masked_mean, normal, output_std
+from mixcon_jax.models.layers import (
+    Aux,
+    Buffer,
+    Loss,
+    Parameters,
+    State,
+    gated,
+    kept,
+    masked_mean,
+    normal,
+    output_std,
+)
 from mixcon_jax.models.published import Published, linear
 from mixcon_jax.models.published import experts as stacked
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
@@ -111,7 +122,7 @@ class MoE(Layer):
         options = self.options
         # Full precision also where float32 products are rounded by default: near ties decide which expert runs.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.matmul(x.astype(wide), self.router[...], precision=jax.lax.Precision.HIGHEST)
+        logits = kept(jnp.matmul(x.astype(wide), self.router[...], precision=jax.lax.Precision.HIGHEST))
         probabilities = jax.nn.softmax(logits, axis=-1)
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
         # XLA would gather the scores of all devices for this, too.
@@ -146,8 +157,8 @@ class MoE(Layer):
         """Runs every expert on every token: the smallest form, for few tokens and as an oracle."""
         one_hot = jax.nn.one_hot(chosen, self.options.num_experts, dtype=weights.dtype)
         mix = jnp.einsum('btk,btke->bte', weights, one_hot).astype(x.dtype)
-        hidden = jax.nn.silu(jnp.einsum('btd,edf->btef', x, w_gate)) * jnp.einsum('btd,edf->btef', x, w_up)
-        return jnp.einsum('btef,bte,efd->btd', hidden, mix, w_down)
+        gate, up = (kept(jnp.einsum('btd,edf->btef', x, weight)) for weight in (w_gate, w_up))
+        return jnp.einsum('btef,bte,efd->btd', gated(gate, up), mix, w_down)
 
     def _grouped(
         self,
@@ -167,8 +178,8 @@ class MoE(Layer):
         product = functools.partial(grouped_matmul, group_sizes=order.group_sizes, block=block)
         rows = experts.dispatch(x.reshape(-1, dim), order)
         # One product for both: XLA writes them side by side as it converts them.
-        gate, up = jnp.split(product(rows, jnp.concatenate([w_gate, w_up], axis=-1)), 2, axis=-1)
-        rows = product(jax.nn.silu(gate) * up, w_down)
+        gate, up = jnp.split(kept(product(rows, jnp.concatenate([w_gate, w_up], axis=-1))), 2, axis=-1)
+        rows = kept(product(gated(gate, up), w_down))
         return experts.combine(rows, weights.reshape(batch * length, -1), order).reshape(x.shape)
 
     def _aux(

@@ -8,7 +8,7 @@ from kernels_pallas.attention import whole_tiles
 from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
+from mixcon_jax.models.layers import Aux, Parameters, State, kept, normal, output_std, project
 from mixcon_jax.models.published import Published, linear
 from mixcon_jax.options import COUNT, POSITIVE, Option, above
 from mixcon_jax.parallel.kernels import attention
@@ -93,6 +93,7 @@ class Attention(Layer):
         if self.options.rope:
             q, k = (rotate(value, context.positions, self.options.rope_theta) for value in (q, k))
         if state is None:
+            q, k, v = kept(q), kept(k), kept(v)
             y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.block_size)
         else:
             start = state['length']

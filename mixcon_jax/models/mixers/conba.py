@@ -22,6 +22,7 @@ from mixcon_jax.models.layers import (
     normal,
     ones,
     project,
+    scaled,
     zeros,
 )
 from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
@@ -194,8 +195,8 @@ class Conba(SelectiveSSM):
             y = y - correction
         y = y.astype(x.dtype)
         if options.gate == 'full':
-            gate = jax.nn.silu(self.gate_output.astype(x.dtype) * y + inputs.z)
-            y = gate * (y + self.gate_linear.astype(x.dtype) * inputs.z)
+            gate = jax.nn.silu(scaled(y, self.gate_output[...]) + inputs.z)
+            y = gate * (y + scaled(inputs.z, self.gate_linear[...]))
         else:
             y = y * jax.nn.silu(inputs.z)
 

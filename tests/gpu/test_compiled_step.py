@@ -1,0 +1,66 @@
+"""Whole train steps compiled for an absent H100: what they launch, wait for and hold at the peak, at most."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.decoder import create
+from mixcon_jax.planning.compiling import devices
+from tests.benchmarks.compiled_step import GIB, in_a_process, main
+from tests.models.cases import model_config
+
+# Ceilings a few per cent above what was counted: peak in GiB, kernels, conditions waited for, GiB moved.
+CEILINGS = {
+    ('dense 75M', ()): (8, 11_000, 704, 290),
+    ('dense 856M', ()): (26.5, 74_000, 4_864, 930),
+    ('dense 856M', ('model.remat=selective',)): (26.5, 75_000, 4_864, 950),
+}
+
+
+def test_a_small_step_and_its_table(capsys):
+    found = in_a_process('dense 75M', (), 'h100', 0, tiny=True)
+    assert 'error' not in found, found
+    assert 50 < found['kernels'] < 400 and found['conditions'] == 0, found
+    assert 0 < found['float32'] < found['bytes'] and 0 < found['necessary'] < found['bytes']
+    assert 0.9 < found['flops'] / found['flops_of_model'] < 1.5
+    with pytest.raises(SystemExit):
+        main(['no such rung'])
+    assert 'no rung' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('mixer', ['mamba', 'conba'])
+def test_selective_rematerialisation_runs_no_gpu_kernel_again(mixer):
+    def program(remat):
+        options = {'pattern': (f'{mixer}+mlp',), 'remat': remat, 'dim': 128, 'conba.head_dim': 32, 'ssm.d_state': 16}
+        config = model_config(options | {'ssm.chunk': 0, 'conba.gain_chunk': 32}, 'bfloat16')
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: create(config)), nnx.Param)
+
+        def loss(params, ids):
+            hidden = nnx.merge(graphdef, params)(ids, Context.whole(*ids.shape))[0]
+            return jnp.sum(hidden.astype(jnp.float32))
+
+        ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+        with jax.default_device(devices('h100')[0]):
+            lowered = jax.jit(jax.grad(loss)).trace(params, ids).lower(lowering_platforms=('cuda',))
+        text = lowered.as_text()
+        return len(re.findall('custom_call @mosaic_gpu', text)), text.count('stablehlo.dot_general')
+
+    kernels, products = program('none')
+    assert kernels > 2
+    assert program('selective') == (kernels, products)
+    assert program('block') > (kernels, products)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rung, options', CEILINGS, ids=str)
+def test_ceilings(rung, options):
+    found = in_a_process(rung, options, 'h100', 0)
+    assert 'error' not in found, found
+    peak, kernels, conditions, moved = CEILINGS[rung, options]
+    counted = found['peak'] / GIB, found['kernels'], found['conditions'], found['bytes'] / GIB
+    assert all(value <= most for value, most in zip(counted, (peak, kernels, conditions, moved))), counted
+    assert found['flops'] < 1.06 * found['flops_of_model']

@@ -1,0 +1,117 @@
+"""What bfloat16 models sum in float32: gradients of all that is shared by the tokens, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.ffns.mlp import swiglu
+from mixcon_jax.models.layers import Parameters, RMSNorm, gated, rms_norm, scaled
+from tests.models.cases import CASES, DIM, layer
+
+TOKENS = 16_384
+
+
+def operations(jaxpr):
+    """Every operation of a program, those inside of others included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, 'jaxpr', inner)
+                if hasattr(inner, 'eqns'):
+                    yield from operations(inner)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_the_gradient_of_a_norms_scale_is_summed_in_float32():
+    """A bfloat16 sum of so many tokens stands still once it is 256 times what a token adds."""
+    x, dy = jnp.asarray(normal(0, TOKENS, 8), jnp.bfloat16), jnp.asarray(1 + normal(1, TOKENS, 8), jnp.bfloat16)
+    norm = RMSNorm(8, Parameters(jax.random.key(0)), 1e-6)
+    graphdef, params = nnx.split(norm)
+    run = lambda params, x: nnx.merge(graphdef, params)(x)
+    dscale, dx = jax.jit(lambda params, x, dy: jax.vjp(run, params, x)[1](dy))(params, x, dy)
+    wide, cotangent = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    inverse = 1 / np.sqrt(np.mean(wide**2, -1, keepdims=True) + 1e-6)
+    normalized = wide * inverse
+    want = np.sum(cotangent * normalized, 0)
+    np.testing.assert_allclose(dscale['scale'][...], want, rtol=1e-5, atol=1e-3)
+    want = inverse * (cotangent - normalized * np.mean(cotangent * normalized, -1, keepdims=True))
+    np.testing.assert_allclose(np.asarray(dx, np.float64), want, rtol=2**-8, atol=2e-5)  # rounded once
+
+
+def test_the_gradient_of_a_scale_is_summed_in_float32():
+    x, dy = (jnp.asarray(1 + normal(seed, TOKENS, 8), jnp.bfloat16) for seed in range(2))
+    for shape in ((8,), (TOKENS, 1)):
+        scale = jnp.asarray(normal(2, *shape), jnp.float32)
+        y, vjp = jax.vjp(scaled, x, scale)
+        dx, dscale = vjp(dy)
+        wide, cotangent = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+        np.testing.assert_allclose(
+            dscale, np.sum(cotangent * wide, 0 if shape == (8,) else 1).reshape(shape), 1e-5, 1e-3
+        )
+        for got, factor in ((y, wide), (dx, cotangent)):
+            np.testing.assert_allclose(np.asarray(got, np.float64), factor * np.asarray(scale), rtol=2**-8)
+
+
+def test_in_float32_the_norm_is_what_autodiff_makes_of_it():
+    """Neither the recomputation nor another order of sums: runs on CPUs keep their bits."""
+    x, scale = jnp.asarray(normal(0, 5, 8), jnp.float32), jnp.ones(8)
+    primitives = {e.primitive.name for e in operations(jax.make_jaxpr(jax.grad(rms_norm_sum))(x, scale).jaxpr)}
+    assert not {name for name in primitives if 'remat' in name or 'checkpoint' in name or 'barrier' in name}
+
+
+def rms_norm_sum(x, scale):
+    return jnp.sum(rms_norm(x, scale, 1e-6))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_no_layer_sums_over_tokens_in_bfloat16(name):
+    """By its traced gradient: a parameter's, the input's and a routing weight's sums have a float32 accumulator."""
+    graphdef, params, rest = nnx.split(layer(name, 'bfloat16'), nnx.Param, ...)
+    x = jax.ShapeDtypeStruct((2, 300, DIM), jnp.bfloat16)
+
+    def loss(params, x):
+        y, _, aux = nnx.merge(graphdef, params, rest)(x, Context.whole(2, 300), None)
+        return jnp.sum(y.astype(jnp.float32)) + sum(value.value for value in aux.get('losses', {}).values())
+
+    for operation in operations(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x).jaxpr):
+        kind, first = operation.primitive.name, operation.invars[0].aval if operation.invars else None
+        if kind in ('reduce_sum', 'cumsum') and first.dtype == jnp.bfloat16:
+            assert first.size <= 4 * operation.outvars[0].aval.size, (
+                f'{operation} at {operation.source_info.name_stack}'
+            )
+
+
+def test_swiglu_against_float64():
+    """Output and gradients, each rounded as often as its products are."""
+    drawn = [normal(seed, *shape) for seed, shape in enumerate([(64, 48), (64, 48), (48, 32), (64, 32)])]
+    gate, up, weight, dy = (jnp.asarray(x / 4, jnp.bfloat16) for x in drawn)
+    wide = [np.asarray(x, np.float64) for x in (gate, up, weight, dy)]
+    got = jax.jit(lambda *args: pulled(swiglu, *args))(gate, up, weight, dy)
+    with jax.enable_x64(True):
+        want = pulled(lambda gate, up, weight: jax.nn.silu(gate) * up @ weight, *map(jnp.asarray, wide))
+    for ours, oracle in zip(got, want, strict=True):
+        assert ours.dtype == jnp.bfloat16 and oracle.dtype == jnp.float64
+        error = np.abs(np.asarray(ours, np.float64) - np.asarray(oracle))
+        assert error.max() < 2**-7 * np.abs(np.asarray(oracle)).max()
+
+
+def pulled(function, *args):
+    y, vjp = jax.vjp(function, *args[:-1])
+    return y, *vjp(args[-1])
+
+
+@pytest.mark.parametrize('function, count', [(swiglu, 3), (gated, 2), (rms_norm_sum, 2)])
+def test_a_narrow_gradient_keeps_the_arguments_alone(function, count):
+    shapes = [(64, 48), (64, 48), (48, 32)][:count] if function is not rms_norm_sum else [(64, 48), (48,)]
+    x, *others = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], x, *others))
+    arguments = sorted(shapes)
+    assert sorted(leaf.shape for leaf in kept if leaf.shape) == arguments
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in kept if leaf.shape)

@@ -137,11 +137,11 @@ def _train(
                 state, origin = startup.with_weights_of(source, origin, state, steps, tokenizer, metrics.say)
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
-        checkpoints.prune()
         records = metrics.start(meta.step, meta.tokens_seen)
         trace = Trace(config.log, folder.path / 'profile', metrics.say)
         stack.callback(trace.end)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
+        checkpoints.prune()  # only now: nothing refuses the start any more
         batches = train_batches.iterate(meta.step)
         stack.callback(batches.close)
 

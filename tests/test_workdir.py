@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -116,6 +117,15 @@ FOREIGN = [
     ('tensorboard/events.out.tfevents.1.mine', 'x'), ('profile/mine', 'x'), ('wandb_id.txt', 'x'),
     ('checkpoints/9/meta/metadata', json.dumps({'contents': {'step': 9}, 'sha256': ''})),
 ]  # fmt: skip
+
+
+def test_a_start_that_is_refused_late_deletes_no_checkpoint(folder, tmp_path, monkeypatch):
+    """Fewer are to be kept, but wandb is missing, which only its start says."""
+    workdir, find = copy_of(folder, tmp_path), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'wandb' else find(name, *rest))
+    with pytest.raises(UserError, match='wandb is not installed'):
+        train(small(folder, train__steps=6, checkpoint__keep_last=1, checkpoint__keep_best=0, log__wandb=True), workdir)
+    assert saved.steps(workdir / 'checkpoints') == [2, 4]
 
 
 @pytest.mark.parametrize('name, text', FOREIGN)

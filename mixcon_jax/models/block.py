@@ -65,7 +65,7 @@ class Residual(nnx.Module):
     def update_buffers(
         self, buffers: Mapping[str, Any], stats: Mapping[str, Mapping[str, Array]]
     ) -> dict[str, Mapping[str, Any]]:
-        """The parts' new buffers, all by role; each sees the statistics that its class declares, none of the other's."""
+        """The parts' new buffers, all by role; each is shown the statistics that its class declares."""
         parts, new = self.parts(), {}
         for role, values in buffers.items():
             own = _declared(type(parts[role]))

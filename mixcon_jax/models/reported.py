@@ -15,8 +15,8 @@ FFN = 'ffn_'  # before the name of an FFN's statistic that the mixer has too
 # What a record may have beside the layers' losses: what readers take for objects or numbers of another kind, and the
 # rest that training writes of the step and of the run.
 RECORDED = frozenset({
-    *MAPPINGS, *NUMBERS, 'kind', 'step', 'z_loss', 'grad_norm', 'learning_rate', 'bad', 'bad_steps', 'skipped', 'broken',
-    'tokens_per_second', 'flops_per_second', 'mfu', 'goodput',
+    *MAPPINGS, *NUMBERS, 'kind', 'step', 'z_loss', 'grad_norm', 'learning_rate', 'bad', 'bad_steps', 'skipped',
+    'broken', 'tokens_per_second', 'flops_per_second', 'mfu', 'goodput',
 })  # fmt: skip
 
 

@@ -102,9 +102,7 @@ def test_a_place_without_a_weight_is_refused_by_name(lost, message):
 
 
 def test_a_layer_beyond_the_models_is_refused_by_number():
-    with pytest.raises(
-        UserError, match=r'^there is a layer 6 from llama, but the model has 3 layers, 0 to 2: model\.n'
-    ):
+    with pytest.raises(UserError, match=r'^there is a layer 6 from llama, but the model has 3 layers, 0 to 2: m'):
         huggingface.model_weights(llama(7), MODEL, 'llama')
 
 
@@ -113,9 +111,7 @@ def test_only_norms_that_the_layer_has_have_a_place(text):
     """A mixer alone has its own, and a mixer and an FFN in parallel share one."""
     theirs, model = llama(1), model_config({'pattern': (text,), 'num_blocks': 1, 'tie_embeddings': False})
     theirs = {name: value for name, value in theirs.items() if 'mlp' not in name or 'mlp' in text}
-    with pytest.raises(
-        UserError, match=r'has no place for post_attention_layernorm, only for input_layernorm, self_at'
-    ):
+    with pytest.raises(UserError, match=r'has no place for post_attention_layernorm, only for input_layernorm, '):
         huggingface.model_weights(theirs, model, 'llama')
     found = huggingface.model_weights({k: v for k, v in theirs.items() if '.post_' not in k}, model, 'llama')
     assert not [name for name in found if 'ffn_norm' in name]

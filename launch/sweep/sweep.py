@@ -22,7 +22,7 @@ from launch.processes import Child, Share, Signals
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
 from launch.sweep.show import Screen, table
-from launch.sweep.status import NEW, REFUSED, measure, status_of, steps_speed, tokens_per_step
+from launch.sweep.status import NEW, REFUSED, TimedRun, measure, status_of, tokens_per_step
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import exit_with
@@ -312,7 +312,10 @@ class Sweep:
                 measures.add(name)
                 row[2:4] = f'{number(status.scores["loss"]):.4f}', f'{value:.4f}'
             if status.state not in (NEW, REFUSED):
-                speed = steps_speed(Run(self._workdir / case.folder).read())
+                run = TimedRun(self._workdir / case.folder)
+                with contextlib.suppress(UserError):
+                    run.update()
+                speed = run.steps_speed()
                 row[4] = short(speed) if speed else ''
             rows.append(row)
         self._screen.say('\n' + table(['case', 'state', 'loss', ' or '.join(sorted(measures)), 'tokens/s'], rows))

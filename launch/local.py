@@ -21,7 +21,7 @@ from launch import processes
 from launch.processes import Child, Signals
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.config import load
-from mixcon_jax.errors import ABORTED, FAILED, FAULT, INTERRUPTED, STOPPED, USER_ERROR, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import exit_with, failed, prepare
 from mixcon_jax.host.output import go_on, guarded, use_utf8
 from mixcon_jax.host.signals import STOPPING
@@ -34,9 +34,10 @@ DESCRIPTION = (
 )
 EPILOG = (
     f'{OVERRIDES} When one process dies all others are stopped, and the end of its output is shown.'
-    ' Exit codes: those of `mixcon train`, and 1 when a process died.'
+    f' Exit codes: those of `mixcon train`, {Exit.FAILED} when a process died and {Exit.INTERRUPTED} when a second'
+    ' Ctrl-C killed them.'
 )
-ORDERLY = (USER_ERROR, ABORTED)  # exit codes of a run that has said itself why it ends
+ORDERLY = (Exit.USER_ERROR, Exit.ABORTED)  # exit codes of a run that has said itself why it ends
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,7 +83,7 @@ def _launch(known: argparse.Namespace, rest: Sequence[str]) -> int:
     shares = processes.shares(known.processes, '--processes', os.environ, overlap=True)
     config = load(known.config, overrides)
     if report_if_finished(config, known.workdir):
-        return 0
+        return Exit.DONE
     devices = known.devices_per_process or config.mesh.cpu_devices or 1
     arguments = ['--processes', str(known.processes), '--config', known.config, '--workdir', known.workdir]
     arguments += ['--timeout', str(known.timeout), '--coordinator', f'127.0.0.1:{_free_port()}']
@@ -110,17 +111,17 @@ def _watch(children: Sequence[Child], folder: Path, timeout: float, signals: Sig
     begin, stopping, together = time.monotonic(), False, False
     while True:
         codes = [child.poll() for child in children]
-        if all(code in (0, STOPPED) for code in codes):
+        if all(code in (Exit.DONE, Exit.STOPPED) for code in codes):
             return max(code for code in codes if code is not None)
         if signals.kill:
             processes.kill(children)
-            return INTERRUPTED
+            return Exit.INTERRUPTED
         if signals.stop and not stopping:
             stopping = True
             _say('stopping: all finish the same step and save; Ctrl-C again kills')
             for child in children:
                 child.terminate()
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, STOPPED)]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, Exit.DONE, Exit.STOPPED)]
         if failed:
             return _give_up(children, failed, folder, stopping)
         together = together or all(_mark(folder, 'joined', rank).exists() for rank in range(len(children)))
@@ -143,13 +144,13 @@ def _give_up(children: Sequence[Child], failed: Sequence[int], folder: Path, sto
     processes.end(children)
     if stopping and any(-code in STOPPING for code in codes.values()):
         _say('stopped before the processes had joined; the same command starts again')
-        return STOPPED
+        return Exit.STOPPED
     for rank, code in codes.items():
         _say(f'error: process {rank} of {len(children)} failed ({processes.how_it_ended(code)}); all were stopped')
         _show_output(rank, folder)
     first = next(iter(codes.values()))  # what killed that one may be what the others raised an exception for
-    faulty = FAULT in codes.values() and (first >= 0 or -first == signal.SIGABRT)
-    return next((code for code in codes.values() if code in ORDERLY), FAULT if faulty else FAILED)
+    faulty = Exit.FAULT in codes.values() and (first >= 0 or -first == signal.SIGABRT)
+    return next((code for code in codes.values() if code in ORDERLY), Exit.FAULT if faulty else Exit.FAILED)
 
 
 def _nobody_came(children: Sequence[Child], folder: Path, timeout: float) -> int:
@@ -164,7 +165,7 @@ def _nobody_came(children: Sequence[Child], folder: Path, timeout: float) -> int
     _say(f'error: {what}; all were stopped; --timeout sets how long to wait')
     for rank in late:
         _show_output(rank, folder)
-    return FAILED
+    return Exit.FAILED
 
 
 def _show_output(rank: int, folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mixcon_jax.errors import STOPPED, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.signals import Handler
 
 LAUNCHER = 'MIXCON_LAUNCHER'  # the environment variable in which a child finds its launcher's process id
@@ -143,7 +143,7 @@ def end_with_launcher() -> None:
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
         if os.getppid() != launcher:  # it has died already
-            sys.exit(STOPPED)
+            sys.exit(Exit.STOPPED)
 
 
 def end(children: Sequence[Child], grace: float = GRACE) -> None:

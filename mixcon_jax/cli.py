@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mixcon_jax import parsing
-from mixcon_jax.errors import FAILED, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import exit_with
 from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.options import beyond
@@ -120,7 +120,7 @@ def _train(known: argparse.Namespace, overrides: list[str]) -> int:
     go_on()
     config = load(known.config, overrides)
     if report_if_finished(config, known.workdir):
-        return 0
+        return Exit.DONE
     from mixcon_jax.train import train  # loads JAX, which takes seconds
 
     return train(config, known.workdir).exit_code
@@ -133,7 +133,7 @@ def _eval(known: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f'--batch-size {known.batch_size} must be at least 1')
     scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size, known.lengths)
     print(f'step {scores.step}: {_described(scores)}')
-    return 0
+    return Exit.DONE
 
 
 def _described(scores: 'Scores') -> str:
@@ -174,7 +174,7 @@ def _generate(known: argparse.Namespace, overrides: list[str]) -> int:
         seed=known.seed,
         step=_step(known.step),
     )
-    return 0
+    return Exit.DONE
 
 
 def _config(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -188,7 +188,7 @@ def _config(known: argparse.Namespace, overrides: list[str]) -> int:
         print('    A mixer or FFN by a name for patterns: of that kind, with these of its options replaced.')
     else:
         print(configs.to_json(config), end='')
-    return 0
+    return Exit.DONE
 
 
 def _watch(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -213,7 +213,7 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.validate(configs.load(known.config, overrides))
     if is_synthetic(config.data):
         print(f'{config.data.sources[0]} is made as it is needed: there is nothing to prepare')
-        return 0
+        return Exit.DONE
     stores = prepare(config.data)
     for store in stores:
         print(f'{store.spec}: {store.path}')
@@ -225,7 +225,7 @@ def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:
         print('  of the text come back', ', '.join('unknown' if share is None else percent(share) for share in back))
     values = baselines(stores)
     print(f'held-out text: {values["unigram"]:.3f} bits per byte by byte unigrams, {values["gzip"]:.3f} by gzip -9')
-    return 0
+    return Exit.DONE
 
 
 def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -234,7 +234,7 @@ def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
 
     for store in known.stores:
         path_of(store, 'STORE')
-    return FAILED if verify_all(known.stores, print) else 0
+    return Exit.FAILED if verify_all(known.stores, print) else Exit.DONE
 
 
 def _report(known: argparse.Namespace, overrides: list[str]) -> int:
@@ -242,7 +242,7 @@ def _report(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.reports.report import report
 
     report(known.folders, known.out, known.baseline)
-    return 0
+    return Exit.DONE
 
 
 # ----- arguments ----------------------------------------------------------------------------------------------------

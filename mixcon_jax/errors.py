@@ -3,8 +3,22 @@
 Free of JAX, as launchers and whatever answers at once need both.
 """
 
-# docs/run-directory.md says what each means. 70 is EX_SOFTWARE; 75 is EX_TEMPFAIL: start it again.
-DONE, FAILED, USER_ERROR, ABORTED, FAULT, STOPPED, INTERRUPTED = 0, 1, 2, 3, 70, 75, 130
+import enum
+
+
+class Exit(enum.IntEnum):
+    """The exit codes; docs/run-directory.md says what each means.
+
+    What became of a run, which its records say in words, ``runs.run`` names.
+    """
+
+    DONE = 0
+    FAILED = 1
+    USER_ERROR = 2
+    ABORTED = 3
+    FAULT = 70  # EX_SOFTWARE
+    STOPPED = 75  # EX_TEMPFAIL: start it again
+    INTERRUPTED = 130
 
 
 class UserError(Exception):

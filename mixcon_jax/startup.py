@@ -200,7 +200,7 @@ def banner(
     say(f'model     {model.num_blocks} x ({", ".join(model.pattern)})')
     say(
         f'          {counts.total:,} parameters, {counts.active:,} active per token'
-        + (f", {counts.added:,} of them Conba's additions" if counts.added else '')
+        + (f', {counts.added:,} of them added to the layers that they extend' if counts.added else '')
     )
     if train_batches.num_tokens is None:  # a task
         data, epochs = f'made as needed, {heldout.num_tokens:,} answers held out', ''

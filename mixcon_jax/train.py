@@ -18,7 +18,7 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax import startup
 from mixcon_jax.data import open_dataset
-from mixcon_jax.errors import ABORTED, DONE, STOPPED, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.evaluate import Scores, score
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
@@ -80,7 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     config = configs.validate(config)
     if (record := report_if_finished(config, workdir)) is not None:
         metrics = _scores_of(record) | {'baselines': record.get('baselines', {})}
-        return Result(DONE, record['step'], record['fingerprint'], metrics)
+        return Result(Exit.DONE, record['step'], record['fingerprint'], metrics)
     folder = Workdir(workdir)
     startup.set_up_jax(config)
     configs.check_mesh(config, jax.device_count())
@@ -137,11 +137,11 @@ def _train(
                 state, origin = startup.with_weights_of(source, origin, state, steps, tokenizer, metrics.say)
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
-        checkpoints.prune()
         records = metrics.start(meta.step, meta.tokens_seen)
         trace = Trace(config.log, folder.path / 'profile', metrics.say)
         stack.callback(trace.end)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
+        checkpoints.prune()  # only now: nothing refuses the start any more
         batches = train_batches.iterate(meta.step)
         stack.callback(batches.close)
 
@@ -261,7 +261,7 @@ def _train(
             metrics.say('stopped before the first step: nothing is saved, and the same command begins again')
         else:
             metrics.say(f'saved step {step} of {last_step}; the same command goes on from there')
-        return Result(STOPPED, step)
+        return Result(Exit.STOPPED, step)
     assert final is not None  # the loop ends with it
     if not is_finite(final):
         metrics.record('run', step, event='aborted', **_spent(clock))
@@ -269,7 +269,7 @@ def _train(
             f'error: the held-out loss after {step} steps is not finite, so this run is not done; its last steps are in'
             f' {folder.metrics_file}; begin another one with a lower optim.learning_rate'
         )
-        return Result(ABORTED, step)
+        return Result(Exit.ABORTED, step)
     digest = fingerprint(state.params)
     result = _scores_of(final) | {'baselines': dataset.baselines()}
     record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result
@@ -277,7 +277,7 @@ def _train(
     metrics.sync()
     metrics.say(summary(step, record))
     metrics.say(_time(clock))
-    return Result(DONE, step, digest, result)
+    return Result(Exit.DONE, step, digest, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints) -> Res
         + (f'the newest checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet')
         + '; a lower optim.learning_rate or optim.clip_norm may help'
     )
-    return Result(ABORTED, step)
+    return Result(Exit.ABORTED, step)
 
 
 def _values(scores: Scores) -> dict[str, Any]:

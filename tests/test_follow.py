@@ -39,10 +39,10 @@ def test_however_the_file_grows_each_whole_line_is_read_once(tmp_path, monkeypat
     assert known(run) == known(opened(tmp_path / 'whole', records))
 
 
-def test_a_torn_last_line_waits_for_its_rest(tmp_path):
+def test_a_torn_last_line_waits_for_its_rest_but_not_for_its_end_of_line(tmp_path):
     folder = write(tmp_path / 'run', [STARTED, train(1, 1001)])
     run, line = WatchedRun(folder), text_of([train(10, 1002)])
-    for end, step in ((20, 1), (len(line) - 1, 1), (len(line), 10)):
+    for end, step in ((20, 1), (len(line) - 2, 1), (len(line) - 1, 10), (len(line), 10)):
         write(folder, [STARTED, train(1, 1001)])
         with open(folder / 'metrics.jsonl', 'a') as file:
             file.write(line[:end])
@@ -134,7 +134,7 @@ def test_runs_come_and_go(tmp_path):
 
 def test_a_large_tree_is_not_searched_every_time(tmp_path, monkeypatch):
     searched = []
-    monkeypatch.setattr(follow, 'find', lambda roots: (searched.append(1), time.sleep(0.05), iter([]))[2])
+    monkeypatch.setattr(follow, 'run_folders', lambda roots: (searched.append(1), time.sleep(0.05), iter([]))[2])
     runs = Runs([tmp_path])
     for _ in range(5):
         runs.update()

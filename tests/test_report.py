@@ -174,10 +174,10 @@ def test_a_copy_of_a_run_counts_once(tmp_path):
 def test_sizes_are_those_of_the_model(tmp_path):
     arm = collect([write_run(tmp_path / 'run')]).arms[0]
     model = arm.config.model
-    assert arm.sizes.counts == accounting.parameter_count(model)
-    assert arm.sizes.flops_per_token == accounting.flops_per_token(model, 32)
-    assert arm.sizes.state_bytes == accounting.state_bytes(model, 32)
-    assert arm.sizes.state_bytes_long == accounting.state_bytes(model, 8192)
+    assert arm.costs.counts == accounting.parameter_count(model)
+    assert arm.costs.flops_per_token == accounting.flops_per_token(model, 32)
+    assert arm.costs.state_bytes == accounting.state_bytes(model, 32)
+    assert arm.costs.state_bytes_long == accounting.state_bytes(model, 8192)
     assert arm.tokens_per_second == 250, 'the median of 100, 200, 300 and 400'
 
 

@@ -53,7 +53,9 @@ def test_the_command_writes_tables_and_figures(tmp_path, capsys):
     ):  # fmt: skip
         assert words in page, words
 
+    assert '| arm | parameters | active | added | FLOPs/token |' in page and 'of Conba' not in page
     base, less = rows(out / 'arms.csv')
+    assert int(base['parameters_added']) == collect([top]).arms[0].costs.counts.added > 0
     assert (base['verdict'], less['verdict'], less['baseline'], less['pairs']) == ('baseline', 'lower', 'base', '3')
     assert float(less['difference']) == pytest.approx(-0.5)
     expected = stats.ttest_rel([1.5, 1.61, 1.69], [2.0, 2.1, 2.2]).confidence_interval(0.95)

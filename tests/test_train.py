@@ -14,7 +14,7 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax import train as train_module
-from mixcon_jax.errors import ABORTED, DONE, STOPPED, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.signals import STOPPING, StopRequest
 from mixcon_jax.runs.checkpoints import Checkpoints
 from mixcon_jax.runs.fingerprint import fingerprint
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
     """Corpus, caches, and ``whole``: a run of 8 steps, evaluated and saved every 4."""
     folder = tmp_path_factory.mktemp('train')
     result = train(small_config(folder), folder / 'whole')
-    assert result.exit_code == DONE and result.step == STEPS
+    assert result.exit_code == Exit.DONE and result.step == STEPS
     return folder
 
 
@@ -97,7 +97,7 @@ def test_a_finished_run_says_so_and_does_nothing(folder, capsys):
     before = {path: path.stat().st_mtime_ns for path in (folder / 'whole').rglob('*')}
     result = train(small_config(folder), folder / 'whole')
     assert 'is done after 8 steps' in capsys.readouterr().out
-    assert result.exit_code == DONE and len(result.fingerprint) == 64 and result.metrics['bits_per_byte'] > 0
+    assert result.exit_code == Exit.DONE and len(result.fingerprint) == 64 and result.metrics['bits_per_byte'] > 0
     assert before == {path: path.stat().st_mtime_ns for path in (folder / 'whole').rglob('*')}
 
 
@@ -136,7 +136,7 @@ def test_killed_between_the_last_save_and_its_pruning_it_prunes_when_it_goes_on(
     lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
     (workdir / 'metrics.jsonl').write_text(''.join(line for line in lines if '"done"' not in line))
     result = train(small_config(folder, checkpoint__keep_last=1), workdir)
-    assert result.exit_code == DONE and [path.name for path in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
+    assert result.exit_code == Exit.DONE and [path.name for path in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
 
 
 @pytest.mark.parametrize('number, step', STOPS)
@@ -146,7 +146,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(folder, tmp_path, monkeypatch
         stop_at(patch, step, number)
         result = train(small_config(folder), tmp_path / 'run')
     # The signal came while the metrics of a step were read, when the next one was under way.
-    assert result == Result(STOPPED, min(step + 1, STEPS))
+    assert result == Result(Exit.STOPPED, min(step + 1, STEPS))
     assert [signal.getsignal(n) for n in STOPPING] == handlers
     assert last(read(tmp_path / 'run' / 'metrics.jsonl'), kind='run')['event'] == 'stopped'
     assert (tmp_path / 'run' / 'checkpoints' / str(result.step)).is_dir()
@@ -162,7 +162,7 @@ def test_stopped_before_the_first_step_it_says_that_nothing_is_saved(folder, tmp
             return self
 
     monkeypatch.setattr(train_module, 'StopRequest', Asked)
-    assert train(small_config(folder), tmp_path / 'run') == Result(STOPPED, 0)
+    assert train(small_config(folder), tmp_path / 'run') == Result(Exit.STOPPED, 0)
     assert 'nothing is saved' in capsys.readouterr().out
     assert Checkpoints(tmp_path / 'run' / 'checkpoints', read_only=True).steps() == []
 
@@ -176,7 +176,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_next_start(folder, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, 'score', interrupted)
-        assert train(small_config(folder), tmp_path / 'run') == Result(STOPPED, 4)
+        assert train(small_config(folder), tmp_path / 'run') == Result(Exit.STOPPED, 4)
     assert last(read(tmp_path / 'run' / 'metrics.jsonl'), kind='eval') is None
     train(small_config(folder), tmp_path / 'run')
     assert outcome(tmp_path / 'run') == outcome(folder / 'whole')
@@ -268,7 +268,7 @@ def test_a_run_goes_on_with_its_own_tokens_and_without_them_refuses_other_text(f
     write_corpus(tmp_path / 'corpus', seed=1)
     shutil.copytree(tmp_path / 'run', tmp_path / 'other')
     capsys.readouterr()
-    assert train(config, tmp_path / 'run').exit_code == DONE
+    assert train(config, tmp_path / 'run').exit_code == Exit.DONE
     assert 'corpus/*.txt: changed since' in capsys.readouterr().err
     shutil.rmtree(config.data.cache_dir)
     before = contents(tmp_path / 'other')
@@ -285,7 +285,7 @@ def test_text_that_was_copied_but_not_changed_goes_on(folder, tmp_path):
     for path in (tmp_path / 'corpus').iterdir():
         path.touch()
     shutil.rmtree(config.data.cache_dir)  # it is prepared anew, and is the data of the run all the same
-    assert train(config, tmp_path / 'run').exit_code == DONE
+    assert train(config, tmp_path / 'run').exit_code == Exit.DONE
 
 
 def test_the_final_scores_cover_all_rows_whatever_was_watched_before_an_interruption(folder, tmp_path):
@@ -297,7 +297,7 @@ def test_the_final_scores_cover_all_rows_whatever_was_watched_before_an_interrup
         patch.setattr(
             train_module, 'score', lambda b, rows, step: (interrupt if rows.num_rows > 2 else original)(b, rows, step)
         )
-        assert train(fewer, workdir).exit_code == STOPPED
+        assert train(fewer, workdir).exit_code == Exit.STOPPED
     result = train(small_config(folder), workdir)
     assert result.metrics == train(small_config(folder), folder / 'whole').metrics
 
@@ -324,7 +324,7 @@ def test_steps_that_stay_not_finite_abort_and_spare_the_checkpoints(folder, tmp_
         folder, optim__learning_rate=1e30, train__max_bad_steps=3, checkpoint__every=1, optim__clip_norm=0.0
     )
     result = train(config, tmp_path / 'run')
-    assert result.exit_code == ABORTED
+    assert result.exit_code == Exit.ABORTED
     records = read(tmp_path / 'run' / 'metrics.jsonl')
     bad = [r['step'] for r in records if r['kind'] == 'train' and r['bad']]
     assert bad == list(range(bad[0], bad[0] + 3))

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from mixcon_jax import cli
 from mixcon_jax.errors import UserError
-from mixcon_jax.watching import cells, charts, follow
+from mixcon_jax.runs.run import run_folders
+from mixcon_jax.watching import cells, charts
 from mixcon_jax.watching import watch as watching
 from mixcon_jax.watching.details import details
 from mixcon_jax.watching.follow import Runs, WatchedRun
@@ -304,7 +305,7 @@ def test_what_is_no_terminal_gets_one_snapshot(tmp_path, capsys):
     'arguments, words',
     [
         (['{}/none', '--once'], 'no run in {}/none'),
-        (['{}', '--once'], 'a run is a folder with config.json and metrics.jsonl'),
+        (['{}', '--once'], 'a run is a folder with metrics.jsonl, or with config.json and checkpoints'),
         (['{}/file'], '{}/file is a file'),
         ([''], 'DIR is empty'),
         (['{}', '--interval', '0'], '--interval 0 must be at least 0.1'),
@@ -329,7 +330,7 @@ def test_runs_are_found_through_links_each_once(tmp_path):
     (tmp_path / 'top' / 'run').symlink_to(folder)
     (tmp_path / 'top' / 'again').symlink_to(folder)
     (tmp_path / 'top' / 'up').symlink_to(tmp_path)
-    assert [found.resolve() for found in follow.find([tmp_path / 'top', folder])] == [folder]
+    assert [found.resolve() for found in run_folders([tmp_path / 'top', folder])] == [folder]
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

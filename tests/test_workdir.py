@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from mixcon_jax import config as configs
 from mixcon_jax import optim, startup, step
 from mixcon_jax import train as train_module
 from mixcon_jax.cli import _step
-from mixcon_jax.errors import ABORTED, DONE, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.reports import runs
 from mixcon_jax.runs import mark, saved
@@ -44,7 +45,7 @@ def small(folder: Path, **overrides):
 def folder(tmp_path_factory) -> Path:
     """Corpus, caches, and ``whole``: a finished run."""
     folder = tmp_path_factory.mktemp('workdir')
-    assert train(small(folder), folder / 'whole').exit_code == DONE
+    assert train(small(folder), folder / 'whole').exit_code == Exit.DONE
     return folder
 
 
@@ -71,10 +72,10 @@ def measured(workdir: Path) -> list[dict]:
 def test_a_path_with_letters_of_patterns_is_a_path_like_any_other(folder, tmp_path):
     """Orbax looks for what it wrote by a glob, so that nothing it saved could be loaded."""
     workdir = tmp_path / 'exp [v2] {a}*?\\ %41 é'
-    assert train(small(folder, train__steps=2, log__tensorboard=True), workdir).exit_code == DONE
+    assert train(small(folder, train__steps=2, log__tensorboard=True), workdir).exit_code == Exit.DONE
     assert load_params(workdir)[1].step == 2 and load_model(workdir, 'best').step == 2
     assert len(list((workdir / 'tensorboard').iterdir())) == 1
-    assert train(small(folder, train__steps=4), workdir).exit_code == DONE
+    assert train(small(folder, train__steps=4), workdir).exit_code == Exit.DONE
     assert measured(workdir) == measured(folder / 'whole')
 
 
@@ -93,8 +94,8 @@ def test_folders_of_a_run_may_be_links(folder, tmp_path):
         (tmp_path / f'elsewhere-{name}').mkdir()
         (workdir / name).symlink_to(tmp_path / f'elsewhere-{name}')
     options = {'log__tensorboard': True, 'log__profile_start': 1, 'log__profile_steps': 1}
-    assert train(small(folder, train__steps=2, **options), workdir).exit_code == DONE
-    assert train(small(folder, **options), workdir).exit_code == DONE
+    assert train(small(folder, train__steps=2, **options), workdir).exit_code == Exit.DONE
+    assert train(small(folder, **options), workdir).exit_code == Exit.DONE
     assert measured(workdir) == measured(folder / 'whole')
     assert all((workdir / name).is_symlink() for name in ('checkpoints', 'tensorboard', 'profile'))
     assert saved.steps(tmp_path / 'elsewhere-checkpoints') == [2, 4]
@@ -116,6 +117,15 @@ FOREIGN = [
     ('tensorboard/events.out.tfevents.1.mine', 'x'), ('profile/mine', 'x'), ('wandb_id.txt', 'x'),
     ('checkpoints/9/meta/metadata', json.dumps({'contents': {'step': 9}, 'sha256': ''})),
 ]  # fmt: skip
+
+
+def test_a_start_that_is_refused_late_deletes_no_checkpoint(folder, tmp_path, monkeypatch):
+    """Fewer are to be kept, but wandb is missing, which only its start says."""
+    workdir, find = copy_of(folder, tmp_path), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name == 'wandb' else find(name, *rest))
+    with pytest.raises(UserError, match='wandb is not installed'):
+        train(small(folder, train__steps=6, checkpoint__keep_last=1, checkpoint__keep_best=0, log__wandb=True), workdir)
+    assert saved.steps(workdir / 'checkpoints') == [2, 4]
 
 
 @pytest.mark.parametrize('name, text', FOREIGN)
@@ -142,7 +152,7 @@ def test_files_that_others_put_into_a_run_stay(folder, tmp_path):
     theirs = workdir / 'tensorboard' / 'events.out.tfevents.1.mine'
     theirs.parent.mkdir()
     theirs.write_text('mine')
-    assert train(small(folder, log__tensorboard=True), workdir).exit_code == DONE
+    assert train(small(folder, log__tensorboard=True), workdir).exit_code == Exit.DONE
     assert theirs.read_text() == 'mine' and len(list(theirs.parent.iterdir())) == 2
     assert measured(workdir) == measured(folder / 'whole')
 
@@ -214,15 +224,15 @@ def test_scores_that_are_no_numbers_end_no_run_as_done(folder, tmp_path, monkeyp
     broken = lambda *args: dataclasses.replace(original(*args), loss=math.nan)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, 'score', broken)
-        assert train(small(folder), workdir).exit_code == ABORTED
+        assert train(small(folder), workdir).exit_code == Exit.ABORTED
     assert 'not finite' in capsys.readouterr().out and last(read(workdir / 'metrics.jsonl'), kind='run')['step'] == 4
-    assert train(small(folder), workdir).exit_code == ABORTED  # nor does the next start find that it is
+    assert train(small(folder), workdir).exit_code == Exit.ABORTED  # nor does the next start find that it is
 
 
 def test_an_update_that_leaves_no_numbers_ends_the_run_and_is_not_saved(folder, tmp_path, monkeypatch, capsys):
     workdir = copy_of(folder, tmp_path, 2)
     monkeypatch.setattr(step, 'all_finite', lambda tree: jnp.bool_(False))
-    assert train(small(folder, checkpoint__every=1), workdir).exit_code == ABORTED
+    assert train(small(folder, checkpoint__every=1), workdir).exit_code == Exit.ABORTED
     assert 'the update of step 3' in capsys.readouterr().out and saved.steps(workdir / 'checkpoints') == [2]
     aborted = last(read(workdir / 'metrics.jsonl'), kind='run')
     assert (aborted['event'], aborted['first_bad_step'], aborted['last_bad_step']) == ('aborted', 3, 3)
@@ -283,7 +293,7 @@ def test_cosine_goes_on_only_when_told_to_and_says_what_that_does(folder, tmp_pa
         train(small(folder, **cosine), tmp_path / 'run')
     before = read(tmp_path / 'run' / 'metrics.jsonl')
     longer = small(folder, **cosine, train__extend=True)
-    assert train(longer, tmp_path / 'run').exit_code == DONE
+    assert train(longer, tmp_path / 'run').exit_code == Exit.DONE
     after = [record for record in read(tmp_path / 'run' / 'metrics.jsonl') if record['kind'] == 'train']
     assert after[:2] == [record for record in before if record['kind'] == 'train'] and after[-1]['step'] == 4
     said = capsys.readouterr().out
@@ -325,7 +335,7 @@ def test_a_run_goes_on_with_its_text_wherever_it_is_now(folder, tmp_path, capsys
         train(small(folder, data__tokenizer_vocab_size=301), again)
     own = small(folder, data__tokenizer=str(folder / 'whole' / 'tokenizer.json'))
     capsys.readouterr()
-    assert train(own, again).exit_code == DONE
+    assert train(own, again).exit_code == Exit.DONE
     assert 'done after 4 steps' in capsys.readouterr().out
 
 

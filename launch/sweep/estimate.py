@@ -4,6 +4,7 @@
 known.
 """
 
+import contextlib
 import heapq
 import json
 import statistics
@@ -15,7 +16,8 @@ from typing import Any
 
 from launch import processes
 from launch.sweep.cases import Case
-from launch.sweep.status import tokens_per_step, whole_speed
+from launch.sweep.status import TimedRun, tokens_per_step
+from mixcon_jax.errors import UserError
 
 UTILISATION = 0.15  # of a matrix product's FLOP/s, assumed of training when nothing has run yet
 MATRIX = {'cpu': 512}  # rows of the matrices that are multiplied; elsewhere OTHER
@@ -58,7 +60,8 @@ class Estimate:
     def __init__(
         self, cases: Sequence[Case], workdir: Path, sizes: Sizes, calibrate: Callable[[], float | None] | None = None
     ) -> None:
-        self._workdir, self._sizes = workdir, sizes
+        self._sizes = sizes
+        self._runs = {case.folder: TimedRun(workdir / case.folder) for case in cases}
         self._arms = {case.folder: _arm(case) for case in cases}
         self._measured: dict[str, dict[str, float]] = {}  # {arm: {folder: tokens a second}}
         self._models: dict[str, Case] = {}  # {arm: one of its cases}
@@ -66,9 +69,12 @@ class Estimate:
         self._product = calibrate() if calibrate is not None and not self._measured else None
 
     def look(self, cases: Iterable[Case]) -> None:
-        """Reads anew how fast these have been; what was read of others is remembered."""
+        """Reads how fast these have been since; what was read of others, and what cannot be read now, is remembered."""
         for case in cases:
-            if speed := whole_speed(case, self._workdir):
+            run = self._runs[case.folder]
+            with contextlib.suppress(UserError):
+                run.update()
+            if speed := run.whole_speed(case):
                 arm = self._arms[case.folder]
                 self._measured.setdefault(arm, {})[case.folder] = speed
                 self._models[arm] = case

@@ -22,9 +22,9 @@ from launch.processes import Child, Share, Signals
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
 from launch.sweep.show import Screen, table
-from launch.sweep.status import NEW, REFUSED, measure, status_of, steps_speed, tokens_per_step
+from launch.sweep.status import NEW, REFUSED, TimedRun, measure, status_of, tokens_per_step
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
-from mixcon_jax.errors import FAILED, INTERRUPTED, STOPPED, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import exit_with
 from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.host.signals import STOPPING
@@ -42,7 +42,8 @@ DESCRIPTION = (
 EPILOG = (
     'A case runs in WORKDIR/<name>/seed-<seed>; what it prints goes to WORKDIR/<name>/seed-<seed>.log.'
     f' {OVERRIDES} Overrides hold for all cases, but for what a case sets itself.'
-    ' Exit codes: 0 all done, 1 some failed, 2 bad input, 75 stopped and saved, 130 killed by a second Ctrl-C.'
+    f' Exit codes: {Exit.DONE} all done, {Exit.FAILED} some failed, {Exit.USER_ERROR} bad input, {Exit.STOPPED} stopped'
+    f' and saved, {Exit.INTERRUPTED} interrupted before a case ran, or the cases killed by a second Ctrl-C.'
 )
 LOOK = 0.5  # seconds between looks at the running cases' steps
 
@@ -78,7 +79,7 @@ def _main(known: argparse.Namespace, rest: Sequence[str]) -> int:
     wanted = cases(known.config, overrides)
     if known.list:
         print(listing(wanted, workdir, shares, environment))
-        return 0
+        return Exit.DONE
     with explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     with Signals() as signals:
@@ -180,7 +181,7 @@ class Sweep:
         self._errors: dict[str, list[str]] = {}  # of those that failed: lines, the last of which says most
 
     def run(self) -> int:
-        """Returns the exit code: 0 all done, 1 some failed, 75 some stopped and saved, 130 killed by the user."""
+        """Returns the exit code: of all done, some failed, some stopped and saved, or killed by a second Ctrl-C."""
         self._greet()
         stopping, looked = False, 0.0
         try:
@@ -203,10 +204,10 @@ class Sweep:
             processes.end([job.child for job in self._running])
         self._report()
         if self._signals.kill:
-            return INTERRUPTED
+            return Exit.INTERRUPTED
         if self._errors and self._done() + len(self._errors) == len(self._cases):
-            return FAILED
-        return 0 if self._done() == len(self._cases) else STOPPED
+            return Exit.FAILED
+        return Exit.DONE if self._done() == len(self._cases) else Exit.STOPPED
 
     # ----- one case -----
 
@@ -248,13 +249,13 @@ class Sweep:
         self._free.append(job.share)
         case, code, took = job.case, job.child.returncode, duration(time.monotonic() - job.began)
         status = status_of(case, self._workdir)
-        if code == 0 and status.state == DONE:
+        if code == Exit.DONE and status.state == DONE:
             self._ended[case.folder] = 'done'
             name, value = measure(status.scores)
             scores = f'loss {number(status.scores["loss"]):.4f} · {value:.4f} {name}'
             counted = f'{self._done()} of {len(self._cases)} done{self._left(case)}'
             self._screen.say(f'{case.folder} done in {took} · {scores} · {counted}')
-        elif code == STOPPED or -code in STOPPING or (self._signals.kill and code < 0):
+        elif code == Exit.STOPPED or -code in STOPPING or (self._signals.kill and code < 0):
             self._ended[case.folder] = f'stopped {status}' if status.step else 'stopped'
             saved = f'saved {status}' if status.step else 'before its first checkpoint'
             self._screen.say(f'{case.folder} stopped after {took}, {saved}')
@@ -311,7 +312,10 @@ class Sweep:
                 measures.add(name)
                 row[2:4] = f'{number(status.scores["loss"]):.4f}', f'{value:.4f}'
             if status.state not in (NEW, REFUSED):
-                speed = steps_speed(Run(self._workdir / case.folder).read())
+                run = TimedRun(self._workdir / case.folder)
+                with contextlib.suppress(UserError):
+                    run.update()
+                speed = run.steps_speed()
                 row[4] = short(speed) if speed else ''
             rows.append(row)
         self._screen.say('\n' + table(['case', 'state', 'loss', ' or '.join(sorted(measures)), 'tokens/s'], rows))

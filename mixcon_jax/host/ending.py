@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from mixcon_jax.errors import FAILED, FAULT, INTERRUPTED, USER_ERROR, UserError
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host import ambient
 from mixcon_jax.host.log_filters import shorten_jax
 from mixcon_jax.host.output import OutputLost, guarded
@@ -46,17 +46,17 @@ def failed(error: BaseException) -> int:
     """Says in one line what went wrong; returns the exit code. A fault of ours leaves its traceback in a file."""
     if isinstance(error, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
-        return INTERRUPTED
+        return Exit.INTERRUPTED
     if isinstance(error, OutputLost):
         # A reader that has gone (head, less) knows, and no word would reach a terminal that has.
         if isinstance(error.__cause__, OSError) and error.__cause__.errno not in (errno.EPIPE, errno.EIO):
             print(f'error: the output cannot be written ({error})', file=sys.stderr)
-        return FAILED
-    line, code = users(error), USER_ERROR
+        return Exit.FAILED
+    line, code = users(error), Exit.USER_ERROR
     if line is None and of_jax(error) and OTHERS.search(str(error)):
-        line, code = f'another process of this run cannot be reached: {named(error)}', FAILED
+        line, code = f'another process of this run cannot be reached: {named(error)}', Exit.FAILED
     if line is None:
-        line, code = f'this is a fault of MixCon: {named(error)}; please report it, with {_kept(error)}', FAULT
+        line, code = f'this is a fault of MixCon: {named(error)}; please report it, with {_kept(error)}', Exit.FAULT
     print(f'error: {one_line(line)}', file=sys.stderr)
     return code
 

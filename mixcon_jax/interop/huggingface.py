@@ -21,24 +21,25 @@ class Architecture(NamedTuple):
 
     Attributes:
       top: ``{name: what makes ours of it}`` of the weights outside the decoder layers.
-      norms: our names of a decoder layer's norms, by what it calls them.
+      norms: what it calls a decoder layer's norms, by our names.
     """
 
     top: Mapping[str, Place]
     norms: Mapping[str, str]
 
 
+HEAD = 'lm_head.weight'  # of a model whose head is not its embedding
 NORM: dict[str, Place] = {'weight': same('scale')}  # of a norm alone
-SHARED = {'model.embed_tokens.weight': same('embedding'), 'lm_head.weight': linear('output')}
+SHARED = {'model.embed_tokens.weight': same('embedding'), HEAD: linear('output')}
 LLAMA = Architecture(
     SHARED | {'model.norm.weight': same('final_norm/scale')},
-    {'input_layernorm': 'mixer_norm', 'post_attention_layernorm': 'ffn_norm'},
+    {'mixer_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'},
 )
 # By the model_type of transformers, as in Layer.PUBLISHED.
 ARCHITECTURES = {
     'jamba': Architecture(
         SHARED | {'model.final_layernorm.weight': same('final_norm/scale')},
-        {'input_layernorm': 'mixer_norm', 'pre_ff_layernorm': 'ffn_norm'},
+        {'mixer_norm': 'input_layernorm', 'ffn_norm': 'pre_ff_layernorm'},
     ),
     'llama': LLAMA,
     'mixtral': LLAMA,
@@ -97,41 +98,62 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
       Arrays by the names of the model's parameters.
 
     Raises:
-      UserError: an architecture, a layer or a weight that has no place, named.
+      UserError: an architecture, a layer or a weight that has no place, or a place that has no weight, named.
     """
     if architecture not in ARCHITECTURES:
         raise UserError(f'the architecture {architecture!r} is not known; choose from {", ".join(ARCHITECTURES)}')
     top, norms = ARCHITECTURES[architecture]
-    layers: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    top = {name: place for name, place in top.items() if name != HEAD or not model.tie_embeddings}
+    layers: dict[int, dict[str, dict[str, np.ndarray]]] = {}
     outside: dict[str, np.ndarray] = {}
     for name, value in theirs.items():
         if match := re.fullmatch(r'model\.layers\.(\d+)\.(\w+)\.(.+)', name):
-            layers.setdefault((int(match[1]), match[2]), {})[match[3]] = value
+            layers.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = value
         else:
             outside[name] = value
     places = [_modules(model, text, norms, architecture) for text in model.pattern]
+    count = model.num_blocks * len(places)
+    if beyond := [index for index in layers if index >= count]:
+        raise UserError(
+            f'there is a layer {max(beyond)} from {architecture}, but the model has {count} layers, 0 to {count - 1}:'
+            f' model.num_blocks={model.num_blocks} of {len(places)}'
+        )
     stacks: dict[str, list[np.ndarray]] = {}
-    for (index, module), weights in sorted(layers.items()):
-        j = index % len(places)
+    for index in range(count):
+        j, found = index % len(places), layers.get(index, {})
         where = f'layer {index} ({model.pattern[j]}) from {architecture}'
-        if module not in places[j]:
-            raise UserError(f'{where} has no place for {module}, only for {", ".join(places[j])}')
-        ours, known = places[j][module]
-        for name, value in _placed(weights, known, f'{module} of {where}').items():
-            stacks.setdefault(f'blocks/layers/{j}/{ours}/{name}', []).append(value)
+        for module in found:
+            if module not in places[j]:
+                raise UserError(f'{where} has no place for {module}, only for {", ".join(places[j])}')
+        for module, (ours, known) in places[j].items():
+            what = f'{module} of {where}'
+            for name, value in _whole(found.get(module, {}), known, what).items():
+                stacks.setdefault(f'blocks/layers/{j}/{ours}/{name}', []).append(value)
     stacked = {name: np.stack(values) for name, values in stacks.items()}
-    return _placed(outside, top, f'a model from {architecture}') | stacked
+    return _whole(outside, top, f'a model from {architecture}') | stacked
 
 
 def _modules(
     model, text: str, norms: Mapping[str, str], architecture: str
 ) -> dict[str, tuple[str, Mapping[str, Place]]]:
     """Our part, and what its weights are called, for each module of a published decoder layer."""
-    found: dict[str, tuple[str, Mapping[str, Place]]] = {name: (ours, NORM) for name, ours in norms.items()}
-    for role, part in pattern.parts(model, text).items():
+    parts = pattern.parts(model, text)
+    normed = ['mixer_norm']
+    if 'ffn' in parts and not pattern.parse_layer(text, pattern.named_kinds(model)).parallel:  # which share one
+        normed.append('ffn_norm')
+    found: dict[str, tuple[str, Mapping[str, Place]]] = {norms[ours]: (ours, NORM) for ours in normed}
+    for role, part in parts.items():
         module, weights = published(part.kind, architecture, role)
         found[module] = (role, weights)
     return found
+
+
+def _whole(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str) -> Weights:
+    """``_placed``, where every place must have its weight."""
+    ours = _placed(theirs, places, what)
+    if missing := [name for name in places if name not in theirs]:
+        raise UserError(f'{what} lacks {", ".join(missing)}')
+    return ours
 
 
 def _placed(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str) -> Weights:

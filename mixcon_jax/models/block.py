@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mixcon_jax.errors import ConfigError
 from mixcon_jax.models import reported
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -42,7 +43,7 @@ class Residual(nnx.Module):
         """As of ``Layer``, with the aux of each part by its role.
 
         Raises:
-          ValueError: a part reports a statistic or a loss under a name that is taken.
+          ConfigError: a part reports a statistic or a loss under a name that is taken.
         """
         old = {} if state is None else state
         normed = self.mixer_norm(x)
@@ -60,14 +61,24 @@ class Residual(nnx.Module):
             for kind, key in (('statistic', 'stats'), ('loss', 'losses')):
                 for name in auxes[role].get(key, {}):
                     if (why := reported.refused(kind, name)) is not None:
-                        raise ValueError(f'{type(part).__qualname__} reports {why}')
+                        raise ConfigError(f'{type(part).__qualname__} reports {why}')
         return x, None if state is None else new, auxes
 
     def update_buffers(
         self, buffers: Mapping[str, Any], stats: Mapping[str, Mapping[str, Array]]
     ) -> dict[str, Mapping[str, Any]]:
-        """The parts' new buffers, from their statistics, all by role."""
-        return {role: self.parts()[role].update_buffers(values, stats[role]) for role, values in buffers.items()}
+        """The parts' new buffers, all by role; each is shown the statistics that its class declares."""
+        parts, new = self.parts(), {}
+        for role, values in buffers.items():
+            own = _declared(type(parts[role]))
+            shown = {name: value for name, value in stats[role].items() if name in own}
+            new[role] = parts[role].update_buffers(values, shown)
+        return new
+
+
+def _declared(kind: type[Layer]) -> set[str]:
+    """The names of the statistics that a class and its bases declare."""
+    return {name for base in kind.__mro__ for name in vars(base).get('STATISTICS', ())}
 
 
 class Block(nnx.Module):

@@ -106,7 +106,8 @@ class Layer(nnx.Module):
 
         Args:
           buffers: the values of its ``layers.Buffer`` variables, by name.
-          stats: what its call reported, the mean over the microbatches of the step.
+          stats: of the statistics that the class declares, those that its call reported, as the mean over the
+            microbatches of the step.
         """
         del stats
         return buffers

@@ -9,12 +9,14 @@ records itself.
 from collections.abc import Mapping
 from typing import Any
 
+from mixcon_jax.parsing import MAPPINGS, NUMBERS
+
 FFN = 'ffn_'  # before the name of an FFN's statistic that the mixer has too
-# What a record of training has beside the layers' losses: of the step, and of the run.
+# What a record may have beside the layers' losses: what readers take for objects or numbers of another kind, and the
+# rest that training writes of the step and of the run.
 RECORDED = frozenset({
-    'loss', 'z_loss', 'accuracy', 'stats', 'grad_norm', 'learning_rate', 'tokens', 'bad', 'bad_steps', 'skipped',
-    'broken', 'kind', 'step', 'time', 'tokens_seen', 'tokens_per_second', 'flops_per_second', 'mfu', 'goodput',
-    'time_shares',
+    *MAPPINGS, *NUMBERS, 'kind', 'step', 'z_loss', 'grad_norm', 'learning_rate', 'bad', 'bad_steps', 'skipped',
+    'broken', 'tokens_per_second', 'flops_per_second', 'mfu', 'goodput',
 })  # fmt: skip
 
 
@@ -42,7 +44,11 @@ def statistics(j: int, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def by_part(j: int, stats: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The other way: what each part of layer j has reported, by its own names, beside what the other alone has."""
+    """The other way: what each part of layer j has reported, by its own names.
+
+    The names do not tell which part reported what one alone has, so both are given it; ``block`` shows a part what its
+    class declares.
+    """
     own = {name.partition('/')[2]: value for name, value in stats.items() if name.startswith(f'layer_{j}/')}
     marked = {name.removeprefix(FFN): value for name, value in own.items() if name.startswith(FFN)}
     mixers = {name: value for name, value in own.items() if not name.startswith(FFN)}

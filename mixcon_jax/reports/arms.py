@@ -63,7 +63,7 @@ class Arm:
         return tuple(run for run in self.runs if run.state == DONE and math.isfinite(number(run.final, 'loss')))
 
     @property
-    def sizes(self) -> Costs:
+    def costs(self) -> Costs:
         return _costs(json.dumps(self.config.model.to_dict(), sort_keys=True), self.config.data.seq_len)
 
     @property

@@ -25,7 +25,7 @@ def draw(
     with mpl.rc_context(settings):
         figures = {
             'loss-tokens': curves.losses(arms, curves.TOKENS, lambda arm: 1.0),
-            'loss-flops': curves.losses(arms, curves.FLOPS, lambda arm: arm.sizes.flops_per_token),
+            'loss-flops': curves.losses(arms, curves.FLOPS, lambda arm: arm.costs.flops_per_token),
             'final': points.finals(arms, score),
             'differences': points.differences(arms, baseline, score, differences),
             'accuracy-by-length': curves.accuracy_by_length(arms),

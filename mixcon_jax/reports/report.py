@@ -208,10 +208,10 @@ def markdown(found: Report, drawn: Iterable[str], title: str, command: str) -> s
 
 
 _SIZES = """\
-*Active* parameters are those that one token uses; *of Conba* is what Conba adds to Mamba's mixers, contained in both.
-FLOPs per token count forward and backward at the trained length, without recomputation. Tokens/s is the median over all
-training records, as the runs went: what else ran on the machine is in it. *State* is what decoding one sequence keeps
-with that many tokens of context.
+*Active* parameters are those that one token uses; *added* is what layers add to those that they extend, as Conba
+does to Mamba's mixer, contained in both. FLOPs per token count forward and backward at the trained length, without
+recomputation. Tokens/s is the median over all training records, as the runs went: what else ran on the machine is in
+it. *State* is what decoding one sequence keeps with that many tokens of context.
 """
 _UNFINISHED = """\
 *unfinished* runs are going on, or were killed; *stopped* ones were saved on a signal; *aborted* ones were not finite.
@@ -269,7 +269,7 @@ def terminal(found: Report) -> str:
     for arm in found.arms:
         difference = found.differences.get(arm.label)
         lines.append((
-            arm.label, short(arm.sizes.counts.total), short(arm.sizes.flops_per_token),
+            arm.label, short(arm.costs.counts.total), short(arm.costs.flops_per_token),
             tables.fixed(arm.tokens_per_second, 0), tables.states(arm),
             tables.mean(summary(arm.finals(found.score.key).values())),
             tables.signed(difference.mean) if difference else tables.NONE, difference.verdict if difference else '',

@@ -14,13 +14,10 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
-from mixcon_jax.host.folders import walk
 from mixcon_jax.runs import records
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.records import Record
-from mixcon_jax.runs.run import CHECKPOINTS, CONFIG, DONE, METRICS, Run
-
-NO_RUNS_INSIDE = (CHECKPOINTS, 'tensorboard', 'profile')  # of a run directory
+from mixcon_jax.runs.run import DONE, Run, run_folders
 
 
 class ReportedRun(Run):
@@ -32,7 +29,7 @@ class ReportedRun(Run):
       damaged: how many lines there are no records; a torn last line, which a kill may leave, is none.
 
     Raises:
-      UserError: the configuration or every line of metrics.jsonl is unreadable.
+      UserError: the configuration, the folder of the checkpoints or every line of metrics.jsonl is unreadable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,11 +40,16 @@ class ReportedRun(Run):
             raise UserError(f'{self.metrics_file} cannot be read ({os.strerror(errno.ENOENT)})')
         if self.damaged and not self.records:
             raise UserError(f'{self.metrics_file} holds no readable record')
+        self.state  # noqa: B018 (looked at here, where what cannot be read leaves out this run alone)
 
     def _forget(self) -> None:
         super()._forget()
         self.records: list[Record] = []
         self.damaged = 0
+
+    def _take_all(self, lines: list[bytes]) -> None:
+        for line in lines:
+            self._take(line)
 
     def _take(self, line: bytes) -> Record | None:
         record = super()._take(line)
@@ -176,11 +178,8 @@ def find(folders: Sequence[str | Path]) -> tuple[list[ReportedRun], list[str]]:
 
 
 def _run_folders(folders: Sequence[str | Path]) -> Iterator[Path]:
-    """Every folder that is or was to be a run's, in the order of their names; hidden ones are passed over."""
+    """``run_folders``, of folders that are there."""
     for top in folders:
         if not path_of(top, 'FOLDER').is_dir():
             raise UserError(f'{top} is not a folder; give a workdir of `mixcon train`, or a folder above some')
-    for path, inner, files in walk(path_of(top) for top in folders):
-        if METRICS in files or (CONFIG in files and CHECKPOINTS in inner):
-            yield path
-            inner[:] = [name for name in inner if name not in NO_RUNS_INSIDE]
+    return run_folders(path_of(top) for top in folders)

@@ -39,7 +39,7 @@ def _run_row(arm: Arm, run: ReportedRun, lengths: Sequence[int]) -> Row:
     return {
         'arm': arm.label, 'name': run.config.name, 'seed': run.seed, 'path': str(run.path), 'state': run.state,
         'step': run.step, 'steps': run.config.train.steps, 'tokens_seen': round(run.tokens_seen),
-        'training_flops': run.tokens_seen * arm.sizes.flops_per_token,
+        'training_flops': run.tokens_seen * arm.costs.flops_per_token,
         'final_loss': number(run.final, 'loss'), 'final_bits_per_byte': number(run.final, 'bits_per_byte'),
         'final_perplexity': number(run.final, 'perplexity'), 'heldout_tokens': number(run.final, 'tokens'),
         'heldout_bytes': number(run.final, 'bytes'), 'final_accuracy': number(run.final, 'accuracy'),
@@ -58,13 +58,13 @@ def arm_rows(arms: Sequence[Arm], baseline: Arm, score: Score, differences: Mapp
     lengths = sorted({length for found in finals for length in found})
     rows = []
     for arm, by in zip(arms, finals):
-        sizes, rate = arm.sizes, arm.tokens_per_second
+        costs, rate = arm.costs, arm.tokens_per_second
         row: Row = {'arm': arm.label} | _options(arm)
         row |= {
-            'parameters': sizes.counts.total, 'parameters_active': sizes.counts.active,
-            'parameters_conba': sizes.counts.added, 'flops_per_token': sizes.flops_per_token,
-            'tokens_per_second': rate, 'context': arm.config.data.seq_len, 'state_bytes': sizes.state_bytes,
-            f'state_bytes_{LONG_CONTEXT}': sizes.state_bytes_long, 'tokens_seen': round(arm.tokens_seen),
+            'parameters': costs.counts.total, 'parameters_active': costs.counts.active,
+            'parameters_added': costs.counts.added, 'flops_per_token': costs.flops_per_token,
+            'tokens_per_second': rate, 'context': arm.config.data.seq_len, 'state_bytes': costs.state_bytes,
+            f'state_bytes_{LONG_CONTEXT}': costs.state_bytes_long, 'tokens_seen': round(arm.tokens_seen),
             'runs': len(arm.runs), 'finished': len(arm.finished),
         }  # fmt: skip
         scores = {key: list(arm.finals(key).values()) for key in SCORES}
@@ -119,16 +119,17 @@ def sizes(arms: Sequence[Arm]) -> str:
     lengths = sorted({arm.config.data.seq_len for arm in arms})
     trained = f'{lengths[0]}' if len(lengths) == 1 else 'trained length'
     head = (
-        'arm', 'parameters', 'active', 'of Conba', 'FLOPs/token', 'tokens/s', f'state at {trained}',
+        'arm', 'parameters', 'active', 'added', 'FLOPs/token', 'tokens/s', f'state at {trained}',
         f'state at {LONG_CONTEXT}', 'tokens seen', 'runs',
     )  # fmt: skip
     rows = []
     for arm in arms:
-        counts, cost = arm.sizes.counts, arm.sizes
+        costs = arm.costs
+        counts = costs.counts
         rows.append((
-            arm.label, f'{counts.total:,}', f'{counts.active:,}', f'{counts.added:,}', short(cost.flops_per_token),
-            NONE if math.isnan(arm.tokens_per_second) else f'{arm.tokens_per_second:,.0f}', kibi(cost.state_bytes),
-            kibi(cost.state_bytes_long), short(arm.tokens_seen), states(arm),
+            arm.label, f'{counts.total:,}', f'{counts.active:,}', f'{counts.added:,}', short(costs.flops_per_token),
+            NONE if math.isnan(arm.tokens_per_second) else f'{arm.tokens_per_second:,.0f}', kibi(costs.state_bytes),
+            kibi(costs.state_bytes_long), short(arm.tokens_seen), states(arm),
         ))  # fmt: skip
     return table(head, rows)
 
@@ -236,11 +237,11 @@ def lengths(arms: Sequence[Arm]) -> str:
 def simpler_models(arms: Sequence[Arm]) -> str:
     """What simpler models reach on what was held out, if the runs agree on it; empty otherwise."""
     found = {
-        tuple(sorted(record['baselines'].items()))
+        tuple((key, number(record['baselines'], key)) for key in sorted(record['baselines']) if key in BASELINES)
         for arm in arms
         for run in arm.finished
         for record in run.records
-        if isinstance(record.get('baselines'), dict)
+        if 'baselines' in record
     }
     if len(found) != 1:
         return ''
@@ -248,7 +249,7 @@ def simpler_models(arms: Sequence[Arm]) -> str:
     parts = [
         f'{BASELINES[key]} {value:.3f} ({units.get(key, "bits per byte")})'
         for key, value in found.pop()
-        if key in BASELINES
+        if math.isfinite(value)
     ]
     return f'For comparison: {", ".join(parts)}.\n' if parts else ''
 

@@ -24,7 +24,8 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.log_filters import silence_orbax
 from mixcon_jax.runs import mark, readback, retention, saved
 from mixcon_jax.runs.checksums import checksums
-from mixcon_jax.runs.run import Run
+from mixcon_jax.runs.records import read
+from mixcon_jax.runs.run import METRICS
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 from mixcon_jax.trees import Tree, named_leaves
 
@@ -81,7 +82,7 @@ class Checkpoints:
             mark.require_folder(self.folder)
             self._clean()
         # A run that was stopped before an evaluation makes it up after the save: then only its records know the loss.
-        written = Run(self.folder.parent).read()
+        written = read(self.folder.parent / METRICS)
         evaluated = {record['step']: record['loss'] for record in written if record['kind'] == 'eval'}
         self._losses = {step: self._saved_loss(step) or evaluated.get(step) for step in saved.steps(self.folder)}
         options = ocp.CheckpointManagerOptions(read_only=read_only, create=False)  # keeps all: _prune() deletes

@@ -3,6 +3,7 @@
 It also holds what must not be decided twice before there is a checkpoint: which weights ``train.init_from`` meant.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -87,9 +88,12 @@ def require_folder(path: Path) -> None:
 
 def _is_empty(path: Path) -> bool:
     """Whether it is a folder without anything in it, or a link that leads nowhere: nothing to lose."""
-    if not path.exists():
+    try:
+        return not os.listdir(path)
+    except FileNotFoundError:
         return True
-    return path.is_dir() and not any(path.iterdir())
+    except OSError as error:  # a file, or a folder that may hold anything
+        return error.errno == errno.ELOOP
 
 
 def _is_configuration(values: Mapping[str, Any]) -> bool:

@@ -20,7 +20,13 @@ from mixcon_jax.parsing import Record, record
 
 
 def read(path: str | Path) -> list[Record]:
-    """All records of a file, none if there is no file; other lines, such as a kill may leave, are passed over."""
+    """All records of a file, none if there is no file; other lines, such as a kill may leave, are passed over.
+
+    A last line that is a record is one although its end of line is missing.
+
+    Raises:
+      UserError: there is a file, but it cannot be read.
+    """
     try:
         lines = Path(path).read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):

@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixcon_jax.errors import UserError
 from mixcon_jax.parsing import json_file, json_object
 
 ARRAYS = ('model', 'optimizer')  # the items that hold arrays
+ITEMS = (*ARRAYS, 'meta')
 FILES = 'meta/files'  # of a checkpoint: which files it consists of, and their sizes
 MODEL = ('params/', 'buffers/')  # of an array's name: what a model needs; all else is in the optimizer's item
 UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is being written or deleted
@@ -20,12 +23,23 @@ class Damaged(Exception):
     """A checkpoint whose bytes are not those that were saved."""
 
 
-def steps(folder: str | Path) -> list[int]:
-    """Steps of the complete checkpoints of ``workdir/checkpoints``, ascending; none if there is no such folder."""
+def names(folder: str | Path) -> list[str]:
+    """What lies in ``workdir/checkpoints``, by name; nothing if there is no such folder.
+
+    Raises:
+      UserError: there is one, but it cannot be read: a link to itself, a disk that has gone, no permission.
+    """
     try:
-        return sorted(int(path.name) for path in Path(folder).iterdir() if re.fullmatch('[0-9]+', path.name))
+        return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise UserError(f'{folder} cannot be read ({os.strerror(error.errno or 0)})') from error
+
+
+def steps(folder: str | Path) -> list[int]:
+    """Steps of the complete checkpoints of ``workdir/checkpoints``, ascending; errors as of ``names``."""
+    return sorted(int(name) for name in names(folder) if re.fullmatch('[0-9]+', name))
 
 
 def item_of(name: str) -> str:
@@ -53,7 +67,7 @@ def contents(folder: str | Path, step: int) -> dict[str, Any]:
 
 
 def newest(folder: str | Path) -> dict[str, Any] | None:
-    """``contents`` of the newest checkpoint that still has them, or None."""
+    """``contents`` of the newest checkpoint that still has them, or None; errors as of ``names``."""
     for step in reversed(steps(folder)):
         try:
             return contents(folder, step)
@@ -71,7 +85,10 @@ def note_files(folder: str | Path, step: int) -> None:
 
 
 def is_whole(folder: str | Path, step: int) -> bool:
-    """Whether nothing of a checkpoint is missing or cut short; its arrays are read only when it is restored."""
+    """Whether nothing of a checkpoint is missing or cut short; its arrays are read only when it is restored.
+
+    What cannot be read, or goes meanwhile, is missing.
+    """
     checkpoint = Path(folder) / str(step)
     try:
         contents(folder, step)
@@ -80,15 +97,28 @@ def is_whole(folder: str | Path, step: int) -> bool:
     noted = json_file(checkpoint / FILES)
     if not noted:  # of an earlier version, or killed before it was noted
         manifests = [checkpoint / item / 'manifest.ocdbt' for item in ARRAYS]
-        return all(path.is_file() and path.stat().st_size for path in manifests)
+        return all(_size(path) for path in manifests)
     found = _files(checkpoint)
     return all(found.get(name) == size for name, size in noted.items())
 
 
 def _files(checkpoint: Path) -> dict[str, int]:
     """The size of every file in a checkpoint's folder, by its path there."""
-    files = (path for path in checkpoint.rglob('*') if path.is_file() and path != checkpoint / FILES)
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    found = {}
+    for folder, _, files in os.walk(checkpoint):
+        for path in (Path(folder) / name for name in files):
+            if path != checkpoint / FILES and (size := _size(path)) is not None:
+                found[path.relative_to(checkpoint).as_posix()] = size
+    return found
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None if it is not there, as one that is being deleted, or is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def digest(contents: Mapping[str, Any]) -> str:

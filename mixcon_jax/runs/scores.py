@@ -19,7 +19,7 @@ def is_complete(record: Mapping[str, Any]) -> bool:
     """Whether a record has all that is shown of a run that is done: finite scores, and the parameters' fingerprint."""
     try:
         summary(0, record)
-    except (KeyError, TypeError, ValueError, AttributeError):  # it was written by something else
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):  # it was written by something else
         return False
     return isinstance(record['fingerprint'], str) and is_finite(record)
 

@@ -5,6 +5,7 @@ What lies in it, ``run`` says and reads.
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -34,8 +35,14 @@ class Workdir(Run):
         self.mark_file, self.tokenizer_file = self.path / mark.MARK, self.path / 'tokenizer.json'
 
     def has_progress(self) -> bool:
-        """Whether there is anything to lose: a checkpoint, or metrics of a step."""
-        return any(self.checkpoints.glob('[0-9]*')) or (self.update() and self.step > 0)
+        """Whether there is anything to lose: a checkpoint, also one that is damaged, or metrics of a step.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        return any(re.match('[0-9]', name) for name in saved.names(self.checkpoints)) or (
+            self.update() and self.step > 0
+        )
 
     def finished(self, config: ml_collections.ConfigDict) -> Record | None:
         """The last record of a run that has made all of ``config``'s steps, or None.

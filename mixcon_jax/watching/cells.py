@@ -12,7 +12,7 @@ from mixcon_jax.watching.follow import WatchedRun, number
 
 COLORS = {
     'starting': 'blue', 'running': 'green', 'silent': 'yellow', 'stopped': 'magenta', 'aborted': 'red', 'done': 'bold',
-    'unfinished': 'magenta',
+    'unfinished': 'magenta', 'unreadable': 'red',
 }  # fmt: skip
 
 

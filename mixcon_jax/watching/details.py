@@ -38,7 +38,8 @@ def details(run: WatchedRun, now: float, width: int, chart: int) -> RenderableTy
     stats = run.train.get('stats') if run.train else None
     layers = per_layer(stats if isinstance(stats, dict) else {}, len(run.option('model.pattern', [])))
     halves = width // 2 - 2 if width >= SIDE_BY_SIDE and layers else width
-    left = [*_chart(run, halves, chart), _numbers(run, now, halves), _time(run, halves)]
+    why: list[RenderableType] = [Text(run.unreadable, 'red')] if run.unreadable else []
+    left = [*why, *_chart(run, halves, chart), _numbers(run, now, halves), _time(run, halves)]
     declared = statistics(run.option('model.pattern', []), run.option('model.layers', {}))
     right = reported(layers, declared, halves)
     if halves == width:

@@ -3,20 +3,22 @@
 Loads neither JAX nor NumPy, writes nothing, and takes no lock: a training process never notices that it is watched.
 """
 
+import functools
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.folders import walk
 from mixcon_jax.host.paths import expand_path
-from mixcon_jax.parsing import Record, number
-from mixcon_jax.runs.run import CONFIG, ENDS, METRICS, Run
+from mixcon_jax.parsing import Record, json_file, number
+from mixcon_jax.runs.run import ENDS, METRICS, NEWEST, Run, is_run_folder, run_folders, thinned
 
-PARSED, NEWEST = 500, 100  # of a block: training records parsed, about; and those at its end, which all are
 PATIENCE, START_PATIENCE = 60.0, 600.0  # seconds a run may be silent, at least: between records, and before the first
 
 
@@ -56,7 +58,10 @@ class WatchedRun(Run):
       train, scores: the newest record of kind ``train``, and of ``eval`` or ``final``.
       seen: time of the newest record, in seconds since 1970.
       curves: ``loss``, ``grad_norm``, ``learning_rate``, ``heldout`` over steps.
+      unreadable: why it cannot be read, as of the last look; empty if it can.
     """
+
+    unreadable = ''
 
     def _forget(self) -> None:
         super()._forget()
@@ -68,14 +73,32 @@ class WatchedRun(Run):
         self._longest = 0.0  # seconds between two neighbouring records
 
     def update(self) -> bool:
-        """Reads what is new; returns whether the run is still there, and can be read."""
+        """Reads what is new; returns whether the run is still there. One that cannot be read stays, and says why."""
+        if self.unreadable:
+            self.__dict__.pop('configuration', None)
+        self.unreadable = ''
         try:
-            return super().update()
-        except UserError:
-            return False
+            there = super().update()
+            self.state  # noqa: B018 (reads the configuration and, of a run that has ended, its checkpoints)
+        except UserError as error:
+            self.unreadable = str(error)
+            return True
+        if there:
+            return True
+        self.unreadable = f'{METRICS} is not there'
+        return any(is_run_folder(inner, files) for _, inner, files in islice(walk([self.path]), 1))
+
+    @functools.cached_property
+    def configuration(self) -> dict[str, Any] | None:
+        """As in ``Run`` or, where the checkpoints cannot be read, that of config.json."""
+        try:
+            return super().configuration
+        except UserError as error:
+            self.unreadable = str(error)
+            return json_file(self.config_file)
 
     def _take_all(self, lines: list[bytes]) -> None:
-        for line, adjacent in _thinned(lines):
+        for line, adjacent in thinned(lines):
             self._take(line, adjacent)
 
     def _take(self, line: bytes, adjacent: bool = True) -> Record | None:
@@ -101,13 +124,18 @@ class WatchedRun(Run):
         return record
 
     def status(self, now: float) -> str:
-        """``starting``, ``running``, ``silent`` or, of one that has ended, its ``state``.
+        """``unreadable``, ``starting``, ``running``, ``silent`` or, of one that has ended, its ``state``.
 
         A run is silent when no record came for a minute and for three times as long as it ever took; before the first
         record of a step, which waits for compilation, for ten minutes.
         """
-        if self.event is not None and self.event.get('event') in ENDS:
-            return self.state
+        if not self.unreadable and self.event is not None and self.event.get('event') in ENDS:
+            try:
+                return self.state
+            except UserError as error:  # since the last look
+                self.unreadable = str(error)
+        if self.unreadable:
+            return 'unreadable'
         patience = max(PATIENCE, 3 * self._longest) if self._recent else START_PATIENCE
         if self.seen and now - self.seen > patience:
             return 'silent'
@@ -141,7 +169,7 @@ class Runs:
         """Looks for new runs, reads what all have appended; returns those that are there, by folder."""
         began = time.monotonic()
         if began >= self._next_search:
-            for folder in find(self._roots):
+            for folder in run_folders(self._roots):
                 key = os.path.realpath(folder)
                 if key not in self._runs:
                     self._runs[key] = WatchedRun(folder)
@@ -151,26 +179,3 @@ class Runs:
             if not run.update():
                 del self._runs[key]
         return [self._runs[key] for key in sorted(self._runs)]
-
-
-def find(roots: Sequence[Path]) -> Iterator[Path]:
-    """Folders of runs: those that hold config.json and metrics.jsonl. Hidden folders are passed over."""
-    for folder, inner, files in walk(roots):
-        if {CONFIG, METRICS} <= set(files):
-            inner.clear()  # checkpoints hold thousands of files
-            yield folder
-
-
-def _thinned(lines: list[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """The lines to parse, each with whether the line before it is among them.
-
-    Of very many, most training records are left out: a long run's file has hundreds of megabytes, and no terminal shows
-    that many points.
-    """
-    stride, adjacent = max(1, len(lines) // PARSED), True
-    for index, line in enumerate(lines):
-        if index % stride and index < len(lines) - NEWEST and line.startswith(b'{"kind": "train"'):
-            adjacent = False
-        else:
-            yield line, adjacent
-            adjacent = True

@@ -51,7 +51,9 @@ def watch(roots: Sequence[str], once: bool = False, interval: float = 2.0, conso
     if once or not console.is_terminal or console.is_dumb_terminal:
         found = runs.update()
         if not found:
-            raise UserError(f'no run in {where}: a run is a folder with config.json and metrics.jsonl')
+            raise UserError(
+                f'no run in {where}: a run is a folder with metrics.jsonl, or with config.json and checkpoints'
+            )
         console.print(view(found, time.time(), console.width))
         return 0
     shown: WatchedRun | None = None

@@ -3,6 +3,7 @@
 That the values are right, too, is for tests/parity to say.
 """
 
+import re
 from typing import ClassVar
 
 import jax
@@ -18,6 +19,7 @@ from mixcon_jax.models.mixers.mamba import Mamba
 from mixcon_jax.models.published import Published, same
 from tests.models.cases import model_config
 
+MODEL = model_config({'pattern': ('attention+mlp',), 'num_blocks': 3, 'tie_embeddings': False})
 PUBLISHED = [
     (name, role, of)
     for role in kinds.REGISTRIES
@@ -57,12 +59,71 @@ def test_a_layer_of_ones_own_is_mapped_by_what_its_class_says(monkeypatch):
         PUBLISHED: ClassVar = {'llama': Published('mine', {'skip': same('D')})}
 
     monkeypatch.setitem(kinds.MIXERS, 'mine', Mine)
-    theirs = {f'model.layers.{i}.mine.skip': np.full(2, i) for i in range(4)}
-    theirs |= {f'model.layers.{i}.mlp.up_proj.weight': np.zeros((3, 2)) for i in (1, 3)}
-    found = huggingface.model_weights(theirs, model_config({'pattern': ('mine', 'mine+mlp')}), 'llama')
-    np.testing.assert_array_equal(found.pop('blocks/layers/0/mixer/D')[:, 0], [0, 2])
-    np.testing.assert_array_equal(found.pop('blocks/layers/1/mixer/D')[:, 0], [1, 3])
-    assert {name: value.shape for name, value in found.items()} == {'blocks/layers/1/ffn/w_up': (2, 2, 3)}
+    model = model_config({'pattern': ('mine', 'mine+mlp'), 'num_blocks': 2, 'tie_embeddings': False})
+    theirs = llama(4) | {f'model.layers.{i}.mine.skip': np.full(2, i) for i in range(4)}
+    theirs = {name: value for name, value in theirs.items() if not re.search(r'self_attn|[02]\.(mlp|post)', name)}
+    found = huggingface.model_weights(theirs, model, 'llama')
+    for j in (0, 1):
+        np.testing.assert_array_equal(found[f'blocks/layers/{j}/mixer/D'][:, 0], [j, j + 2])
+        np.testing.assert_array_equal(found[f'blocks/layers/{j}/mixer_norm/scale'][:, 0], [j, j + 2])
+    assert found['blocks/layers/1/ffn/w_up'].shape == (2, 2, 3) and found['embedding'].shape == (5, 2)
+    assert not [name for name in found if '/0/ffn' in name]
+
+
+def llama(layers: int) -> dict[str, np.ndarray]:
+    """The names of a Llama's weights, of hardly any size; norms hold their layer's number."""
+    theirs = {'model.embed_tokens.weight': np.zeros((5, 2)), 'lm_head.weight': np.zeros((5, 2))}
+    theirs['model.norm.weight'] = np.zeros(2)
+    for i in range(layers):
+        layer = f'model.layers.{i}'
+        theirs |= {f'{layer}.{norm}_layernorm.weight': np.full(2, i) for norm in ('input', 'post_attention')}
+        theirs |= {f'{layer}.self_attn.{part}_proj.weight': np.zeros((2, 2)) for part in 'qkvo'}
+        theirs |= {f'{layer}.mlp.{part}_proj.weight': np.zeros((3, 2)) for part in ('gate', 'up', 'down')}
+    return theirs
+
+
+@pytest.mark.parametrize(
+    'lost, message',
+    [
+        (r'\.1\.', r'^input_layernorm of layer 1 \(attention\+mlp\) from llama lacks weight$'),
+        (r'\.2\.mlp', r'^mlp of layer 2 .* lacks gate_proj\.weight, up_proj\.weight, down_proj\.weight$'),
+        (r'\.0\..*[kv]_proj', r'^self_attn of layer 0 .* from llama lacks k_proj\.weight, v_proj\.weight$'),
+        (r'\.1\.post', r'^post_attention_layernorm of layer 1 .* lacks weight$'),
+        (r'model\.norm', r'^a model from llama lacks model\.norm\.weight$'),
+        (r'lm_head', r'^a model from llama lacks lm_head\.weight$'),
+    ],
+)
+def test_a_place_without_a_weight_is_refused_by_name(lost, message):
+    """Else a stack is one layer short, and what comes behind the gap stands in another block's place."""
+    theirs = llama(3)
+    assert huggingface.model_weights(theirs, MODEL, 'llama')['blocks/layers/0/mixer_norm/scale'].shape == (3, 2)
+    with pytest.raises(UserError, match=message):
+        huggingface.model_weights({k: v for k, v in theirs.items() if not re.search(lost, k)}, MODEL, 'llama')
+
+
+def test_a_layer_beyond_the_models_is_refused_by_number():
+    with pytest.raises(UserError, match=r'^there is a layer 6 from llama, but the model has 3 layers, 0 to 2: m'):
+        huggingface.model_weights(llama(7), MODEL, 'llama')
+
+
+@pytest.mark.parametrize('text', ['attention', 'attention|mlp'])
+def test_only_norms_that_the_layer_has_have_a_place(text):
+    """A mixer alone has its own, and a mixer and an FFN in parallel share one."""
+    theirs, model = llama(1), model_config({'pattern': (text,), 'num_blocks': 1, 'tie_embeddings': False})
+    theirs = {name: value for name, value in theirs.items() if 'mlp' not in name or 'mlp' in text}
+    with pytest.raises(UserError, match=r'has no place for post_attention_layernorm, only for input_layernorm, '):
+        huggingface.model_weights(theirs, model, 'llama')
+    found = huggingface.model_weights({k: v for k, v in theirs.items() if '.post_' not in k}, model, 'llama')
+    assert not [name for name in found if 'ffn_norm' in name]
+
+
+def test_a_model_whose_head_is_its_embedding_has_no_place_for_another():
+    theirs = llama(1)
+    model = model_config({'pattern': ('attention+mlp',), 'num_blocks': 1, 'tie_embeddings': True})
+    with pytest.raises(UserError, match=r'^a model from llama has no place for the weight lm_head\.weight'):
+        huggingface.model_weights(theirs, model, 'llama')
+    del theirs['lm_head.weight']
+    assert 'output' not in huggingface.model_weights(theirs, model, 'llama')
 
 
 @pytest.mark.parametrize(
@@ -75,7 +136,7 @@ def test_a_layer_of_ones_own_is_mapped_by_what_its_class_says(monkeypatch):
 )
 def test_a_weight_without_a_place_is_refused_by_name(name, message):
     with pytest.raises(UserError, match=message):
-        huggingface.model_weights({name: np.zeros(2)}, model_config({'pattern': ('attention+mlp',)}), 'llama')
+        huggingface.model_weights(llama(3) | {name: np.zeros(2)}, MODEL, 'llama')
 
 
 def test_an_unknown_architecture_is_refused():

@@ -348,8 +348,8 @@ def test_an_estimate_reads_a_run_once_unless_told_to_look_again(monkeypatch, thr
     """At 1,000 tokens/s, 100 steps of 256 tokens take 25.6 s, of another model by its operations; later at 4,000."""
     short, other, long = three
     written(long, tmp_path, 50, speed=1000.0)
-    looked = []
-    monkeypatch.setattr(Run, 'read', lambda run: looked.append(run.metrics_file) or read(run.metrics_file))
+    looked, update = [], Run.update
+    monkeypatch.setattr(Run, 'update', lambda run: (looked.append(run.metrics_file), update(run))[1])
     sizes = Sizes()
     estimate = Estimate(three, tmp_path, sizes)
     ratio = sizes.flops_per_token(other) / sizes.flops_per_token(long)

@@ -25,8 +25,8 @@ WRITTEN_OUT = 4  # blocks at most, unless model.unroll says so
 def written_out(config) -> int:
     """Blocks in one round of the loop over them: what ``config.unroll`` says, or by the device and their number.
 
-    A loop stacks what the backward pass needs over its rounds, from a copy of the round's own. Compiled for an H100,
-    16 dense layers of 856M parameters take 34.4 GiB as a loop of 2 blocks, 30.9 of 4, 28.2 of 16, and 25.3 written out;
+    A loop stacks what the backward pass needs over its rounds, from a copy of the round's own. Compiled for an H100, 16
+    dense layers of 856M parameters take 34.4 GiB as a loop of 2 blocks, 30.9 of 4, 28.2 of 16, and 25.3 written out;
     the compiler takes 15, 11, 9 and 16 to 20 CPU seconds (tests/benchmarks/compiled_step.py). On a CPU all stays one
     loop, which compiles fastest and keeps the bits of earlier runs.
     """

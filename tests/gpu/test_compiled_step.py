@@ -1,4 +1,4 @@
-"""Whole train steps compiled for an absent H100: what they launch, wait for and hold at the peak, at most."""
+"""Whole train steps compiled for an H100 that is not there: what they launch, wait for and hold, at most."""
 
 import re
 

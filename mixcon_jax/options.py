@@ -13,10 +13,12 @@ INT32, UINT32 = 2**31 - 1, 2**32 - 1  # the largest integers that 32 bits hold
 SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 
 # What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
-# a dot stands for a group. On another mesh sums are taken in another order, so the run goes on, but not bit for bit.
+# a dot stands for a group. On another mesh, or in blocks of another size, sums are taken in another order, so the run
+# goes on, but not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
     'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.extend',
+    'model.attention.block_size', 'model.moe.group_block',
 )  # fmt: skip
 # What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
 # with other values that give the same tokens, such as the new place of text that has been moved.

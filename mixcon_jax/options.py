@@ -13,8 +13,8 @@ INT32, UINT32 = 2**31 - 1, 2**32 - 1  # the largest integers that 32 bits hold
 SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 
 # What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
-# a dot stands for a group. On another mesh, or in blocks of another size, sums are taken in another order, so the run
-# goes on, but not bit for bit.
+# a dot stands for a group. On another mesh, or in other tiles, sums are taken in another order: the run goes on, but
+# not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
     'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.extend',
@@ -130,8 +130,19 @@ OPTIONS: dict[str, Any] = {
         'init_std': Option(0.02, 'Standard deviation of initial weights; output projections divide it by sqrt(2 layers).', above(0.0)),
         'dtype': Option('float32', 'Compute type; parameters and recurrent states stay float32.', DTYPE),
         'remat': Option(
-            'none', 'What the backward pass recomputes: nothing, everything in a block, or all but matrix products.',
-            one_of('none', 'block', 'dots'),
+            'none', 'What the backward pass computes again: nothing; a layer\'s elementwise parts, "selective", but no product and no GPU kernel;'
+            ' all but the products with weights, "dots"; or everything in a block.',
+            one_of('none', 'selective', 'dots', 'block'),
+        ),
+        'unroll': Option(
+            0, 'Blocks that one round of the loop over blocks holds: more take less memory beside what is kept, and longer to compile;'
+            ' 0 picks: on GPUs all of up to four blocks, else one.',
+            COUNT,
+        ),
+        'embedding_gradient': Option(
+            'scatter', 'How the gradient of the embedding adds up its tokens: by XLA\'s scatter, or "sorted", in one order on every device, which'
+            ' no GPU has shown to give the same bits in two processes yet.',
+            one_of('scatter', 'sorted'),
         ),
         'layers': {},  # groups of options by the name that a pattern calls them: models/pattern.py
         # Here follow the groups of the layers, each in its layer's file: models/kinds.py.

@@ -59,6 +59,7 @@ def figures(config: Any, target: str, rounds: float = 0) -> dict[str, Any]:
     """
     import jax
 
+    from kernels_pallas.attention.xla import tile_size
     from mixcon_jax.models.accounting import flops_per_token, parameter_count
     from mixcon_jax.parallel.mesh import make_mesh
     from mixcon_jax.planning import hlo
@@ -67,8 +68,9 @@ def figures(config: Any, target: str, rounds: float = 0) -> dict[str, Any]:
 
     device = devices(target)[0]
     length, rows = config.data.seq_len, config.train.batch_size
-    rounds = rounds or (-(-length // min(length, config.model.attention.block_size)) + 1) / 2
     with jax.default_device(device):  # kernels ask for its architecture
+        tile = min(length, tile_size(length, config.model.attention.block_size or None))
+        rounds = rounds or (-(-length // tile) + 1) / 2
         steps = make_steps(config, make_mesh(config.mesh, [device]))
         start = time.process_time()
         batch = {key: jax.ShapeDtypeStruct((rows, length), kind) for key, kind in BATCH.items()}

@@ -23,6 +23,7 @@ from mixcon_jax.models.layers import (
     masked_mean,
     normal,
     output_std,
+    widened,
 )
 from mixcon_jax.models.published import Published, linear
 from mixcon_jax.models.published import experts as stacked
@@ -121,8 +122,7 @@ class MoE(Layer):
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
         options = self.options
         # Full precision also where float32 products are rounded by default: near ties decide which expert runs.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = kept(jnp.matmul(x.astype(wide), self.router[...], precision=jax.lax.Precision.HIGHEST))
+        logits = kept(jnp.matmul(widened(x), self.router[...], precision=jax.lax.Precision.HIGHEST))
         probabilities = jax.nn.softmax(logits, axis=-1)
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
         # XLA would gather the scores of all devices for this, too.

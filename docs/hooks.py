@@ -21,11 +21,15 @@ from kernels_pallas import cards, verify  # noqa: E402  after the path
 from mixcon_jax.cli import build_parser  # noqa: E402
 from mixcon_jax.config import table  # noqa: E402
 from mixcon_jax.options import Option  # noqa: E402
+from mixcon_jax.xla_flags import FLAGS  # noqa: E402
 
 # Page of the API reference: its title, and its modules; a * stands for all modules there.
 API = {
     'config': ('Configuration', [f'mixcon_jax.{name}' for name in ('config', 'options', 'checks', 'errors')]),
-    'training': ('Training', ['mixcon_jax.train', 'mixcon_jax.step', 'mixcon_jax.loss', 'mixcon_jax.optim']),
+    'training': (
+        'Training',
+        [f'mixcon_jax.{name}' for name in ('train', 'step', 'loss', 'optim', 'xla_flags')],
+    ),
     'devices': ('Devices', ['mixcon_jax.parallel.*']),
     'runs': ('Run directories', ['mixcon_jax.runs.*']),
     'inference': ('Inference', ['mixcon_jax.inference.*', 'mixcon_jax.evaluate']),
@@ -56,6 +60,7 @@ def pages() -> dict[str, str]:
     found = {
         'reference/options.md': options_page(),
         'reference/commands.md': commands_page(),
+        'reference/xla-flags.md': flags_page(),
         'reference/experiments.md': experiments_page(),
         'kernels/verified.md': verified_page(),
     }
@@ -135,6 +140,23 @@ def help_text(parser: argparse.ArgumentParser) -> str:
     parser.formatter_class = functools.partial(parser.formatter_class, width=80)
     parser.color = False  # Python 3.14
     return parser.format_help().strip()
+
+
+def flags_page() -> str:
+    """The flags of XLA that training may want."""
+    lines = [
+        '# Flags of XLA',
+        "For `train.xla_flags`, each with a value to try in place of XLA's own. None but the first is set by default: "
+        'what they bring hangs on model, mesh and network, and **no GPU of ours has measured them**. Names and values '
+        'are those of the pinned XLA: `tests/test_xla_flags.py` compiles a program with each, and a train step for '
+        'eight absent H100s with all at once. Flags that older guides recommend for pipelining exchanges '
+        '(`xla_gpu_enable_pipelined_all_gather` and its kin) are missing here because this XLA refuses them.',
+        '',
+        '| flag | value | worth a try on | what it does |',
+        '|---|---|---|---|',
+    ]
+    lines += [f'| `{name}` | `{flag.value}` | {flag.on} | {flag.meaning} |' for name, flag in FLAGS.items()]
+    return '\n'.join(lines) + '\n'
 
 
 def experiments_page() -> str:

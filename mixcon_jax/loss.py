@@ -92,10 +92,11 @@ def _with_total(sums: Array, z_coef: float) -> tuple[Array, ...]:
 def _chunk_sums(h: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     """One chunk's (nll, z, correct), and what its gradient is made of: logits, their logsumexp, the targets' places."""
     logits = jnp.einsum('scd,dv->scv', h, head, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
-    lse = jax.nn.logsumexp(logits, axis=-1)
+    highest = logits.max(axis=-1)
+    lse = jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)) + highest
     hit = jnp.arange(logits.shape[-1]) == targets[..., None]
     wanted = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
-    values = (lse - wanted, lse * lse, (wanted >= logits.max(axis=-1)).astype(lse.dtype))
+    values = (lse - wanted, lse * lse, (wanted >= highest).astype(lse.dtype))
     return jnp.stack([jnp.sum(jnp.where(mask, value, 0)) for value in values]), (logits, lse, hit)
 
 

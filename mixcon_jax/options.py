@@ -17,7 +17,7 @@ SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 # not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
-    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.extend',
+    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.xla_flags', 'train.extend',
     'model.attention.block_size', 'model.moe.group_block',
 )  # fmt: skip
 # What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
@@ -136,7 +136,7 @@ OPTIONS: dict[str, Any] = {
         ),
         'unroll': Option(
             0, 'Blocks that one round of the loop over blocks holds: more take less memory beside what is kept, and longer to compile;'
-            ' 0 picks: on GPUs all of up to four blocks, else one.',
+            ' 0 picks: on GPUs all where the model has up to 32 layers, else one.',
             COUNT,
         ),
         'embedding_gradient': Option(
@@ -204,6 +204,11 @@ OPTIONS: dict[str, Any] = {
         'extend': Option(False, 'Go on with another train.steps though the steps so far followed the schedule of the old one.'),
         'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.', path='a workdir'),
         'deterministic': Option(True, 'On GPUs, steps that give the same bits every time, which cost 14 to 23 % of the speed where it was measured; CPUs always do.'),
+        'xla_flags': Option(
+            (), 'Flags of XLA\'s for the train step; those worth a try: docs/training.md.',
+            Check(lambda value: all(v.startswith('xla_') and '=' in v for v in value), 'NAME=VALUE each, such as xla_gpu_autotune_level=0'),
+            element=str, between=r',\s*(?=xla_)',
+        ),
         'seed_noise': Option(0, 'Added to the seed of Conba\'s noise.', COUNT),
     },
     'eval': {

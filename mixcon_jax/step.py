@@ -27,6 +27,7 @@ from mixcon_jax.models.layers import Buffer
 from mixcon_jax.parallel import layout
 from mixcon_jax.parallel.axes import rows
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state, undecayed
+from mixcon_jax.xla_flags import compiler_options
 
 BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
 
@@ -156,22 +157,12 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
             in_shardings=(shardings, by_row),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
-            compiler_options=ordered_sums(mesh.devices.flat[0]) if config.train.deterministic else None,
+            compiler_options=compiler_options(config.train.deterministic, config.train.xla_flags, mesh.devices.flat[0]),
         ),
         eval_step=jax.jit(evaluate, in_shardings=(shardings, by_row), out_shardings=everywhere),
         put=put,
         model=lambda state: build(state.params, state.buffers),
     )
-
-
-def ordered_sums(device: Any) -> dict[str, bool] | None:
-    """What has XLA add up an embedding's gradient in one order, not in that in which a GPU's threads come.
-
-    None on a CPU, which does so anyway, and for a GPU that is compiled for while absent: the option wants to ask the
-    device about its products.
-    """
-    present = device.platform == 'gpu' and device in jax.devices()
-    return {'xla_gpu_exclude_nondeterministic_ops': True} if present else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ REACHES = {
     },
     'mixcon_jax.loss': ARRAYS - {'mixcon_jax.models'},
     'mixcon_jax.optim': {'mixcon_jax.trees'},
-    'mixcon_jax.step': {'mixcon_jax.optim', *ARRAYS},
+    'mixcon_jax.step': {'mixcon_jax.optim', 'mixcon_jax.xla_flags', *ARRAYS},
     'mixcon_jax.runs': {'mixcon_jax.runs', 'mixcon_jax.trees', *CONFIGURATION},
     'mixcon_jax.interop': {'mixcon_jax.interop', *ARRAYS},
     'mixcon_jax.inference': {'mixcon_jax.inference', 'mixcon_jax.runs', *ARRAYS},

@@ -19,7 +19,7 @@ from mixcon_jax.models.pattern import resolve
 POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
-WRITTEN_OUT = 4  # blocks at most, unless model.unroll says so
+WRITTEN_OUT = 32  # layers at most, unless model.unroll says so
 
 
 def written_out(config) -> int:
@@ -32,7 +32,8 @@ def written_out(config) -> int:
     """
     if config.unroll:
         return min(config.unroll, config.num_blocks)
-    return config.num_blocks if platform.platform() == 'gpu' and config.num_blocks <= WRITTEN_OUT else 1
+    layers = config.num_blocks * len(config.pattern)
+    return config.num_blocks if platform.platform() == 'gpu' and layers <= WRITTEN_OUT else 1
 
 
 class Decoder(nnx.Module):

@@ -31,6 +31,7 @@ from typing import Any
 
 GIB = 2**30
 TIMEOUT = 1200  # seconds a compile
+PRODUCTS = ('triton', 'cublas')
 MODELS = ('dense 75M', 'dense 856M', 'Mamba', '2:6 Conba', '2:6 Conba, 8 experts')
 
 
@@ -49,13 +50,14 @@ def configuration(name: str, options: Sequence[str] = (), tiny: bool = False) ->
     return configs.validate(config)
 
 
-def figures(config: Any, target: str, rounds: float = 0) -> dict[str, Any]:
+def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCTS[0]) -> dict[str, Any]:
     """The counts of a configuration's train step.
 
     Args:
       config: resolved.
       target: of `planning.hardware.TARGETS`.
       rounds: of a loop whose number is not known; 0 takes those of a causal triangle.
+      products: what computes matrix products, of `PRODUCTS`: a GPU that is there would choose one by one.
     """
     import jax
 
@@ -76,7 +78,7 @@ def figures(config: Any, target: str, rounds: float = 0) -> dict[str, Any]:
         batch = {key: jax.ShapeDtypeStruct((rows, length), kind) for key, kind in BATCH.items()}
         lowered = steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',))
         traced = time.process_time()
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options={'xla_gpu_enable_triton_gemm': products == 'triton'})
     assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
     seconds = traced - start, time.process_time() - traced
     text = compiled.as_text()
@@ -131,10 +133,12 @@ def kept_bytes(config: Any, device: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals if leaf.shape not in weights)
 
 
-def in_a_process(name: str, options: Sequence[str], target: str, rounds: float, tiny: bool = False) -> dict[str, Any]:
+def in_a_process(
+    name: str, options: Sequence[str], target: str, rounds: float = 0, products: str = PRODUCTS[0], tiny: bool = False
+) -> dict[str, Any]:
     """`figures` of a rung, from a process of its own, or ``{'error': its last lines}``."""
     command = [sys.executable, '-m', 'tests.benchmarks.compiled_step', '--one', name, '--target', target]
-    command += ['--rounds', str(rounds), *(['--tiny'] if tiny else [])]
+    command += ['--rounds', str(rounds), '--products', products, *(['--tiny'] if tiny else [])]
     command += [argument for option in options for argument in ('--variant', option)]
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'MIXCON_TRUST_UNVERIFIED': '1'}
     try:
@@ -169,12 +173,14 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument('--variant', action='append', default=[], metavar='KEY=VALUE ...', help='options to set')
     parser.add_argument('--target', default='h100')
     parser.add_argument('--rounds', type=float, default=0, help='of a loop whose number of rounds is not known')
+    parser.add_argument('--products', choices=PRODUCTS, default=PRODUCTS[0], help='what computes matrix products')
     parser.add_argument('--tiny', action='store_true', help='small sizes, to try the script')
     parser.add_argument('--json', action='store_true', help='every figure, as JSON')
     parser.add_argument('--one', metavar='RUNG', help=argparse.SUPPRESS)  # in this process
     args = parser.parse_args(arguments)
     if args.one:
-        print(json.dumps(figures(configuration(args.one, args.variant, args.tiny), args.target, args.rounds)))
+        config = configuration(args.one, args.variant, args.tiny)
+        print(json.dumps(figures(config, args.target, args.rounds, args.products)))
         return
     from tests.benchmarks.ladder import RUNGS
 
@@ -184,7 +190,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(f'compiled for an absent {args.target}\n{HEADER}', flush=True)
     for name in args.rungs or MODELS:
         for variant in ['', *args.variant]:
-            found = in_a_process(name, variant.split(), args.target, args.rounds, args.tiny)
+            found = in_a_process(name, variant.split(), args.target, args.rounds, args.products, args.tiny)
             title = f'{name}: {variant}' if variant else name
             print(json.dumps({title: found}) if args.json else line(title, found), flush=True)
             if not args.json:

@@ -31,15 +31,16 @@ from mixcon_jax.step import BATCH_KEYS, make_steps
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def dense(num_blocks: int, dim: int, heads: int, kv_heads: int, hidden: int, tied: bool, batch: int, length: int):
-    """A Llama: RoPE attention and SwiGLU in every one of 8 layers a block."""
+def dense(layers: int, dim: int, heads: int, kv_heads: int, hidden: int, tied: bool, batch: int, length: int):
+    """A Llama: RoPE attention and SwiGLU in every layer, each a block, so that the optimizer has few arrays."""
     config = configs.default()
     model = config.model
-    model.update(vocab_size=32768, dim=dim, num_blocks=num_blocks, tie_embeddings=tied, dtype='bfloat16')
-    model.pattern = hybrid(8, 0)
+    model.update(vocab_size=32768, dim=dim, num_blocks=layers, tie_embeddings=tied, dtype='bfloat16')
+    model.pattern = hybrid(1, 0)
     model.attention.update(num_heads=heads, num_kv_heads=kv_heads, rope=True)
     model.mlp.hidden_dim = hidden
-    config.data.seq_len, config.train.batch_size, config.train.loss_chunk = length, batch, 4096
+    config.data.seq_len, config.train.batch_size = length, batch
+    config.train.loss_chunk = batch * length // 4
     return config
 
 
@@ -63,20 +64,20 @@ def experts() -> ml_collections.ConfigDict:
 
 
 RUNGS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
-    'dense 75M': lambda: dense(1, 768, 12, 3, 2048, True, 16, 2048),
+    'dense 75M': lambda: dense(8, 768, 12, 3, 2048, True, 16, 2048),
     'Mamba': lambda: at_75m(hybrid(0, 8, mixer='mamba')),
     '2:6 Conba': lambda: at_75m(hybrid(2, 6)),
     '2:6 Mamba': lambda: at_75m(hybrid(2, 6, mixer='mamba')),
     '2:6 Conba, 8 experts': experts,
     '2:6 conba_paper': lambda: at_75m(hybrid(2, 6), 'conba_paper'),
-    'dense 856M': lambda: dense(2, 2048, 16, 4, 5632, False, 4, 4096),
+    'dense 856M': lambda: dense(16, 2048, 16, 4, 5632, False, 4, 4096),
 }
 
 
 def shrunk(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same layers, small enough for a CPU to compile and run in seconds: two of them."""
     model = config.model
-    model.update(dim=64, vocab_size=128, num_blocks=1, pattern=model.pattern[2:4])
+    model.update(dim=64, vocab_size=128, num_blocks=1, pattern=(model.pattern * 4)[2:4])
     model.attention.update(num_heads=2, num_kv_heads=1)
     model.ssm.d_state, model.mlp.hidden_dim, model.moe.hidden_dim = 4, 64, 32
     config.data.seq_len, config.train.batch_size, config.train.loss_chunk = 32, 2, 64

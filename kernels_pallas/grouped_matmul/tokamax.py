@@ -21,11 +21,18 @@ def unsupported(x: Any, w: Any) -> str | None:
     for name, value in (('x', x), ('w', w)):
         if value.dtype != jnp.bfloat16:
             return f'it takes bfloat16, {name} is {value.dtype.name}'
-        if value.size >= library.MOST:
-            return f'{name} has {value.size} numbers, which indices of 32 bits cannot count'
     if not x.shape[0] or not w.shape[0] or any(not size or size % TILE for size in w.shape[1:]):
         return f'it takes rows, and matrices whose sides are multiples of {TILE}; x is {x.shape}, w {w.shape}'
+    rows = padded(x.shape[0])
+    for name, shape in (('x', (rows, x.shape[1])), ('w', w.shape), ('the product', (rows, w.shape[2]))):
+        if (reason := library.too_many(name, shape)) is not None:
+            return reason
     return library.unavailable(MODULE)
+
+
+def padded(rows: int) -> int:
+    """A number of rows as the library is given it: of whole tiles."""
+    return rows + -rows % TILE
 
 
 def variants() -> tuple[str, ...]:
@@ -43,8 +50,8 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Ar
     rows, group_sizes = x.shape[0], group_sizes.astype(jnp.int32)
     real = (jnp.arange(rows) < jnp.sum(group_sizes))[:, None]
     # Where the select is on x, its gradient is cut off, too.
-    padded = jnp.pad(jnp.where(real, x, 0), ((0, -rows % TILE), (0, 0)))
-    return jnp.where(real, _ragged_dot(padded, w, group_sizes)[:rows], 0)
+    tiles = jnp.pad(jnp.where(real, x, 0), ((0, padded(rows) - rows), (0, 0)))
+    return jnp.where(real, _ragged_dot(tiles, w, group_sizes)[:rows], 0)
 
 
 def _ragged_dot(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -173,8 +173,9 @@ def test_refusals_of_attention(hopper, monkeypatch):
     assert refused(q=shape(2, 96, 4, 64, dtype=jnp.float32)) == 'it takes bfloat16, q is float32'
     assert refused(v=shape(2, 96, 2, 64, dtype=jnp.float16)) == 'it takes bfloat16, v is float16'
     assert 'heads of width 64 or 128, these have 32' in refused(shape(2, 96, 4, 32), shape(2, 96, 2, 32))
-    large = shape(64, 65536, 32, 64)
-    assert 'indices of 32 bits cannot count' in refused(large, large)
+    for sizes in ((64, 65536, 32, 64), (2**12, 129, 32, 64)):  # the second as it is padded
+        assert 'indices of 32 bits cannot count' in refused(shape(*sizes), shape(*sizes))
+    assert refused(shape(2**12, 128, 32, 64), shape(2**12, 128, 32, 64)) is None
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))
     assert refused() == 'it is for GPUs of compute capability 9.x, this one has 8.0'
     monkeypatch.setattr(platform, 'compute_capability', lambda: None)
@@ -186,7 +187,10 @@ def test_refusals_of_the_grouped_product(hopper):
     assert 'w is float32' in ragged.unsupported(shape(5, 64), shape(3, 64, 192, dtype=jnp.float32))
     for x, w in (((5, 32), (3, 32, 64)), ((5, 64), (3, 64, 100)), ((0, 64), (3, 64, 64)), ((5, 64), (0, 64, 64))):
         assert 'multiples of 64' in ragged.unsupported(shape(*x), shape(*w))
-    assert 'cannot count' in ragged.unsupported(shape(2**20, 2048), shape(1, 2048, 64))
+    too_many = (2**20, 2048, 64), (64, 2**16, 2**15), (2**20, 64, 2048), (2**15 - 1, 64, 2**16)  # M, D and F
+    for name, (rows, width, columns) in zip(('x', 'w', 'the product', 'the product'), too_many):
+        found = ragged.unsupported(shape(rows, width), shape(1, width, columns))
+        assert found == f'{name} has {2**31} numbers, which indices of 32 bits cannot count'
 
 
 def test_no_case_is_refused_where_it_is_to_run(hopper):

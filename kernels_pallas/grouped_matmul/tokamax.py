@@ -1,7 +1,7 @@
 """The grouped product by tokamax's ragged dot for Hopper GPUs (Pallas Mosaic): an adapter to its private interface.
 
 Its kernels leave rows after the last group as they find them, in the product and in the gradient of x; here they are
-zeros, as everywhere. Matrices are read by expert where they lie, and rows of two groups in one tile are computed twice.
+zeros, as everywhere. Matrices are read by expert where they lie, and a group's tiles reach beyond it at both ends.
 """
 
 import functools
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from kernels_pallas import tokamax as library
 
 MODULE = 'tokamax._src.ops.ragged_dot.pallas_mosaic_gpu'
+# What the library takes by itself: tiles of `block_m` rows by `block_n` columns, `block_k` of what is summed at once.
+BLOCKS = {'block_m': 64, 'block_n': 64, 'block_k': 128, 'num_stages': 2, 'split_k': 1}
 TILE = 64  # of rows and columns: a matrix of others would be written beyond its end, and rows are padded
 
 
@@ -63,7 +65,7 @@ def _ragged_dot(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array
     """
     from tokamax._src.ops.ragged_dot import base, pallas_mosaic_gpu
 
-    config = pallas_mosaic_gpu.Config(block_m=64, block_n=64, block_k=128, num_stages=2, split_k=1)
+    config = pallas_mosaic_gpu.Config(**BLOCKS)
     product = pallas_mosaic_gpu.PallasMosaicGpuRaggedDot(config=config)
     gradient = functools.partial(base.vjp, dlhs_ragged_dot=product, drhs_ragged_dot=product)
     return product.replace(vjp=gradient)(x, w, group_sizes=group_sizes)

@@ -20,7 +20,7 @@ from kernels_pallas.attention import attention, reference
 from kernels_pallas.attention import cases as attention_cases
 from kernels_pallas.attention import tokamax as flash
 from kernels_pallas.grouped_matmul import cases as grouped_cases
-from kernels_pallas.grouped_matmul import grouped_matmul, xla
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.grouped_matmul import reference as grouped_reference
 from kernels_pallas.grouped_matmul import tokamax as ragged
 
@@ -285,16 +285,6 @@ def test_a_card_covers_one_version(tmp_path, monkeypatch):
     monkeypatch.undo()
     cards.forget()
     assert changed == {'attention', 'grouped_matmul'}
-
-
-# ------------------------------------------------------------------------------------------ blocks of the portable form
-def test_rows_of_a_block(monkeypatch):
-    """As before on a CPU; on a GPU a quarter of a group's rows at most, so that no more is wasted."""
-    rows = lambda m, groups, dtype=jnp.bfloat16: xla.block_rows(m, groups, jnp.dtype(dtype))
-    assert [rows(m, 8) for m in (1, 100, 65536)] == [1, 100, 128]
-    monkeypatch.setattr(platform, 'platform', lambda: 'gpu')
-    assert [rows(m, 8) for m in (1, 100, 4096, 8192, 65536, 1 << 20)] == [1, 100, 128, 256, 2048, 2048]
-    assert rows(65536, 8, jnp.float32) == 1024 and rows(0, 8) == 1 and rows(65536, 64) == 256
 
 
 def test_every_variant_has_its_cases():

@@ -253,8 +253,10 @@ def test_errors_name_the_argument():
         attend(q, k, v, implementation='flash')
     with pytest.raises(ValueError, match=r"'one_query' takes one query a row, q has shape \(2, 3,"):
         attend(q, k, v, implementation='one_query')
-    with pytest.raises(ValueError, match=r'k has shape \(2, 5, 2, 4\), expected \(2, keys, kv_heads, 8\)'):
+    with pytest.raises(ValueError, match=r'k has shape \(2, 5, 2, 4\), expected \(2, keys >= 1, kv_heads, 8\)'):
         attend(q, k[..., :4], v)
+    with pytest.raises(ValueError, match=r'k has shape \(2, 0, 2, 8\), expected \(2, keys >= 1, kv_heads, 8\)'):
+        attend(q, k[:, :0], v[:, :0])
     with pytest.raises(ValueError, match=r'v has shape \(2, 4, 2, 8\), expected \(2, 5, 2, 8\)'):
         attend(q, k, v[:, :4])
     with pytest.raises(ValueError, match='k has 2 heads, expected a divisor of the 3 query heads'):

@@ -7,6 +7,8 @@ that the extra `gpu` installs. The version is code, so that the hash of a verifi
 import functools
 import importlib
 import importlib.metadata
+import math
+from collections.abc import Sequence
 
 from kernels_pallas import platform
 
@@ -23,6 +25,13 @@ def unavailable(module: str) -> str | None:
     if capability[0] != HOPPER:
         return f'it is for GPUs of compute capability {HOPPER}.x, this one has {capability[0]}.{capability[1]}'
     return _missing(module)
+
+
+def too_many(name: str, shape: Sequence[int]) -> str | None:
+    """Why an array, as the library's kernels read or write it, is too large for them, or None."""
+    if (size := math.prod(shape)) < MOST:
+        return None
+    return f'{name} has {size} numbers, which indices of 32 bits cannot count'
 
 
 @functools.cache

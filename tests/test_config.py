@@ -10,7 +10,8 @@ import pytest
 from mixcon_jax import config as configs
 from mixcon_jax.checks import check_leaf
 from mixcon_jax.config import ConfigError, leaves
-from mixcon_jax.options import INT32, SMALLEST, UINT32, Option, beyond, float32
+from mixcon_jax.options import FREE, INT32, SMALLEST, UINT32, Option, beyond, float32
+from tests.tiny import ROOT
 
 
 @pytest.fixture
@@ -264,3 +265,9 @@ def test_text_that_libraries_cannot_take_is_refused(text, message):
     config.name = text
     with pytest.raises(ConfigError, match=message):
         configs.validate(config)
+
+
+def test_the_docs_name_all_that_may_change_between_starts():
+    page = (ROOT / 'docs' / 'howto-resume.md').read_text()
+    named = [name + '*' if name[-1] in '._' else name for name in FREE]
+    assert [name for name in named if f'`{name}`' not in page] == []

@@ -7,7 +7,7 @@ from kernels_pallas.attention import one_query, reference, tokamax, xla
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
 
-WORDS = {'b': 'batch', 't': 'queries >= 1', 'h': 'heads', 'd': 'head_dim', 's': 'keys', 'k': 'kv_heads'}
+WORDS = {'b': 'batch', 't': 'queries >= 1', 'h': 'heads', 'd': 'head_dim', 's': 'keys >= 1', 'k': 'kv_heads'}
 
 
 def attention(

@@ -38,9 +38,13 @@ def unsupported(q: Any, k: Any, v: Any, own_segments: bool, q_offset: Any) -> st
             return f'it takes bfloat16, {name} is {value.dtype.name}'
     if q.shape[-1] not in WIDTHS:
         return f'it takes heads of width {" or ".join(map(str, WIDTHS))}, these have {q.shape[-1]}'
-    if q.size >= library.MOST:
-        return f'q has {q.size} numbers, which indices of 32 bits cannot count'
-    return library.unavailable(MODULE)
+    batch, length, *others = q.shape
+    return library.too_many('q', (batch, padded(length), *others)) or library.unavailable(MODULE)
+
+
+def padded(length: int) -> int:
+    """A length as the library is given it: of whole tiles."""
+    return length + -length % TILE
 
 
 def variants(width: int, packed: bool) -> tuple[str, ...]:
@@ -57,7 +61,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array |
       scale: of the scores.
     """
     length = q.shape[1]
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, -length % TILE)) + ((0, 0),) * (x.ndim - 2))  # behind all, seen by none
+    behind = (0, padded(length) - length)  # all, and seen by none
+    pad = lambda x: jnp.pad(x, ((0, 0), behind) + ((0, 0),) * (x.ndim - 2))
     start = None if segment_ids is None else first_keys(pad(segment_ids))[:, None, :]
     out = _flash(pad(q), pad(k), pad(v), start, scale)[:, :length]
     # Padding has seen itself, so that no row is without a key: its output and what flows back from it are cut off here.

@@ -63,8 +63,8 @@ def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size=
     k_block = min(keys, block_size * max(n for n in range(1, widest + 1) if blocks % n == 0))
     from_start = isinstance(q_offset, int) and q_offset == 0
     static = _Static(q_block, -(-length // q_block), k_block, -(-keys // k_block), scale, from_start)
-    if segment_ids is None and (keys % k_block or length % q_block):
-        # Padded keys lie after the real ones, but a q_offset can bring them below the diagonal.
+    beyond = from_start and length <= keys  # padded keys, which lie after the real ones, are above the diagonal
+    if segment_ids is None and not beyond and (keys % k_block or length % q_block):
         segment_ids = jnp.ones((q.shape[0], length), jnp.int32)
         kv_segment_ids = jnp.ones((q.shape[0], keys), jnp.int32)
     segments = None if segment_ids is None else (segment_ids, kv_segment_ids)

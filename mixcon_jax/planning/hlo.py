@@ -214,7 +214,8 @@ def _fusion_bytes(operands: list[Instruction], body: dict[str, Instruction], onl
         if inner.opcode != 'parameter':
             continue
         uses = ends(inner.name)
-        size = array_bytes(operands[int(inner.operands[0])].shape, only)
+        operand = operands[int(inner.operands[0])].shape
+        size = array_bytes(operand, only)
         # An operand updated in place isn't read; one that is only sliced is read as far as the slices go.
         updated = all(use.opcode == 'dynamic-update-slice' and use.operands[0] == name for name, use in uses)
         sliced = all(
@@ -222,8 +223,9 @@ def _fusion_bytes(operands: list[Instruction], body: dict[str, Instruction], onl
         )
         if uses and updated:
             continue
-        read = sum(array_bytes(use.shape) for _, use in uses) if uses and sliced else size
-        total += min(size, read)
+        # Slices behind a convert are of another type: what is read is as wide as the operand.
+        part = sum(largest(use.shape) for _, use in uses) / largest(operand) if uses and sliced else 1
+        total += round(size * min(1, part))
     root = next(inner for inner in body.values() if inner.root)
     for result in [body[name] for name in root.operands] if root.opcode == 'tuple' else [root]:
         behind = result

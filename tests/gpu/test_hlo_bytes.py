@@ -53,6 +53,30 @@ def test_loops_slices_updates_in_place_and_custom_calls():
     assert (updated.count, updated.bytes) == (8, 400 + 4 + 400)
 
 
+CONVERTED = """
+HloModule hand, is_scheduled=true
+
+%converted (p0: f32[8,100], p1: s32[]) -> bf16[1,100] {
+  %p0 = f32[8,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %narrow = bf16[8,100]{1,0} convert(%p0)
+  ROOT %part = bf16[1,100]{1,0} dynamic-slice(%narrow, %p1, %zero), dynamic_slice_sizes={1,100}
+}
+
+ENTRY %main (a: f32[8,100], i: s32[]) -> bf16[1,100] {
+  %a = f32[8,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %fusion = bf16[1,100]{1,0} fusion(%a, %i), kind=kLoop, calls=%converted
+}
+"""
+
+
+def test_a_slice_of_what_is_converted_reads_the_type_that_lies_in_memory():
+    (fusion,) = kernels(CONVERTED)
+    assert (fusion.bytes, fusion.float32) == (400 + 4 + 200, 400)
+
+
 def test_largest_array():
     assert largest(MODULE) == 800
     assert largest('%x = (pred[2,3]{1,0}, bf16[4,5,6]{2,1,0}) custom-call(), backend_config={"f32[9,9,9]"}') == 120

@@ -1,8 +1,6 @@
 """Attention: the other forms equal dense softmax attention, in float64, for any lengths, documents and caches."""
 
 import inspect
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +205,7 @@ def loops(length, **options):
 def test_loops_have_lengths_that_a_gpu_knows(on):
     """Whether another turn comes, a GPU's host would have to ask it for."""
     packed = {'segment_ids': rows(64, 7, batch=2), 'block_size': 8}
-    assert loops(64, block_size=8) == (2, 0)
+    assert loops(64, block_size=8) == loops(61, block_size=8) == (2, 0)
     assert loops(64, **packed) == ((2, 0) if on == 'gpu' else (0, 2))
     assert loops(64, **packed | {'block_size': 64}) == (0, 0)
     assert loops(64, block_size=8, q_offset=jnp.int32(0)) == (0, 2)
@@ -225,26 +223,6 @@ def test_tiles_by_platform(on):
         assert whole_tiles(whole) == whole
         assert xla.tile_size(whole) == size or whole <= size
     assert [whole_tiles(n, 16) for n in (1, 16, 17)] == [1, 16, 32]
-
-
-def test_more_queries_than_32_bits_count():
-    """Shapes alone: a token's place is counted along its row, never through the batch and the heads."""
-    batch, length, heads, width = 64, 65536, 32, 128
-    query = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16)
-    key = jax.ShapeDtypeStruct((batch, length, 4, width), jnp.bfloat16)
-    segment_ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-
-    def gradient(q, k, v, segment_ids):
-        loss = lambda *qkv: jnp.sum(attention(*qkv, segment_ids=segment_ids).astype(jnp.float32))
-        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-
-    found = jax.eval_shape(gradient, query, key, key, segment_ids)
-    assert [x.shape for x in found] == [query.shape, key.shape, key.shape]
-    iotas = re.findall(
-        r'iota\[\s*dimension=\d+\s+dtype=\w+\s+shape=\(([^)]*)\)',
-        str(jax.make_jaxpr(gradient)(query, key, key, segment_ids)),
-    )
-    assert iotas and all(math.prod(int(n) for n in sizes.split(',') if n) <= length for sizes in iotas)
 
 
 def test_bfloat16_is_accumulated_in_float32():
@@ -275,8 +253,10 @@ def test_errors_name_the_argument():
         attend(q, k, v, implementation='flash')
     with pytest.raises(ValueError, match=r"'one_query' takes one query a row, q has shape \(2, 3,"):
         attend(q, k, v, implementation='one_query')
-    with pytest.raises(ValueError, match=r'k has shape \(2, 5, 2, 4\), expected \(2, keys, kv_heads, 8\)'):
+    with pytest.raises(ValueError, match=r'k has shape \(2, 5, 2, 4\), expected \(2, keys >= 1, kv_heads, 8\)'):
         attend(q, k[..., :4], v)
+    with pytest.raises(ValueError, match=r'k has shape \(2, 0, 2, 8\), expected \(2, keys >= 1, kv_heads, 8\)'):
+        attend(q, k[:, :0], v[:, :0])
     with pytest.raises(ValueError, match=r'v has shape \(2, 4, 2, 8\), expected \(2, 5, 2, 8\)'):
         attend(q, k, v[:, :4])
     with pytest.raises(ValueError, match='k has 2 heads, expected a divisor of the 3 query heads'):

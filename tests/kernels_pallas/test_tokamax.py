@@ -20,7 +20,7 @@ from kernels_pallas.attention import attention, reference
 from kernels_pallas.attention import cases as attention_cases
 from kernels_pallas.attention import tokamax as flash
 from kernels_pallas.grouped_matmul import cases as grouped_cases
-from kernels_pallas.grouped_matmul import grouped_matmul, xla
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.grouped_matmul import reference as grouped_reference
 from kernels_pallas.grouped_matmul import tokamax as ragged
 
@@ -173,8 +173,9 @@ def test_refusals_of_attention(hopper, monkeypatch):
     assert refused(q=shape(2, 96, 4, 64, dtype=jnp.float32)) == 'it takes bfloat16, q is float32'
     assert refused(v=shape(2, 96, 2, 64, dtype=jnp.float16)) == 'it takes bfloat16, v is float16'
     assert 'heads of width 64 or 128, these have 32' in refused(shape(2, 96, 4, 32), shape(2, 96, 2, 32))
-    large = shape(64, 65536, 32, 64)
-    assert 'indices of 32 bits cannot count' in refused(large, large)
+    for sizes in ((64, 65536, 32, 64), (2**12, 129, 32, 64)):  # the second as it is padded
+        assert 'indices of 32 bits cannot count' in refused(shape(*sizes), shape(*sizes))
+    assert refused(shape(2**12, 128, 32, 64), shape(2**12, 128, 32, 64)) is None
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))
     assert refused() == 'it is for GPUs of compute capability 9.x, this one has 8.0'
     monkeypatch.setattr(platform, 'compute_capability', lambda: None)
@@ -186,7 +187,10 @@ def test_refusals_of_the_grouped_product(hopper):
     assert 'w is float32' in ragged.unsupported(shape(5, 64), shape(3, 64, 192, dtype=jnp.float32))
     for x, w in (((5, 32), (3, 32, 64)), ((5, 64), (3, 64, 100)), ((0, 64), (3, 64, 64)), ((5, 64), (0, 64, 64))):
         assert 'multiples of 64' in ragged.unsupported(shape(*x), shape(*w))
-    assert 'cannot count' in ragged.unsupported(shape(2**20, 2048), shape(1, 2048, 64))
+    too_many = (2**20, 2048, 64), (64, 2**16, 2**15), (2**20, 64, 2048), (2**15 - 1, 64, 2**16)  # M, D and F
+    for name, (rows, width, columns) in zip(('x', 'w', 'the product', 'the product'), too_many):
+        found = ragged.unsupported(shape(rows, width), shape(1, width, columns))
+        assert found == f'{name} has {2**31} numbers, which indices of 32 bits cannot count'
 
 
 def test_no_case_is_refused_where_it_is_to_run(hopper):
@@ -281,16 +285,6 @@ def test_a_card_covers_one_version(tmp_path, monkeypatch):
     monkeypatch.undo()
     cards.forget()
     assert changed == {'attention', 'grouped_matmul'}
-
-
-# ------------------------------------------------------------------------------------------ blocks of the portable form
-def test_rows_of_a_block(monkeypatch):
-    """As before on a CPU; on a GPU a quarter of a group's rows at most, so that no more is wasted."""
-    rows = lambda m, groups, dtype=jnp.bfloat16: xla.block_rows(m, groups, jnp.dtype(dtype))
-    assert [rows(m, 8) for m in (1, 100, 65536)] == [1, 100, 128]
-    monkeypatch.setattr(platform, 'platform', lambda: 'gpu')
-    assert [rows(m, 8) for m in (1, 100, 4096, 8192, 65536, 1 << 20)] == [1, 100, 128, 256, 2048, 2048]
-    assert rows(65536, 8, jnp.float32) == 1024 and rows(0, 8) == 1 and rows(65536, 64) == 256
 
 
 def test_every_variant_has_its_cases():

@@ -9,7 +9,8 @@ The floors, in milliseconds a step:
 - bytes: what a step must move (`compiled_step`: parameters, gradients and moments once each, what the backward pass
   keeps twice) over the memory's bandwidth;
 - exponentials over the rate at which an H200 was seen to compute them: a scan's B T inner N forward and twice that
-  backward (kernels_pallas/selective_scan), attention's B H T^2 / 2 and a softmax over the vocabulary, both in either pass.
+  backward (kernels_pallas/selective_scan), attention's B H T^2 / 2 and a softmax over the vocabulary, both in either
+  pass.
 
 A step takes at least the largest of them, and at most their sum if each were at its floor and none overlapped.
 """
@@ -20,7 +21,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-# FLOP/s of dense bfloat16 and bytes/s by the data sheets; an H100's exponentials are taken to be an H200's: the same cores.
+# FLOP/s of dense bfloat16 and bytes/s by the data sheets; an H100 has the cores of an H200.
 DEVICES = {'h100': (989e12, 3.352e12), 'h200': (989e12, 4.8e12)}
 EXPONENTIALS = 3.22e12  # a second: the floor of `python -m kernels_pallas.verify`, measured beside the scan's card
 

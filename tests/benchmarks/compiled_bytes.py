@@ -117,11 +117,13 @@ def layer(mixer: str, batch: int, length: int, dim: int, backward: bool = True, 
     )
 
     def forward(params, x, positions, segment_ids):
-        return nnx.merge(graphdef, params)(x, Context(segment_ids=segment_ids, positions=positions), None)[0]
+        y, _, aux = nnx.merge(graphdef, params)(x, Context(segment_ids=segment_ids, positions=positions), None)
+        return y, aux
 
     def both(params, x, dy, positions, segment_ids):
-        y, vjp = jax.vjp(lambda params, x: forward(params, x, positions, segment_ids), params, x)
-        return y, vjp(dy)
+        y, vjp, aux = jax.vjp(lambda params, x: forward(params, x, positions, segment_ids), params, x, has_aux=True)
+        y, dy = jax.lax.optimization_barrier((y, dy))  # as in a model, where the gradient comes after the forward pass
+        return y, vjp(dy), aux
 
     x, tokens = Shape((batch, length, dim), jnp.bfloat16), Shape((batch, length), jnp.int32)
     return (both, (params, x, x, tokens, tokens)) if backward else (forward, (params, x, tokens, tokens))

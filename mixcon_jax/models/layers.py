@@ -127,7 +127,7 @@ KERNELS = (
 _marked = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
-def keeping_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
+def keeping_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose gradient keeps its arguments as they are and computes what lies between once more.
 
     For elementwise functions of narrow arrays, bfloat16, that compute in float32: left to itself, autodiff keeps the
@@ -143,25 +143,34 @@ def keeping_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
     again.defvjp(lambda *args: (function(*args), args), backward)
 
     @functools.wraps(function)
-    def call(x: Array, *args: Any) -> Array:
+    def call(x: Array, *args: Any) -> Any:
         return (function if widened(x).dtype == x.dtype else again)(x, *args)
 
     return call
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def stored(x: Float[Array, '...']) -> Float[Array, '...']:
+    """x; of a type narrower than sums it is what is stored that is read, and XLA does not compute it once more."""
+    return x if widened(x).dtype == x.dtype else jax.lax.optimization_barrier(x)
+
+
 def narrow_gradient(x: Float[Array, '...'], dtype: Any) -> Float[Array, '...']:
-    """x, whose gradient is rounded to a type: in that type it is stored, where x itself is wider and never is."""
+    """x, whose gradient is rounded to a type and stored in it, where x itself is wider and nowhere stored."""
+    return x if x.dtype == dtype else _narrow_gradient(x, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _narrow_gradient(x, dtype):
     del dtype
     return x
 
 
 def _narrow_gradient_backward(dtype, _, gradient):
-    # The barrier keeps XLA from taking the two conversions for none.
+    # Without the barrier XLA would take the two conversions for none.
     return (jax.lax.optimization_barrier(gradient.astype(dtype)).astype(gradient.dtype),)
 
 
-narrow_gradient.defvjp(lambda x, dtype: (x, None), _narrow_gradient_backward)
+_narrow_gradient.defvjp(lambda x, dtype: (x, None), _narrow_gradient_backward)
 
 
 @keeping_arguments

@@ -24,6 +24,7 @@ from mixcon_jax.models.layers import (
     normal,
     ones,
     project,
+    stored,
     widened,
     zeros,
 )
@@ -165,9 +166,8 @@ class Conba(SelectiveSSM):
         # Feedback (Fig. 1): each pass measures the a-priori error, which is strictly causal, and corrects the drive.
         for i in range(options.feedback_iters):
             _, final, prior = self._scan(inputs, u, context, old, i, prior=True)
-            error = tracking_error(prior, *law.reference)
             correction, gain, stats = self.control.correction(
-                error, prior, law, context, None if old is None else old['gain'], i
+                prior, law, context, None if old is None else old['gain'], i
             )
             u = inputs.u - correction.astype(u.dtype)
             scans.append(final)
@@ -182,7 +182,7 @@ class Conba(SelectiveSSM):
         y, error, taps = self._shaped(y, law.reference if corrected else None, context, old)
         if corrected:
             correction, gain, stats = self.control.correction(
-                error, y, law, context, None if old is None else old.get('gain'), 0
+                y, law, context, None if old is None else old.get('gain'), 0, error
             )
             gains.append(gain)
             y = y - correction
@@ -206,7 +206,7 @@ class Conba(SelectiveSSM):
         scale = (self.scale_weight[...], self.scale_bias[...]) if options.state_scaling == 'output' else None
         weight = self.taps[...] if options.delay == 'taps' else None
         past = state['taps'] if state is not None and options.delay == 'taps' else None
-
+        # Gradients between the fusions are rounded to what the scan's output is stored in, as that output's own is.
         narrow = y.dtype
 
         @keeping_arguments
@@ -335,24 +335,27 @@ class Control(nnx.Module):
         """Computes the desired output and the gain's step sizes; a padded token leaves the gain as it was."""
         reference: tuple[Array, ...] = ()
         if self.options.reference == 'diag':
-            # The barrier makes XLA read u, which is stored, and not convolve once more what it is made of.
-            u = u if widened(u).dtype == u.dtype else jax.lax.optimization_barrier(u)
-            reference = u, self.reference_weight[...], self.reference_bias[...]
+            reference = stored(u), self.reference_weight[...], self.reference_bias[...]
         elif self.options.reference == 'proj':
             reference = (project(x, self.reference_proj),)
         if self.options.control == 'slow':
             return Law(reference, None, None)
         mask = context.mask[..., None]
-        weights = jnp.concatenate([self.alpha_proj[...], self.decay_proj[...]], axis=1)
-        alpha, decay = jnp.split(widened(project(jax.lax.optimization_barrier(x), weights)), 2, axis=-1)
-        alpha = jax.nn.sigmoid(alpha + self.alpha_bias[...])
-        log_decay = -jax.nn.softplus(decay + self.decay_bias[...])
+        alpha = jax.nn.sigmoid(widened(project(x, self.alpha_proj)) + self.alpha_bias[...])
+        log_decay = -jax.nn.softplus(widened(project(x, self.decay_proj)) + self.decay_bias[...])
         return Law(reference, jnp.where(mask, alpha, 0), jnp.where(mask, log_decay, 0))
 
     def correction(
-        self, error: Float[Array, 'b t i'], y: Float[Array, 'b t i'], law: Law, context: Context, gains: Any, i: int
+        self,
+        y: Float[Array, 'b t i'],
+        law: Law,
+        context: Context,
+        gains: Array | None,
+        i: int,
+        error: Float[Array, 'b t i'] | None = None,
     ):
-        """Returns ``kappa K e`` `[B, T, d_in]`, pass ``i``'s final gain and statistics."""
+        """Returns ``kappa K e`` `[B, T, d_in]`, pass ``i``'s final gain and statistics; of y's error if not given."""
+        error = tracking_error(y, *law.reference) if error is None else error
         error = error.reshape(*error.shape[:2], self.heads, self.head_dim)
         if self.options.control == 'slow':
             applied = jnp.einsum('bthp,hqp->bthq', error, self.gain[...].astype(error.dtype))

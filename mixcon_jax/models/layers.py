@@ -127,20 +127,50 @@ KERNELS = (
 _marked = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
-def keeping_arguments(function: Callable[..., Array]) -> Callable[..., Array]:
+def keeping_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose gradient keeps its arguments as they are and computes what lies between once more.
 
     For elementwise functions of narrow arrays, bfloat16, that compute in float32: left to itself, autodiff keeps the
     float32 intermediates. What computes in the type of its first argument stays as it is. A matrix product that ends
     the function is not repeated, since its gradient needs only its factors.
     """
-    again = jax.checkpoint(function)
+    again = jax.custom_vjp(function)
+
+    def backward(args: tuple, gradient: Any) -> tuple:
+        # Of `jax.checkpoint` the barrier holds the incoming gradient, too, which then is stored as wide as it comes.
+        return jax.vjp(function, *jax.lax.optimization_barrier(args))[1](gradient)
+
+    again.defvjp(lambda *args: (function(*args), args), backward)
 
     @functools.wraps(function)
-    def call(x: Array, *args: Any) -> Array:
+    def call(x: Array, *args: Any) -> Any:
         return (function if widened(x).dtype == x.dtype else again)(x, *args)
 
     return call
+
+
+def stored(x: Float[Array, '...']) -> Float[Array, '...']:
+    """x; of a type narrower than sums it is what is stored that is read, and XLA does not compute it once more."""
+    return x if widened(x).dtype == x.dtype else jax.lax.optimization_barrier(x)
+
+
+def narrow_gradient(x: Float[Array, '...'], dtype: Any) -> Float[Array, '...']:
+    """x, whose gradient is rounded to a type and stored in it, where x itself is wider and nowhere stored."""
+    return x if x.dtype == dtype else _narrow_gradient(x, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _narrow_gradient(x, dtype):
+    del dtype
+    return x
+
+
+def _narrow_gradient_backward(dtype, _, gradient):
+    # Without the barrier XLA would take the two conversions for none.
+    return (jax.lax.optimization_barrier(gradient.astype(dtype)).astype(gradient.dtype),)
+
+
+_narrow_gradient.defvjp(lambda x, dtype: (x, None), _narrow_gradient_backward)
 
 
 @keeping_arguments
@@ -183,6 +213,37 @@ class RMSNorm(nnx.Module):
 def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
     """Multiplies by a weight matrix in x's dtype."""
     return kept(x @ weight[...].astype(x.dtype))
+
+
+def projected_halves(x: Float[Array, '*b i'], weight: nnx.Param) -> tuple[Float[Array, '*b o'], Float[Array, '*b o']]:
+    """The two halves of what `project` gives, as two products: nothing is copied to part them, or to join gradients.
+
+    As of one product, the gradients of x and of the weight are summed in at least float32.
+    """
+    first, second = jnp.split(weight[...], 2, axis=-1)
+    if widened(x).dtype == x.dtype:
+        return kept(x @ first.astype(x.dtype)), kept(x @ second.astype(x.dtype))
+    u, z = _two_products(x, first, second)
+    return kept(u), kept(z)
+
+
+@jax.custom_vjp
+def _two_products(x, first, second):
+    return x @ first.astype(x.dtype), x @ second.astype(x.dtype)
+
+
+def _two_products_forward(x, first, second):
+    return _two_products(x, first, second), (x, first, second)
+
+
+def _two_products_backward(arguments, gradients):
+    x, *weights = arguments
+    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dx = sum(wide('...o,io->...i', g, weight.astype(x.dtype)) for g, weight in zip(gradients, weights, strict=True))
+    return dx.astype(x.dtype), *(wide('...i,...o->io', x, g).astype(weights[0].dtype) for g in gradients)
+
+
+_two_products.defvjp(_two_products_forward, _two_products_backward)
 
 
 class ShortConv(nnx.Module):

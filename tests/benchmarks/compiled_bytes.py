@@ -105,7 +105,8 @@ def layer(mixer: str, batch: int, length: int, dim: int, backward: bool = True, 
     Args:
       mixer: its name.
       batch, length, dim: of its input.
-      backward: the function returns the output and the gradients of parameters and input, not the output alone.
+      backward: the function returns the output, the gradients of parameters and input, and what the layer reports, not
+        the output alone.
       ssm: options of `config.model.ssm`.
     """
     config = configs.default()
@@ -117,14 +118,17 @@ def layer(mixer: str, batch: int, length: int, dim: int, backward: bool = True, 
     )
 
     def forward(params, x, positions, segment_ids):
-        return nnx.merge(graphdef, params)(x, Context(segment_ids=segment_ids, positions=positions), None)[0]
+        y, _, aux = nnx.merge(graphdef, params)(x, Context(segment_ids=segment_ids, positions=positions), None)
+        return y, aux
 
     def both(params, x, dy, positions, segment_ids):
-        y, vjp = jax.vjp(lambda params, x: forward(params, x, positions, segment_ids), params, x)
-        return y, vjp(dy)
+        y, vjp, aux = jax.vjp(lambda params, x: forward(params, x, positions, segment_ids), params, x, has_aux=True)
+        y, dy = jax.lax.optimization_barrier((y, dy))  # as in a model, where the gradient comes after the forward pass
+        return y, vjp(dy), aux
 
     x, tokens = Shape((batch, length, dim), jnp.bfloat16), Shape((batch, length), jnp.int32)
-    return (both, (params, x, x, tokens, tokens)) if backward else (forward, (params, x, tokens, tokens))
+    inference = lambda *args: forward(*args)[0]
+    return (both, (params, x, x, tokens, tokens)) if backward else (inference, (params, x, tokens, tokens))
 
 
 def scan_figures(target: str, mixer: str, batch: int, length: int, dim: int, backward: bool) -> dict:
@@ -165,8 +169,29 @@ def report_scans(target: str, batch: int, length: int, dim: int) -> None:
                 print(f'  {kernel:42}{size / GIB:10.2f}', flush=True)
 
 
+GROUPS = {
+    'selective scan': r'selective_scan_\w+',
+    'adaptive gain': r'adaptive_gain_\w+',
+    "convolution's gradient": r'causal_conv1d_backward',
+}
+REST = 'the rest: elementwise and sums'
+
+
+def layer_groups(target: str, mixer: str, batch: int, length: int, dim: int) -> dict[str, tuple[int, int]]:
+    """Launches and bytes of a layer, forward and backward, by what they are for: products, our kernels, the rest."""
+    function, args = layer(mixer, batch, length, dim)
+    found = dict.fromkeys(('products', *GROUPS, REST), (0, 0))
+    for kernel in hlo.kernels(compile_for(devices(target)[0], function, *args).as_text()):
+        ours = kernel.kind.startswith('mosaic_gpu')
+        names = [name for name, pattern in GROUPS.items() if ours and re.search(pattern, kernel.operation)]
+        name = names[0] if names else 'products' if kernel.flops else REST
+        launches, moved = found[name]
+        found[name] = launches + kernel.count, moved + kernel.total
+    return found
+
+
 def report_layers(target: str, batch: int, length: int, dim: int, verbose: bool) -> None:
-    """Whole layers, with the convolution's gradient by its kernel and by XLA; nothing is said to be necessary."""
+    """Whole layers, and what their bytes are for; with the convolution's gradient by XLA; nothing is necessary."""
     for mixer in ('mamba', 'conba'):
         for kernel in (True, False):
             function, args = layer(mixer, batch, length, dim)
@@ -180,6 +205,8 @@ def report_layers(target: str, batch: int, length: int, dim: int, verbose: bool)
                     0,
                     verbose,
                 )
+            for name, (launches, moved) in layer_groups(target, mixer, batch, length, dim).items() if kernel else ():
+                print(f'  {name:42}{launches:9}{moved / GIB:10.2f}', flush=True)
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -8,7 +8,8 @@ from flax import nnx
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.mlp import swiglu
-from mixcon_jax.models.layers import Parameters, RMSNorm, gated, rms_norm, scaled
+from mixcon_jax.models.layers import Parameters, RMSNorm, gated, projected_halves, rms_norm, scaled
+from mixcon_jax.models.mixers.conba import full_gate
 from tests.models.cases import CASES, DIM, layer
 
 TOKENS = 16_384
@@ -115,3 +116,40 @@ def test_a_narrow_gradient_keeps_the_arguments_alone(function, count):
     arguments = sorted(shapes)
     assert sorted(leaf.shape for leaf in kept if leaf.shape) == arguments
     assert all(leaf.dtype == jnp.bfloat16 for leaf in kept if leaf.shape)
+
+
+def test_halves_of_a_projection_are_what_one_product_gives():
+    """In bfloat16 x's gradient is rounded once, and the weight's is a float32 sum."""
+    x, weight = normal(0, 2, 300, 48), normal(1, 48, 64) / 4
+    gradients = [normal(seed, 2, 300, 32) for seed in (2, 3)]
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)):
+        narrow = [jnp.asarray(value, dtype) for value in (x, weight, *gradients)]
+        halves = lambda x, w: projected_halves(x, nnx.Param(w))
+        (u, z), vjp = jax.vjp(halves, narrow[0], narrow[1].astype(jnp.float32))
+        dx, dweight = vjp((narrow[2], narrow[3]))
+        wide = [np.asarray(value, np.float64) for value in narrow]
+        whole = np.concatenate(wide[2:], -1)
+        want = np.split(wide[0] @ wide[1], 2, -1)
+        for got, oracle in zip((u, z, dx), (*want, whole @ wide[1].T), strict=True):
+            assert got.dtype == dtype
+            assert np.abs(np.asarray(got, np.float64) - oracle).max() < tolerance * np.abs(oracle).max()
+        oracle = np.einsum('bti,bto->io', wide[0], whole)
+        assert dweight.dtype == jnp.float32
+        assert np.abs(np.asarray(dweight, np.float64) - oracle).max() < 1e-5 * np.abs(oracle).max()
+
+
+def test_conba_keeps_no_wide_array_of_its_tokens_between_scan_and_gain():
+    """Scaling, taps, error and gate keep the narrow arrays that they start from."""
+    mixer = layer('conba', 'bfloat16')
+    tokens = jax.ShapeDtypeStruct((2, 40, mixer.inner), jnp.bfloat16)
+    context = Context.whole(2, 40)
+
+    def pullback(y, u, z):
+        desired = mixer.control.reference_weight[...], mixer.control.reference_bias[...]
+        shaped = lambda y, u: mixer._shaped(y, (u, *desired), context, None)
+        gate = lambda y, z: full_gate(y, z, mixer.gate_output[...], mixer.gate_linear[...])
+        return jax.vjp(shaped, y, u)[1], jax.vjp(gate, y, z)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(pullback, tokens, tokens, tokens))
+    kept = [leaf for leaf in leaves if leaf.size >= tokens.size]
+    assert len(kept) == 4 and all(leaf.dtype == jnp.bfloat16 for leaf in kept), kept

@@ -18,11 +18,14 @@ from mixcon_jax.models.layers import (
     Parameters,
     State,
     constant,
+    keeping_arguments,
     masked_mean,
+    narrow_gradient,
     normal,
     ones,
     project,
-    scaled,
+    stored,
+    widened,
     zeros,
 )
 from mixcon_jax.models.mixers.ssm import ScanInputs, SelectiveSSM
@@ -175,28 +178,17 @@ class Conba(SelectiveSSM):
         if context.train and context.rng is not None and options.observation_noise:
             noise = jax.random.normal(context.fold(1).rng, y.shape, y.dtype)
             y = y + options.observation_noise * self.observation_scale[...] * noise
-        if options.state_scaling == 'output':
-            y = y * jax.nn.silu(self.scale_weight[...] * y + self.scale_bias[...])
-        if options.delay == 'taps':
-            y, taps = causal_conv1d(
-                y,
-                self.taps[...],
-                lags=tuple(options.taps),
-                residual=True,
-                positions=context.positions,
-                mask=context.mask,
-                initial_state=None if old is None else old['taps'],
-            )
-        if options.control != 'none' and not options.feedback_iters:
+        corrected = options.control != 'none' and not options.feedback_iters
+        y, error, taps = self._shaped(y, law.reference if corrected else None, context, old)
+        if corrected:
             correction, gain, stats = self.control.correction(
-                y, law, context, None if old is None else old.get('gain'), 0
+                y, law, context, None if old is None else old.get('gain'), 0, error
             )
             gains.append(gain)
             y = y - correction
-        y = y.astype(x.dtype)
+        y = narrow_gradient(y, x.dtype).astype(x.dtype)
         if options.gate == 'full':
-            gate = jax.nn.silu(scaled(y, self.gate_output[...]) + inputs.z)
-            y = gate * (y + scaled(inputs.z, self.gate_linear[...]))
+            y = full_gate(y, inputs.z, self.gate_output[...], self.gate_linear[...])
         else:
             y = y * jax.nn.silu(inputs.z)
 
@@ -207,6 +199,35 @@ class Conba(SelectiveSSM):
             if 'gain' in old:
                 state['gain'] = jnp.stack(gains, axis=1)
         return project(y, self.out_proj), state, {'stats': stats} if stats else {}
+
+    def _shaped(self, y: Float[Array, 'b t i'], reference: tuple | None, context: Context, state: State | None):
+        """The scan's output after scaling and taps, its error where there is a reference, and the taps' state."""
+        options = self.options
+        scale = (self.scale_weight[...], self.scale_bias[...]) if options.state_scaling == 'output' else None
+        weight = self.taps[...] if options.delay == 'taps' else None
+        past = state['taps'] if state is not None and options.delay == 'taps' else None
+        # Gradients between the fusions are rounded to what the scan's output is stored in, as that output's own is.
+        narrow = y.dtype
+
+        @keeping_arguments
+        def shaped(y, scale, weight, past, reference, positions, mask):
+            if scale is not None:
+                y = y * jax.nn.silu(narrow_gradient(scale[0] * y + scale[1], narrow))
+            if weight is not None:
+                y, after = causal_conv1d(
+                    y,
+                    weight,
+                    lags=tuple(options.taps),
+                    residual=True,
+                    positions=positions,
+                    mask=mask,
+                    initial_state=past,
+                )
+                past = None if past is None else after
+            y = narrow_gradient(y, narrow)
+            return y, None if reference is None else tracking_error(y, *reference), past
+
+        return shaped(y, scale, weight, past, reference, context.positions, context.mask)
 
     def _scan(
         self,
@@ -250,9 +271,31 @@ class Conba(SelectiveSSM):
 class Law(NamedTuple):
     """What a gain needs besides the error: desired output, step sizes and forgetting."""
 
-    reference: Float[Array, 'b t h p'] | float
+    reference: tuple[Array, ...]  # what `tracking_error` takes besides the output
     alpha: Float[Array, 'b t h'] | None
     log_decay: Float[Array, 'b t h'] | None
+
+
+def tracking_error(
+    y: Float[Array, 'b t i'],
+    reference: Float[Array, 'b t i'] | None = None,
+    weight: Float[Array, ' i'] | None = None,
+    bias: Float[Array, ' i'] | None = None,
+) -> Float[Array, 'b t i']:
+    """y less the desired output, ``weight * reference + bias``, or without those the reference, or zero."""
+    if reference is None:
+        return y
+    wide = widened(reference)
+    return y - (wide if weight is None or bias is None else weight * wide + bias)
+
+
+@keeping_arguments
+def full_gate(
+    y: Float[Array, '*b i'], z: Float[Array, '*b i'], output: Float[Array, ' i'], linear: Float[Array, ' i']
+) -> Float[Array, '*b i']:
+    """The output through its SwiGLU (eq. 12), in at least float32, rounded to the type of y."""
+    wide, z = widened(y), widened(z)
+    return (jax.nn.silu(wide * output + z) * (wide + z * linear)).astype(y.dtype)
 
 
 class Control(nnx.Module):
@@ -290,22 +333,30 @@ class Control(nnx.Module):
 
     def law(self, x: Float[Array, 'b t d'], u: Float[Array, 'b t i'], context: Context) -> Law:
         """Computes the desired output and the gain's step sizes; a padded token leaves the gain as it was."""
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        reference: Float[Array, 'b t h p'] | float = 0.0
+        reference: tuple[Array, ...] = ()
         if self.options.reference == 'diag':
-            reference = self._heads(self.reference_weight[...] * u.astype(wide) + self.reference_bias[...])
+            reference = stored(u), self.reference_weight[...], self.reference_bias[...]
         elif self.options.reference == 'proj':
-            reference = self._heads(project(x, self.reference_proj).astype(wide))
+            reference = (project(x, self.reference_proj),)
         if self.options.control == 'slow':
             return Law(reference, None, None)
         mask = context.mask[..., None]
-        alpha = jax.nn.sigmoid(project(x, self.alpha_proj).astype(wide) + self.alpha_bias[...])
-        log_decay = -jax.nn.softplus(project(x, self.decay_proj).astype(wide) + self.decay_bias[...])
+        alpha = jax.nn.sigmoid(widened(project(x, self.alpha_proj)) + self.alpha_bias[...])
+        log_decay = -jax.nn.softplus(widened(project(x, self.decay_proj)) + self.decay_bias[...])
         return Law(reference, jnp.where(mask, alpha, 0), jnp.where(mask, log_decay, 0))
 
-    def correction(self, y: Float[Array, 'b t i'], law: Law, context: Context, gains: Array | None, i: int):
-        """Returns ``kappa K e`` `[B, T, d_in]`, pass ``i``'s final gain and statistics."""
-        error = self._heads(y) - law.reference
+    def correction(
+        self,
+        y: Float[Array, 'b t i'],
+        law: Law,
+        context: Context,
+        gains: Array | None,
+        i: int,
+        error: Float[Array, 'b t i'] | None = None,
+    ):
+        """Returns ``kappa K e`` `[B, T, d_in]`, pass ``i``'s final gain and statistics; of y's error if not given."""
+        error = tracking_error(y, *law.reference) if error is None else error
+        error = error.reshape(*error.shape[:2], self.heads, self.head_dim)
         if self.options.control == 'slow':
             applied = jnp.einsum('bthp,hqp->bthq', error, self.gain[...].astype(error.dtype))
             return applied.reshape(y.shape), None, {}
@@ -327,6 +378,3 @@ class Control(nnx.Module):
             'correction': jnp.sqrt(masked_mean(correction * correction, context) / power),
         }
         return correction, gain, jax.tree.map(jax.lax.stop_gradient, stats)
-
-    def _heads(self, x: Float[Array, 'b t i']) -> Float[Array, 'b t h p']:
-        return x.reshape(*x.shape[:2], self.heads, self.head_dim)

@@ -20,6 +20,7 @@ from mixcon_jax.models.layers import (
     ones,
     output_std,
     project,
+    projected_halves,
     uniform,
 )
 from mixcon_jax.models.published import Published, depthwise, linear, same
@@ -144,13 +145,20 @@ class SelectiveSSM(Layer):
         }
 
     def inputs(self, x: Float[Array, 'b t d'], context: Context, conv_state: Any) -> ScanInputs:
-        """Projects tokens to the scan's inputs; a padded token gets step size 0, which leaves the state as it was."""
-        u, z = jnp.split(project(x, self.in_proj), 2, axis=-1)
+        """Projects tokens to the scan's inputs.
+
+        A padded token gets step size 0, which leaves the state as it was, where a state comes and goes. Without one
+        nobody asks for it: what follows padding begins a document, whose state is its own.
+        """
+        fresh = conv_state is None
+        u, z = projected_halves(x, self.in_proj) if fresh else jnp.split(project(x, self.in_proj), 2, axis=-1)
         u, conv_state = self.conv(u, context, conv_state, activation='silu')
         dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         if self.norms:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        dt = jnp.where(context.mask[..., None], project(dt, self.dt_proj), PADDED_DT)
+        dt = project(dt, self.dt_proj)
+        if not fresh:
+            dt = jnp.where(context.mask[..., None], dt, PADDED_DT)
         return ScanInputs(u, z, dt, -jnp.exp(self.A_log[...]), B, C, conv_state)
 
 

@@ -50,12 +50,13 @@ def literal_loop(layer, x):
     u_d, dt, B, C = (value[0] for value in (inputs.u, inputs.dt, inputs.B, inputs.C))
     dt = jax.nn.softplus(dt + layer.dt_bias[...])
     heads, width = control.heads, control.head_dim
+    desired = (control.reference_weight[...] * u_d + control.reference_bias[...]).reshape(-1, heads, width)
     state = jnp.zeros((layer.inner, layer.d_state))
     gain = jnp.zeros((heads, width, width))
     outputs = []
     for k in range(len(x)):
         carried = jnp.exp(dt[k][:, None] * inputs.A) * state
-        error = ((carried @ C[k]).reshape(heads, width)) - law.reference[0, k]
+        error = ((carried @ C[k]).reshape(heads, width)) - desired[k]
         drive = u_d[k] - (control.kappa[...][:, None] * jnp.einsum('hpq,hq->hp', gain, error)).reshape(-1)
         state = carried + (dt[k] * drive)[:, None] * B[k]
         y = state @ C[k] + layer.D[...] * drive

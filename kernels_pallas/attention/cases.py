@@ -123,6 +123,7 @@ TIMED = [
     timed(16, 2048, (12, 3), 64, 512),
     timed(4, 4096, (32, 8), 128, None),
     timed(1, 16384, (32, 8), 128, 2048),
+    *(timed(2, 8192, (32, 8), 128, document) for document in (512, None)),
     timed(16, 2048, (12, 3), 64, None, 'cudnn'),
     timed(4, 4096, (32, 8), 128, None, 'cudnn'),
 ]

@@ -178,5 +178,5 @@ def test_a_step_in_bfloat16_has_both(library):
     with jax.default_device(device):
         lowered = steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',))
         text = lowered.compile().as_text()
-    assert launched(text) >= 3 + 3 * 3  # more where a block is computed anew
+    assert launched(text) >= 3 + 2 * 3  # more where a block is computed anew; gate and up are one product
     assert 'ragged_dot' in text

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import jax
 
 PACKAGE = pathlib.Path(__file__).parent
-FILE, ADAPTER = 'verified.json', 'tokamax.py'
+FILE, ADAPTERS = 'verified.json', ('tokamax.py', 'cudnn.py')
 VERIFIED = 'verified'
 COMMAND = 'python -m kernels_pallas.verify'
 TRUST, FOLDER = 'MIXCON_TRUST_UNVERIFIED', 'MIXCON_CARDS'  # environment variables
@@ -88,14 +88,15 @@ class Card:
 # -------------------------------------------------------------------------------------------------------- sources
 def kernels() -> list[str]:
     """The kernels that have GPU sources, our own or an adapter to a library's, by name."""
-    found = (path for pattern in ('*/mosaic_gpu*', f'*/{ADAPTER}') for path in PACKAGE.glob(pattern))
+    patterns = ('*/mosaic_gpu*', *(f'*/{adapter}' for adapter in ADAPTERS))
+    found = (path for pattern in patterns for path in PACKAGE.glob(pattern))
     return sorted({path.relative_to(PACKAGE).parts[0] for path in found})
 
 
 @functools.cache
 def sources(kernel: str) -> tuple[pathlib.Path, ...]:
     """The files that a kernel is built from: its `mosaic_gpu` or adapter, and what those import of this package."""
-    patterns = 'mosaic_gpu.py', 'mosaic_gpu/*.py', ADAPTER
+    patterns = 'mosaic_gpu.py', 'mosaic_gpu/*.py', *ADAPTERS
     own = [path for pattern in patterns for path in PACKAGE.glob(f'{kernel}/{pattern}')]
     found: dict[pathlib.Path, None] = {}
     waiting = sorted(own)

@@ -60,17 +60,25 @@ def choose(
     """
     if implementation is not None:
         return _named(function, implementation, candidates)
-    *better, last = (candidate for candidate in candidates if not candidate.by_name)
+    *better, chosen = (candidate for candidate in candidates if not candidate.by_name)
+    passed_over = []
     for candidate in better:
         if candidate.variants is not None and platform.platform() != 'gpu':
             continue
         if (reason := candidate.refuses()) is not None:
             if candidate.variants is not None and not candidate.silent:
-                warn_once(f'{function} runs {last.name!r} in place of {candidate.name!r}: {reason}')
+                passed_over.append(f'{candidate.name!r}: {reason}')
             continue
-        if candidate.variants is None or cards.trusted() or _covered(function, kernel or function, candidate, last):
-            return candidate
-    return last
+        if candidate.variants is None or cards.trusted():
+            chosen = candidate
+            break
+        if (reason := _uncovered(function, kernel or function, candidate)) is None:
+            chosen = candidate
+            break
+        passed_over.append(f'{candidate.name!r}: {reason}')
+    for one in passed_over:
+        warn_once(f'{function} runs {chosen.name!r} in place of {one}')
+    return chosen
 
 
 def _named(function: str, implementation: str, candidates: Sequence[Candidate]) -> Candidate:
@@ -83,25 +91,20 @@ def _named(function: str, implementation: str, candidates: Sequence[Candidate]) 
     return by_name[implementation]
 
 
-def _covered(function: str, kernel: str, candidate: Candidate, instead: Candidate) -> bool:
-    """Whether cards cover the candidate on this GPU; a warning says why not, or that they are of another JAX."""
+def _uncovered(function: str, kernel: str, candidate: Candidate) -> str | None:
+    """Why cards do not cover the candidate on this GPU, or None; a warning says that they are of another JAX."""
     variants = candidate.variants() if candidate.variants is not None else ()
     major = platform.compute_capability()[0]
     reason = cards.uncovered(kernel, variants, major, platform.device().device_kind)
     if reason is not None:
-        warn_once(
-            f'{function} runs {instead.name!r} in place of {candidate.name!r}: {reason};'
-            f' `{cards.COMMAND} {kernel}` verifies it on your GPU, {cards.TRUST}=1 runs it all the same',
-            level=5,
-        )
-        return False
+        return f'{reason}; `{cards.COMMAND} {kernel}` verifies it on your GPU, {cards.TRUST}=1 runs it all the same'
     if versions := cards.other_jax(kernel, variants, major):
         warn_once(
             f'{function} runs {candidate.name!r}, verified with jax {versions}, not with jax {jax.__version__};'
             f' `{cards.COMMAND} {kernel}` verifies it again',
             level=5,
         )
-    return True
+    return None
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import one_query, reference, tokamax, xla
+from kernels_pallas.attention import cudnn, one_query, reference, tokamax, xla
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
 
@@ -36,8 +36,9 @@ def attention(
       scale: of the scores; 1/sqrt(d) if None.
       implementation: None picks for the platform and the shapes: 'one_query' (T = 1, as in decoding); 'tokamax' (that
         library's flash attention, of a sequence to itself, bfloat16, heads of 64 or 128) on NVIDIA GPUs of compute
-        capability 9.x that have verified it; 'blockwise' (memory linear in T and S, both ways) elsewhere. 'reference'
-        is dense.
+        capability 9.x that have verified it; 'cudnn' (cuDNN's, the same without segment_ids, heads of up to 128, on
+        Hopper 256) on those of 8.0 or newer that have; 'blockwise' (memory linear in T and S, both ways) elsewhere.
+        'reference' is dense.
       block_size: queries and keys a tile of 'blockwise'; None for what suits the platform, up to 1024 on GPUs and 256
         elsewhere.
 
@@ -54,14 +55,22 @@ def attention(
         raise ValueError(f'attention: block_size must be at least 1, got {block_size}')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = q, k, v, segment_ids, kv_segment_ids, q_offset, scale
+    packed, cached = segment_ids is not None, tokamax.cached(q, k, own_segments, q_offset)
     candidates = (
         Candidate('one_query', lambda: one_query.attention(*arguments), lambda: _several_queries(q)),
         Candidate(
             'tokamax',
             lambda: tokamax.attention(q, k, v, segment_ids, scale),
             lambda: tokamax.unsupported(q, k, v, own_segments, q_offset),
-            lambda: tokamax.variants(q.shape[-1], segment_ids is not None),
-            silent=tokamax.cached(q, k, own_segments, q_offset),
+            lambda: tokamax.variants(q.shape[-1], packed),
+            silent=cached,
+        ),
+        Candidate(
+            'cudnn',
+            lambda: cudnn.attention(q, k, v, scale),
+            lambda: cudnn.unsupported(q, k, v, packed, cached),
+            lambda: cudnn.variants(q.shape[-1]),
+            silent=packed or cached,
         ),
         Candidate('blockwise', lambda: xla.attention(*arguments, block_size)),
         Candidate('reference', lambda: reference.attention(*arguments), by_name=True),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.attention import reference, tokamax, xla
+from kernels_pallas.attention import cudnn, reference, tokamax, xla
 from kernels_pallas.cases import Arrays, Case, Outputs, Timed, random_starts
 
 BF16 = jnp.bfloat16
@@ -37,28 +37,42 @@ def documents(share: float, batch: int, length: int) -> np.ndarray | None:
 
 
 def run(segment_ids: np.ndarray | None, width: int, form: str, arrays: Arrays) -> Outputs:
-    """The same call by tokamax, dense or in blocks."""
+    """The same call by tokamax, cuDNN, dense or in blocks."""
     ids = None if segment_ids is None else jnp.asarray(segment_ids)
     given, scale = (arrays['q'], arrays['k'], arrays['v']), width**-0.5
     if form == 'tokamax':
         return (tokamax.attention(*given, ids, scale),)
+    if form == 'cudnn':
+        return (cudnn.attention(*given, scale),)
     function = reference.attention if form == 'dense' else xla.attention
     return (function(*given, ids, ids, 0, scale),)
 
 
-def case(batch: int, length: int, heads: tuple[int, int], width: int, starts: float = 0.0) -> Case:
-    """A call with query and key heads; of documents, or of whole rows."""
+def case(
+    batch: int, length: int, heads: tuple[int, int], width: int, starts: float = 0.0, form: str = 'tokamax'
+) -> Case:
+    """A call with query and key heads by tokamax or cuDNN; of documents, or of whole rows."""
     ids = documents(starts, batch, length)
     call = functools.partial(run, ids, width)
     name = f'{batch}x{length} heads {heads[0]}/{heads[1]} of {width}' + (f' starts {starts:g}' if starts else '')
+    name += ' cudnn' if form == 'cudnn' else ''
     drawn = functools.partial(draw, batch, length, heads, width)
 
     def refusal() -> str | None:
-        return tokamax.unsupported(**jax.eval_shape(drawn), own_segments=False, q_offset=0)
+        shapes = jax.eval_shape(drawn)
+        if form == 'cudnn':
+            return cudnn.unsupported(**shapes, packed=ids is not None, cached=False)
+        return tokamax.unsupported(**shapes, own_segments=False, q_offset=0)
 
-    kernel = lambda arrays, interpret: call('tokamax', arrays)  # the library's kernels cannot be interpreted
+    kernel = lambda arrays, interpret: call(form, arrays)  # the libraries' kernels cannot be interpreted
     oracle = functools.partial(call, 'dense' if length <= DENSE else 'blockwise')
-    return Case(tokamax.variants(width, ids is not None)[0], name, drawn, kernel, oracle, refusal)
+    return Case(variant(form, width, ids is not None), name, drawn, kernel, oracle, refusal)
+
+
+def variant(form: str, width: int, packed: bool) -> str:
+    """The name of the card that a case is for."""
+    (name,) = cudnn.variants(width) if form == 'cudnn' else tokamax.variants(width, packed)
+    return name
 
 
 CASES = [
@@ -73,10 +87,16 @@ CASES = [
     case(4, 2048, (12, 3), 64, 0.002),
     case(2, 4096, (8, 2), 128, 0.001),
     case(3, 33, (4, 1), 64, 0.1),
+    *(case(2, 512, (4, 2), width, form='cudnn') for width in (64, 96, 128, 192, 256)),
+    *(case(1, 1000, (3, 3), width, form='cudnn') for width in (64, 128, 256)),
+    *(case(2, 2048, (8, 2), width, form='cudnn') for width in (64, 128)),
+    *(case(2, 7, (4, 1), width, form='cudnn') for width in (64, 80, 200)),
 ]
 
 
-def timed(batch: int, length: int, heads: tuple[int, int], width: int, document: int | None) -> Timed:
+def timed(
+    batch: int, length: int, heads: tuple[int, int], width: int, document: int | None, form: str = 'tokamax'
+) -> Timed:
     """Rows of documents of one length; by XLA, blocks of keys and queries."""
     ids = None if document is None else np.tile(1 + np.arange(length, dtype=np.int32) // document, (batch, 1))
     call: Any = functools.partial(run, ids, width)
@@ -85,12 +105,12 @@ def timed(batch: int, length: int, heads: tuple[int, int], width: int, document:
     forward, both = 2 * query_heads + 2 * key_heads, 6 * query_heads + 6 * key_heads
     keys = (length if document is None else document) / 2
     name = f'B{batch} T{length} heads {query_heads}/{key_heads} of {width}'
-    name += '' if document is None else f' documents of {document}'
+    name += (' cudnn' if form == 'cudnn' else '') if document is None else f' documents of {document}'
     return Timed(
-        tokamax.variants(width, ids is not None)[0],
+        variant(form, width, ids is not None),
         name,
         functools.partial(draw, batch, length, heads, width),
-        first('tokamax'),
+        first(form),
         first('blockwise'),
         forward * tokens,
         both * tokens,
@@ -103,4 +123,7 @@ TIMED = [
     timed(16, 2048, (12, 3), 64, 512),
     timed(4, 4096, (32, 8), 128, None),
     timed(1, 16384, (32, 8), 128, 2048),
+    *(timed(2, 8192, (32, 8), 128, document) for document in (512, None)),
+    timed(16, 2048, (12, 3), 64, None, 'cudnn'),
+    timed(4, 4096, (32, 8), 128, None, 'cudnn'),
 ]

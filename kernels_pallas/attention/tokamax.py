@@ -1,19 +1,24 @@
 """Attention by tokamax's flash attention for Hopper GPUs (Pallas Mosaic): an adapter to its private interface.
 
 What a query sees reaches from its document's first token to itself: of tokamax's masks that is `is_causal` with
-`k_start`, by which its forward pass leaves out the tiles before. Its backward pass visits them, masked. To be called on
-a device's own part, inside `jax.shard_map(..., check_vma=False)`: left to XLA, its inputs are gathered first.
+`k_start`, by which its forward pass leaves out the tiles before. Its backward pass would visit them, masked; in its
+place stands our own (`mosaic_gpu.py`). To be called on a device's own part, inside `jax.shard_map(...,
+check_vma=False)`: left to XLA, its inputs are gathered first.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import tokamax as library
+from kernels_pallas.attention import mosaic_gpu
+from kernels_pallas.call import KEPT
 
-MODULE = 'tokamax._src.ops.attention.pallas_mosaic_gpu_vjp'
+MODULE = 'tokamax._src.ops.attention.pallas_mosaic_gpu'
 WIDTHS = (64, 128)  # of heads, that cases try
 TILE = 128  # of queries and keys; the library's own padding is not asked for
 
@@ -63,30 +68,50 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array |
     length = q.shape[1]
     behind = (0, padded(length) - length)  # all, and seen by none
     pad = lambda x: jnp.pad(x, ((0, 0), behind) + ((0, 0),) * (x.ndim - 2))
-    start = None if segment_ids is None else first_keys(pad(segment_ids))[:, None, :]
+    start = None if segment_ids is None else first_keys(pad(segment_ids))
     out = _flash(pad(q), pad(k), pad(v), start, scale)[:, :length]
     # Padding has seen itself, so that no row is without a key: its output and what flows back from it are cut off here.
     return out if segment_ids is None else jnp.where((segment_ids > 0)[..., None, None], out, 0)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None, scale: float) -> jax.Array:
-    """The library's kernels, with the tiles that it takes by itself; its own choice looks into a file of timings first.
+    """The library's forward pass, and our gradient.
 
     Args:
       q, k, v: as in `attention`, T a multiple of `TILE`.
-      start: int32 [B, 1, T], the first key that each query sees.
+      start: int32 [B, T], the first key that each query sees.
       scale: of the scores.
+    """
+    return _forward(q, k, v, start, scale)[0]
+
+
+def _flash_forward(q, k, v, start, scale):
+    out, logsumexp = (checkpoint_name(x, KEPT) for x in _forward(q, k, v, start, scale))
+    return out, (q, k, v, start, out, logsumexp)
+
+
+def _flash_backward(scale, kept, dout):
+    q, k, v, start, out, logsumexp = kept
+    return *_backward(q, k, v, out, dout, logsumexp, start, scale), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+_backward = mosaic_gpu.backward
+
+
+def _forward(q, k, v, start, scale) -> tuple[jax.Array, jax.Array]:
+    """The output and the logsumexp [B, H, T] of each query, by the library's kernel.
+
+    Its tiles are what it takes by itself; its own choice looks into a file of timings first.
     """
     from tokamax._src.ops.attention import base
     from tokamax._src.ops.attention import pallas_mosaic_gpu as forward
-    from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp as backward
 
-    tiles = {'block_q_dkv': 64, 'block_kv_dkv': 64, 'block_q_dq': 64, 'block_kv_dq': 64, 'num_stages': 2}
-    flash = forward.PallasMosaicGpuFlashAttention(
-        config=forward.ConfigSM90(block_q=64, block_kv=128, num_stages=2),
-        vjp=backward.PallasMosaicGpuFlashAttentionVjp(config=backward.Config(**tiles)),
-    )
-    return flash(q, k, v, mask=base.Mask(is_causal=True, k_start=start), logits_scale=scale)
+    flash = forward.PallasMosaicGpuFlashAttention(config=forward.ConfigSM90(block_q=64, block_kv=128, num_stages=2))
+    mask = base.Mask(is_causal=True, k_start=None if start is None else start[:, None, :])
+    out, (highest, total) = flash(q, k, v, mask=mask, logits_scale=scale, return_residuals=True)
+    return out, highest + jnp.log(total)
 
 
 def first_keys(segment_ids: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from mixcon_jax.parallel.layout import batch_sharding
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.planning import compiling
 from mixcon_jax.planning.collectives import collectives
+from mixcon_jax.planning.hlo import kernels as launches
 from mixcon_jax.planning.hlo import largest, loops
 
 # A program for a device that is not there cannot be read back from the cache, and is compiled.
@@ -74,6 +75,23 @@ def test_attention_has_three_kernels_and_nothing_quadratic(library, packed, leng
     assert launched(text) == 3 and ' while(' not in text
     assert largest(text) == BATCH * -(-length // 128) * 128 * HEADS * WIDTH
     assert f'{length},{length}]' not in text
+
+
+@pytest.mark.parametrize('batch', [1, 8])
+def test_decoding_reads_the_cache_once(batch):
+    """One query to a long cache: its bytes, once, and the scores'."""
+    keys, heads, kv_heads, width = 32768, 32, 8, 128
+
+    def run(q, k_cache, v_cache, length):
+        k, v = (cache.reshape(batch, keys, kv_heads, width) for cache in (k_cache, v_cache))
+        return attention(q, k, v, q_offset=length)
+
+    cache = shape(batch, keys, kv_heads * width)
+    arguments = shape(batch, 1, heads, width), cache, cache, shape(dtype=jnp.int32)
+    text = compiling.compile_for(compiling.devices('h100')[0], run, *arguments).as_text()
+    moved = sum(kernel.total for kernel in launches(text)) / (2 * 2 * cache.size)
+    print(f'{moved:.3f} of the cache')
+    assert 1 < moved <= 1.3 and not hlo.loops(text)
 
 
 @pytest.fixture

@@ -58,8 +58,8 @@ def test_what_is_for_no_gpu_of_this_kind_is_not_run(monkeypatch):
     monkeypatch.setattr(platform, 'compute_capability', lambda: (9, 0))
     refused = {part.kernel: verify.refusal(part) for part in verify.parts(cards.kernels()) if verify.refusal(part)}
     assert set(refused) <= LIBRARY and all(
-        'tokamax' in reason for reason in refused.values()
-    )  # where it is not installed
+        'tokamax' in reason or 'cuDNN' in reason for reason in refused.values()
+    )  # where they are not installed
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))
     refusing = {part.kernel for part in verify.parts(cards.kernels()) if verify.refusal(part)}
     assert refusing == {'adaptive_gain', 'causal_conv1d'} | LIBRARY
@@ -103,7 +103,7 @@ def test_a_torn_line_is_left_out(tmp_path):
 def test_every_variant_that_a_call_may_run_has_cases_and_small_ones_for_the_interpreter():
     expected = {
         'adaptive_gain': {'width16', 'width32'},
-        'attention': {'causal64', 'causal128', 'packed64', 'packed128'},
+        'attention': {'causal64', 'causal128', 'packed64', 'packed128', 'cudnn', 'cudnn_wide'},
         'grouped_matmul': {'bfloat16'},
         'causal_conv1d': {'silu', 'linear'},
         'selective_scan': {'scan', 'wide', 'sliced', 'kept', 'prior', 'readout'},

@@ -41,7 +41,8 @@ def read(folder: pathlib.Path, name: str) -> Kernel:
     text = report.read_text()
     (registers,) = re.findall(r'Used (\d+) registers', text)
     spills = re.findall(r'(\d+) bytes spill (?:stores|loads)', text)
-    resources = report.with_suffix('.resources.txt').read_text()
+    (resource,) = folder.glob(f'{name}_*.resources.txt')  # whose number is another where kernels compile side by side
+    resources = resource.read_text()
     (shared,) = re.findall(r'smem_scratch_bytes=(\d+)', resources)
     barriers = sum(8 * int(n) for n in re.findall(r'num_barriers=(\d+)', resources))
     opcodes, loops = _loops(report.with_suffix('.sass_ctrl').read_text())

@@ -119,7 +119,7 @@ def test_an_error_in_the_source_makes_another_program(tmp_path):
         path.write_text(text.replace('reset[:, 1:]', 'reset[:, :-1]'))
         after = digest()
     assert {(v, c) for v in before for c in before[v] if before[v][c] != after[v][c]} == {
-        (v, c) for v in before for c in before[v] if 'resets' in c and not c.startswith('1x1x')
+        (v, c) for v in before for c in before[v] if v.startswith('width') and 'resets' in c
     }
 
 
@@ -138,7 +138,7 @@ def test_any_other_change_is_one(change):
 CARD = Card('gain', 'small', VERIFIED, 'NVIDIA H200', '9.0', '', '0.12', '0.12', '', 'old', '')
 
 
-def compiled(sources: str, jax: str = '0.12', **digests: str) -> dict:
+def compiled(sources: str | dict, jax: str = '0.12', **digests: str) -> dict:
     cases = digests or {'a': '1', 'b': '2'}
     return {'jax': jax, 'target': 'h100', 'kernels': {'gain': {'sources': sources, 'variants': {'small': cases}}}}
 
@@ -148,6 +148,13 @@ def test_a_card_of_the_same_programs_gets_the_new_sources_and_keeps_what_ran():
     assert card == dataclasses.replace(CARD, sources='new', ran='old') and 'the same 2 programs' in words
     again, _ = programs.carry(compiled('new'), compiled('newer'), card)
     assert (again.sources, again.ran) == ('newer', 'old')
+
+
+def test_a_variants_own_sources_decide():
+    by_variant = lambda small, other: compiled({'small': small, 'other': other})
+    assert 'as they were' in programs.carry(by_variant('old', 'old'), by_variant('old', 'new'), CARD)[1]
+    assert programs.carry(by_variant('old', 'old'), by_variant('new', 'old'), CARD)[0].sources == 'new'
+    assert programs.carry(compiled('old'), by_variant('new', 'old'), CARD)[0].ran == 'old'
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,9 @@ def diagonal(e, alpha, log_decay, reset, initial_gain, segments=None, interpret=
         initial_gain = jnp.where(reset[:, 0, None, None], 0, initial_gain)
     batch, length, heads, width = e.shape
     block = _Layouts(width).heads
-    # A tile of all heads is one run of bytes, which must not lead over the end of its row (mosaic.Copy.runs_on).
-    time = -length % TILE if heads <= block and batch > 1 else 0
+    # A tile of all heads is one run of bytes, which must not lead over the end of its row (mosaic.Copy.runs_on), nor of
+    # a single row, which has others behind it where the call is vmapped.
+    time = -length % TILE if heads <= block else 0
     pad = lambda x, *widths: jnp.pad(x, [*((0, width) for width in widths), *((0, 0),) * (x.ndim - len(widths))])
     tokens = lambda x: pad(x, 0, time, -heads % block)  # with zeros, which leave the gain as it is
     if segments is None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.adaptive_gain import diagonal_gain, diagonal_mosaic_gpu, reference
+from kernels_pallas.adaptive_gain import diagonal_mosaic_gpu, reference
 from kernels_pallas.adaptive_gain.diagonal_mosaic_gpu import BLOCKS, MOST, SHORTEST, TILE, default_segments
 from tests.kernels_pallas import interpreted
 
@@ -128,12 +128,6 @@ def test_time_is_cut_only_where_rows_and_heads_leave_the_gpu_idle():
     assert default_segments(BLOCKS // 2, 1 << 20) == 2
     assert default_segments(1, 1 << 20) == MOST
     assert [default_segments(1, length) for length in (1, TILE * SHORTEST, 2 * TILE * SHORTEST)] == [1, 1, 2]
-
-
-def test_the_kernel_is_named_among_the_implementations_and_says_why_it_cannot_run_here():
-    e, steps = jnp.ones((1, 2, 1, 32)), jnp.zeros((1, 2, 1))
-    with pytest.raises(ValueError, match="'mosaic_gpu' cannot run here: it needs an NVIDIA GPU, and this is for cpu"):
-        diagonal_gain(e, steps, steps, implementation='mosaic_gpu')
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ A kernel's cards lie beside its sources, in `<kernel>/verified.json`, one for ea
 local cards and counts the same. A card covers a kernel while the hash of its sources stands: a line changed in any file
 that the kernel is built from makes the card stale. Comments, the text of docstrings and layout are not in the hash.
 Of a kernel that is a library's, the sources are those of the adapter, and the library's version is a line of them.
+Variants whose names begin with WORD are built from `WORD_mosaic_gpu.py`, where there is one, and from no other's files.
 """
 
 import ast
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import jax
 
 PACKAGE = pathlib.Path(__file__).parent
-FILE, ADAPTERS = 'verified.json', ('tokamax.py', 'cudnn.py')
+FILE, ADAPTERS, SUFFIX = 'verified.json', ('tokamax.py', 'cudnn.py'), '_mosaic_gpu.py'
 VERIFIED = 'verified'
 COMMAND = 'python -m kernels_pallas.verify'
 TRUST, FOLDER = 'MIXCON_TRUST_UNVERIFIED', 'MIXCON_CARDS'  # environment variables
@@ -41,11 +42,11 @@ class Card:
       driver: version of NVIDIA's driver, or ''.
       jax, jaxlib: versions.
       date: ISO date.
-      sources: `source_hash` of the kernel that ran, or of sources that are compiled to the same programs.
+      sources: `source_hash` of the variant that ran, or of sources that are compiled to the same programs.
       command: what wrote this.
       cases: largest relative error, in the 2-norm, of any output or gradient, by case.
       times: milliseconds and floors, by shape.
-      ran: `source_hash` of the kernel that ran, where `sources` is another's (`python -m tests.gpu.programs`); else ''.
+      ran: `source_hash` of the variant that ran, where `sources` is another's (`tests.gpu.programs`); else ''.
     """
 
     kernel: str
@@ -72,7 +73,7 @@ class Card:
     @property
     def current(self) -> bool:
         """Whether it is of the sources that are here."""
-        return self.sources == source_hash(self.kernel)
+        return self.sources == source_hash(self.kernel, self.variant)
 
     @property
     def counts(self) -> bool:
@@ -94,10 +95,11 @@ def kernels() -> list[str]:
 
 
 @functools.cache
-def sources(kernel: str) -> tuple[pathlib.Path, ...]:
-    """The files that a kernel is built from: its `mosaic_gpu` or adapter, and what those import of this package."""
+def sources(kernel: str, variant: str = '') -> tuple[pathlib.Path, ...]:
+    """The files that a variant is built from: its `mosaic_gpu` or adapter, and what those import of this package."""
     patterns = 'mosaic_gpu.py', 'mosaic_gpu/*.py', *ADAPTERS
-    own = [path for pattern in patterns for path in PACKAGE.glob(f'{kernel}/{pattern}')]
+    own = [path for path in PACKAGE.glob(f'{kernel}/*{SUFFIX}') if variant.startswith(path.name.removesuffix(SUFFIX))]
+    own = own or [path for pattern in patterns for path in PACKAGE.glob(f'{kernel}/{pattern}')]
     found: dict[pathlib.Path, None] = {}
     waiting = sorted(own)
     while waiting:
@@ -109,10 +111,10 @@ def sources(kernel: str) -> tuple[pathlib.Path, ...]:
 
 
 @functools.cache
-def source_hash(kernel: str) -> str:
-    """Sixteen hexadecimal digits that change when a line of code in `sources(kernel)` does."""
+def source_hash(kernel: str, variant: str = '') -> str:
+    """Sixteen hexadecimal digits that change when a line of code in `sources(kernel, variant)` does."""
     digest = hashlib.sha256()
-    for path in sources(kernel):
+    for path in sources(kernel, variant):
         digest.update(f'{path.relative_to(PACKAGE).as_posix()}\n'.encode())
         digest.update('\n'.join(code(path.read_text(encoding='utf-8'))).encode())
     return digest.hexdigest()[:16]

@@ -79,7 +79,7 @@ def run_part(
       Exception: whatever a case raised, of which nothing after it is to be trusted: a kernel that goes wrong leaves the
         process without a GPU.
     """
-    say({'sources': cards.source_hash(part.kernel)})
+    say({'sources': cards.source_hash(part.kernel, part.variant)})
     if not part.variant:
         ceilings = cases.ceilings()
         say({'copy_bytes_per_second': ceilings[0], 'exponentials_per_second': ceilings[1]})

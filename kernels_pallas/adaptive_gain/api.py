@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels_pallas.adaptive_gain import mosaic_gpu, reference, xla
+from kernels_pallas.adaptive_gain import diagonal_mosaic_gpu, mosaic_gpu, reference, xla
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
 
@@ -85,14 +85,21 @@ def diagonal_gain(
     """The same gain kept diagonal: `K_{k+1} = lam (K_k (1 - alpha n_k) + alpha n_k)`, read before written.
 
     `n = min(1, e^2 / (mean over the head of e^2 + 1e-6))`, so K stays in [0, 1] if it starts there. Arguments, result
-    and errors as for `matrix_gain`, with gains [B, H, P].
+    and errors as for `matrix_gain`, with gains [B, H, P]; 'mosaic_gpu' takes heads of 16, 32 or 64 channels, and
+    'chunked' is an affine scan.
     """
     e, alpha, log_decay, reset, gain = _inputs(diagonal_gain, e, alpha, log_decay, reset, initial_gain, 1)
     candidates = (
+        Candidate(
+            'mosaic_gpu',
+            lambda: diagonal_mosaic_gpu.diagonal(e, alpha, log_decay, reset, gain),
+            lambda: diagonal_mosaic_gpu.unsupported(e.dtype, e.shape[3]),
+            lambda: diagonal_mosaic_gpu.variants(e.shape[3]),
+        ),
         Candidate('chunked', lambda: xla.diagonal(e, alpha, log_decay, reset, gain)),
         Candidate('reference', lambda: reference.diagonal(e, alpha, log_decay, _array(reset, e), gain), by_name=True),
     )
-    return choose('diagonal_gain', implementation, candidates).run()
+    return choose('diagonal_gain', implementation, candidates, kernel='adaptive_gain').run()
 
 
 def _length(e: Float[Array, 'b t h p']) -> Float[Array, 'b t h 1']:

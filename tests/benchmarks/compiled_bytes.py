@@ -87,7 +87,8 @@ def gain_cases(batch: int, length: int, heads: int, width: int) -> dict[str, tup
         ('matrix, chunks of 32 in XLA', matrix_gain, {'implementation': 'chunked'}),
         ('matrix, chunks of 64 in XLA', matrix_gain, {'implementation': 'chunked', 'chunk': 64}),
         ('matrix, default', matrix_gain, {}),
-        ('diagonal', diagonal_gain, {}),
+        ('diagonal in XLA', diagonal_gain, {'implementation': 'chunked'}),
+        ('diagonal by its kernel', diagonal_gain, {'implementation': 'mosaic_gpu'}),
     ):
         forward = lambda e, alpha, decay, reset, gain=gain, options=options: gain(
             e, alpha, decay, reset=reset, **options

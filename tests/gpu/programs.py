@@ -190,9 +190,10 @@ def digests(kernels: list[str], jobs: int) -> dict[str, Any]:
         return done.stdout.splitlines()[-1]
 
     work = [(kernel, index, case) for kernel in kernels for index, case in enumerate(cases.of(kernel)[0])]
-    found: dict[str, Any] = {kernel: {'sources': cards.source_hash(kernel), 'variants': {}} for kernel in kernels}
+    found: dict[str, Any] = {kernel: {'sources': {}, 'variants': {}} for kernel in kernels}
     with ThreadPoolExecutor(jobs) as pool:
         for (kernel, _, case), digest in zip(work, pool.map(one, work)):
+            found[kernel]['sources'][case.variant] = cards.source_hash(kernel, case.variant)
             found[kernel]['variants'].setdefault(case.variant, {})[case.name] = digest
     return {'jax': jax.__version__, 'target': TARGET, 'kernels': found}
 
@@ -209,9 +210,10 @@ def carry(before: dict[str, Any], now: dict[str, Any], card: cards.Card) -> tupl
         return card, f'{name}: not compiled'
     if card.compute_capability != '.'.join(map(str, TARGETS[now['target']].capability)):
         return card, f'{name}: of compute capability {card.compute_capability}, which is not that of {now["target"]}'
-    if card.sources == is_now['sources']:
+    before_it, sources = (_sources(found, card.variant) for found in (was, is_now))
+    if card.sources == sources:
         return card, f'{name}: its sources are as they were'
-    if card.sources != was['sources']:
+    if card.sources != before_it:
         return card, f'{name}: not of the sources that were compiled before'
     if (before['jax'], before['target']) != (now['jax'], now['target']):
         return card, f'{name}: compiled by jax {before["jax"]} before and {now["jax"]} now'
@@ -223,7 +225,13 @@ def carry(before: dict[str, Any], now: dict[str, Any], card: cards.Card) -> tupl
     if changed := [case for case in old if old[case] != new[case]]:
         return card, f'{name}: another program for {len(changed)} of {len(old)} cases, the first {changed[0]}'
     ran = card.ran or card.sources
-    return dataclasses.replace(card, sources=is_now['sources'], ran=ran), f'{name}: the same {len(old)} programs'
+    return dataclasses.replace(card, sources=sources, ran=ran), f'{name}: the same {len(old)} programs'
+
+
+def _sources(found: dict[str, Any], variant: str) -> str:
+    """The hash of a variant's sources; one for all of a kernel's in files of before variants had their own."""
+    sources = found['sources']
+    return sources if isinstance(sources, str) else sources.get(variant, '')
 
 
 def main(arguments: list[str]) -> int:

@@ -156,12 +156,12 @@ def test_cards_of_the_stages(tmp_path, monkeypatch):
 
     package = tmp_path / 'package'
     hashed = cards.source_hash(kernel)
-    monkeypatch.setattr(cards, 'source_hash', lambda name: hashed)
+    monkeypatch.setattr(cards, 'source_hash', lambda name, variant='': hashed)
     monkeypatch.setattr(cards, 'kernels', lambda: [kernel])
     monkeypatch.setattr(cards, 'PACKAGE', package)
     assert accept.install(tmp_path) == 0
     assert cards.read(package / kernel / cards.FILE) == [made]
-    monkeypatch.setattr(cards, 'source_hash', lambda name: 'other')
+    monkeypatch.setattr(cards, 'source_hash', lambda name, variant='': 'other')
     assert accept.install(tmp_path) == 1
     assert accept.install(tmp_path / 'nothing') == 2
 

@@ -91,7 +91,7 @@ def test_decoding_reads_the_cache_once(batch):
     text = compiling.compile_for(compiling.devices('h100')[0], run, *arguments).as_text()
     moved = sum(kernel.total for kernel in launches(text)) / (2 * 2 * cache.size)
     print(f'{moved:.3f} of the cache')
-    assert 1 < moved <= 1.3 and not hlo.loops(text)
+    assert 1 < moved <= 1.3 and not loops(text)
 
 
 @pytest.fixture

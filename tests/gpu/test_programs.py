@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from kernels_pallas import cases
 from kernels_pallas.cards import VERIFIED, Card
 from tests.gpu import programs
 from tests.tiny import ROOT
@@ -108,7 +109,9 @@ def test_an_error_in_the_source_makes_another_program(tmp_path):
     for name in ('kernels_pallas', 'mixcon_jax', 'tests'):
         shutil.copytree(ROOT / name, tmp_path / name)
     digest = lambda: programs.digests(['adaptive_gain'], jobs=2)['kernels']['adaptive_gain']['variants']
+    matrix = [case for case in cases.of('adaptive_gain')[0] if case.variant.startswith('width')]  # the first ones
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, 'of', lambda kernel: (matrix, []))
         patch.setattr(programs, 'ROOT', tmp_path)
         patch.setenv('PYTHONPATH', str(tmp_path))
         before = digest()
@@ -138,7 +141,7 @@ def test_any_other_change_is_one(change):
 CARD = Card('gain', 'small', VERIFIED, 'NVIDIA H200', '9.0', '', '0.12', '0.12', '', 'old', '')
 
 
-def compiled(sources: str, jax: str = '0.12', **digests: str) -> dict:
+def compiled(sources: str | dict, jax: str = '0.12', **digests: str) -> dict:
     cases = digests or {'a': '1', 'b': '2'}
     return {'jax': jax, 'target': 'h100', 'kernels': {'gain': {'sources': sources, 'variants': {'small': cases}}}}
 
@@ -148,6 +151,13 @@ def test_a_card_of_the_same_programs_gets_the_new_sources_and_keeps_what_ran():
     assert card == dataclasses.replace(CARD, sources='new', ran='old') and 'the same 2 programs' in words
     again, _ = programs.carry(compiled('new'), compiled('newer'), card)
     assert (again.sources, again.ran) == ('newer', 'old')
+
+
+def test_a_variants_own_sources_decide():
+    by_variant = lambda small, other: compiled({'small': small, 'other': other})
+    assert 'as they were' in programs.carry(by_variant('old', 'old'), by_variant('old', 'new'), CARD)[1]
+    assert programs.carry(by_variant('old', 'old'), by_variant('new', 'old'), CARD)[0].sources == 'new'
+    assert programs.carry(compiled('old'), by_variant('new', 'old'), CARD)[0].ran == 'old'
 
 
 @pytest.mark.parametrize(

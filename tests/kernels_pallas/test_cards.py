@@ -73,6 +73,11 @@ def test_the_kernels_and_what_they_are_built_from():
     assert {'selective_scan/mosaic_gpu/backward.py', 'affine.py'} <= names['selective_scan']
     assert names['causal_conv1d'] == {'mosaic.py', 'platform.py', 'causal_conv1d/mosaic_gpu.py'}
     assert 'adaptive_gain/reference.py' in names['adaptive_gain']  # EPS
+    own, shared = 'adaptive_gain/diagonal_mosaic_gpu.py', {'mosaic.py', 'platform.py', 'adaptive_gain/reference.py'}
+    diagonal = {path.relative_to(cards.PACKAGE).as_posix() for path in cards.sources('adaptive_gain', 'diagonal32')}
+    assert diagonal == {own} | shared and own not in names['adaptive_gain']
+    assert names['adaptive_gain'] == {'adaptive_gain/mosaic_gpu.py'} | shared
+    assert cards.sources('adaptive_gain', 'width32') == cards.sources('adaptive_gain')
     others = ('api.py', 'xla.py', 'cards.py', 'verify.py', 'cases.py')
     assert not any(name.endswith(other) for found in names.values() for name in found for other in others)
 
@@ -98,7 +103,19 @@ def test_a_changed_source_line_makes_the_cards_stale(copy, file, changed):
     cards.forget()
     assert {kernel for kernel in KERNELS if cards.source_hash(kernel) != before[kernel]} == changed
     for kernel in KERNELS:
-        assert all(card.current == (card.sources == cards.source_hash(kernel)) for card in cards.shipped(kernel))
+        assert all(
+            card.current == (card.sources == cards.source_hash(kernel, card.variant)) for card in cards.shipped(kernel)
+        )
+
+
+def test_a_variant_whose_files_are_its_own_is_stale_by_them_alone(copy):
+    variants = 'width32', 'diagonal32'
+    for file, changed in (('diagonal_mosaic_gpu.py', {'diagonal32'}), ('mosaic_gpu.py', {'width32'})):
+        before = [made(variant=name, sources=cards.source_hash('adaptive_gain', name)) for name in variants]
+        path = copy / 'adaptive_gain' / file
+        path.write_text(path.read_text() + '\nEXTRA = 1\n')
+        cards.forget()
+        assert {card.variant for card in before if not card.current} == changed
 
 
 def test_comments_docstrings_and_layout_are_not_code():

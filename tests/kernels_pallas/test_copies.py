@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic
+from kernels_pallas.adaptive_gain import diagonal_mosaic_gpu as diagonal
 from kernels_pallas.adaptive_gain import mosaic_gpu as gain
 from kernels_pallas.causal_conv1d import mosaic_gpu as conv
 from kernels_pallas.mosaic import Copy, CopyError, Index, Span
@@ -110,6 +111,25 @@ def test_adaptive_gain(batch, length, heads, width, reset):
 
     def run(e, alpha, log_decay, initial, flags):
         call = lambda *args: gain.matrix(*args[:3], flags if reset else None, args[3])
+        outputs, pull = jax.vjp(call, e, alpha, log_decay, initial)
+        return pull(outputs)
+
+    obeys(traced(run, *arrays, initial, flags))
+
+
+@property_test
+@given(
+    batch=st.integers(1, 5), length=LENGTHS, heads=st.integers(1, 13), width=st.sampled_from(diagonal.WIDTHS),
+    reset=st.booleans(), segments=st.sampled_from([None, 1, 2, 5]),
+)  # fmt: skip
+def test_diagonal_gain(batch, length, heads, width, reset, segments):
+    """Forward and backward, and where time is cut the passes before them."""
+    steps = shape((batch, length, heads), jnp.float32)
+    arrays = shape((batch, length, heads, width), jnp.float32), steps, steps
+    initial, flags = shape((batch, heads, width), jnp.float32), shape((batch, length), jnp.bool_)
+
+    def run(e, alpha, log_decay, initial, flags):
+        call = lambda *args: diagonal.diagonal(*args[:3], flags if reset else None, args[3], segments)
         outputs, pull = jax.vjp(call, e, alpha, log_decay, initial)
         return pull(outputs)
 

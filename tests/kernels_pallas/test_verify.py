@@ -102,7 +102,7 @@ def test_a_torn_line_is_left_out(tmp_path):
 
 def test_every_variant_that_a_call_may_run_has_cases_and_small_ones_for_the_interpreter():
     expected = {
-        'adaptive_gain': {'width16', 'width32'},
+        'adaptive_gain': {'width16', 'width32', 'diagonal16', 'diagonal32', 'diagonal64'},
         'attention': {'causal64', 'causal128', 'packed64', 'packed128', 'cudnn', 'cudnn_wide'},
         'grouped_matmul': {'bfloat16'},
         'causal_conv1d': {'silu', 'linear'},
@@ -146,7 +146,7 @@ def test_a_wrong_case_lets_the_others_go_on_and_a_crash_does_not(monkeypatch, tm
         raise RuntimeError('CUDA_ERROR_ILLEGAL_INSTRUCTION')
 
     good, wrong = (lambda arrays, _, by=by: (by * arrays['a'] * arrays['b'],) for by in (1.0, 1.5))
-    monkeypatch.setattr(cards, 'source_hash', lambda kernel: 'hash')
+    monkeypatch.setattr(cards, 'source_hash', lambda kernel, variant='': 'hash')
     part, said = verify.Part('any', 'planted'), []
     monkeypatch.setattr(cases, 'of', lambda kernel: ([planted(wrong), planted(good)], []))
     assert not verify.run_part(part, said.append)

@@ -40,7 +40,8 @@ def read(folder: pathlib.Path, name: str) -> Kernel:
     (report,) = folder.glob(f'{name}_*.ptxas')
     text = report.read_text()
     (registers,) = re.findall(r'Used (\d+) registers', text)
-    spills = re.findall(r'(\d+) bytes spill (?:stores|loads)', text)
+    # Once: where any are, ptxas says so a second time.
+    (spills,) = re.findall(r'stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads', text)
     (used,) = folder.glob(f'{name}_*.resources.txt')  # numbered in another order
     resources = used.read_text()
     (shared,) = re.findall(r'smem_scratch_bytes=(\d+)', resources)

@@ -248,7 +248,7 @@ def test_memory_is_linear_in_the_length():
 def test_errors_name_the_argument():
     attend = inspect.unwrap(attention)  # below the tests' own check of annotations
     q, k, v = draw(0, 3, 5)
-    known = 'one_query, tokamax, blockwise, reference'
+    known = 'one_query, tokamax, cudnn, blockwise, reference'
     with pytest.raises(ValueError, match=f"no implementation 'flash'; available here: {known}"):
         attend(q, k, v, implementation='flash')
     with pytest.raises(ValueError, match=r"'one_query' takes one query a row, q has shape \(2, 3,"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
-from mixcon_jax.checks import at_most
+from mixcon_jax.checks import at_most, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
@@ -91,6 +91,11 @@ class MoE(Layer):
         at_most(
             'model.moe.top_k', model.moe.top_k, 'model.moe.num_experts', model.moe.num_experts, 'choose at most all'
         )
+
+    @staticmethod
+    def check_split(model, shards) -> None:
+        divides('mesh.expert', shards['experts'], 'model.moe.num_experts', model.moe.num_experts)
+        divides('mesh.tensor', shards['mlp'], 'model.moe.hidden_dim', model.moe.hidden_dim)
 
     @classmethod
     def flops(cls, model, seq_len: int) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.selective_scan import PADDED_DT
-from mixcon_jax.checks import at_most
+from mixcon_jax.checks import at_most, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
@@ -99,6 +99,10 @@ class SelectiveSSM(Layer):
     @staticmethod
     def check(model) -> None:
         at_most('model.ssm.dt_min', model.ssm.dt_min, 'model.ssm.dt_max', model.ssm.dt_max)
+
+    @staticmethod
+    def check_split(model, shards) -> None:
+        divides('mesh.tensor', shards['inner'], 'model.ssm.expand * model.dim', model.ssm.expand * model.dim)
 
     @classmethod
     def flops(cls, model, seq_len: int) -> float:

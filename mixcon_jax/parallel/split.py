@@ -45,21 +45,22 @@ def split(call: Call) -> Callable[..., Any]:
 
 
 def by_parts(
-    function: Callable[..., Array],
+    function: Callable[..., Any],
     arrays: Mapping[str, Array],
     dims: Mapping[str, str],
-    result: str,
+    result: str | tuple[str, ...],
     axes: Mapping[str, str],
-) -> Array:
+) -> Any:
     """Runs ``function(**arrays)``, which needs nothing of another part, on each device's own part.
 
     For computations that XLA cannot split by itself, such as a sort. The gradients of an array that is whole on every
     device are summed over the devices.
 
     Args:
-      function: takes arrays by name and returns one.
+      function: takes arrays by name and returns one, or several. Where it does need something of other parts, it
+        exchanges it itself, over the mesh axes of that dimension (``axes_of``).
       dims: the dimensions of each array: ``{'x': 'b t d'}``.
-      result: those of what it returns.
+      result: those of what it returns, of several a tuple.
       axes: the logical axis of each dimension that may be shared out: ``{'b': 'batch'}``.
     """
     named = {name: tuple(text.split()) for name, text in dims.items()}
@@ -67,6 +68,11 @@ def by_parts(
     if not partition:
         return function(**arrays)
     return _mapped(function, arrays, named, {}, result, partition)
+
+
+def axes_of(logical: str) -> tuple[str, ...]:
+    """The mesh axes that split a dimension of this logical axis."""
+    return current()[logical]
 
 
 def shards_of(logical: str, size: int) -> int:

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from kernels_pallas.call import KEPT
 from mixcon_jax.models.context import Context
 from mixcon_jax.parallel.kernels import causal_conv1d
+from mixcon_jax.parallel.layout import constrain
+from mixcon_jax.parallel.split import shards_of
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 Axes = tuple[str, ...]
@@ -183,6 +185,23 @@ class RMSNorm(nnx.Module):
 def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
     """Multiplies by a weight matrix in x's dtype."""
     return kept(x @ weight[...].astype(x.dtype))
+
+
+def project_halves(
+    x: Float[Array, '*b i'], weight: nnx.Param, axis: str
+) -> tuple[Float[Array, '*b o'], Float[Array, '*b o']]:
+    """The two halves of ``project`` by a matrix [I, 2 * O], whose columns are of the logical axis ``axis``.
+
+    A mesh that splits the columns gives its first devices one half and its last the other. Here each gets its part of
+    both: the matrix is exchanged, which spares exchanging what it gives.
+    """
+    width = weight.shape[1] // 2
+    if shards_of(axis, width) == 1:
+        first, second = jnp.split(project(x, weight), 2, axis=-1)
+        return first, second
+    halves = constrain(weight[...].astype(x.dtype).reshape(-1, 2, width), 'embed', None, axis)
+    both = kept(jnp.einsum('...d,dhi->...hi', x, halves))
+    return both[..., 0, :], both[..., 1, :]
 
 
 class ShortConv(nnx.Module):

@@ -83,3 +83,11 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
         return x
     spec = partition_spec(logical_axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def stream(x: Array) -> Array:
+    """The residual stream `[B, T, D]` as every device has it, its gradient likewise: its own tokens, whole.
+
+    Parameters of one dimension are shared out over it, by which XLA would otherwise split features.
+    """
+    return constrain(x, 'batch', 'sequence', None)

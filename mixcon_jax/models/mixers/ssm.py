@@ -20,6 +20,7 @@ from mixcon_jax.models.layers import (
     ones,
     output_std,
     project,
+    project_halves,
     uniform,
 )
 from mixcon_jax.models.published import Published, depthwise, linear, same
@@ -149,7 +150,7 @@ class SelectiveSSM(Layer):
 
     def inputs(self, x: Float[Array, 'b t d'], context: Context, conv_state: Any) -> ScanInputs:
         """Projects tokens to the scan's inputs; a padded token gets step size 0, which leaves the state as it was."""
-        u, z = jnp.split(project(x, self.in_proj), 2, axis=-1)
+        u, z = project_halves(x, self.in_proj, 'inner')
         u, conv_state = self.conv(u, context, conv_state, activation='silu')
         dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         if self.norms:

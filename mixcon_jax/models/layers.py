@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kernels_pallas.call import KEPT
 from mixcon_jax.models.context import Context
+from mixcon_jax.parallel.halves import halves
 from mixcon_jax.parallel.kernels import causal_conv1d
-from mixcon_jax.parallel.layout import constrain
 from mixcon_jax.parallel.split import shards_of
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
@@ -199,8 +199,7 @@ def project_halves(
     if shards_of(axis, width) == 1:
         first, second = jnp.split(project(x, weight), 2, axis=-1)
         return first, second
-    halves = constrain(weight[...].astype(x.dtype).reshape(-1, 2, width), 'embed', None, axis)
-    both = kept(jnp.einsum('...d,dhi->...hi', x, halves))
+    both = kept(jnp.einsum('...d,dhi->...hi', x, halves(weight[...].astype(x.dtype), axis)))
     return both[..., 0, :], both[..., 1, :]
 
 

@@ -273,12 +273,12 @@ class MoE(Layer):
         pairs = count * self.options.top_k
         load = routed / pairs
         mean = jnp.sum(jnp.where(mask, probabilities, 0), axis=(0, 1)) / count
-        reached = routed.sum() if taken is None else jnp.sum(mask & taken, dtype=jnp.int32)
+        left_out = 0 if taken is None else jnp.sum(mask & ~taken, dtype=jnp.int32)
         entropy = -jnp.sum(probabilities * jnp.log(jnp.maximum(probabilities, 1e-30)), axis=-1)
         stats = {
             'moe_load': load,
             'moe_entropy': masked_mean(entropy, context),
-            'moe_dropped': 1 - reached / pairs,  # share of the pairs that no expert took
+            'moe_dropped': left_out / pairs,  # share of the pairs that no expert took
         }
         options = self.options
         balance = num_experts * jnp.sum(jax.lax.stop_gradient(load) * mean)

@@ -184,7 +184,8 @@ class MoE(Layer):
     def _on_devices(self, arrays: Mapping[str, Array]) -> tuple[Float[Array, 'b t d'], Bool[Array, 'b t k'] | None]:
         """Runs the experts that tokens chose, each device those that it has, and tells which choices were taken."""
         count, _, width = arrays['w_gate'].shape
-        axes, summed = dict(TOKENS), ()
+        axes: dict[str, str] = dict(TOKENS)
+        summed: tuple[str, ...] = ()
         if shards_of('mlp', width) > 1:  # devices along these axes have a part of every expert's width
             axes['f'], summed = 'mlp', axes_of('mlp')
         if shards_of('experts', count) > 1 and shards_of('batch', len(arrays['x'])) > 1:

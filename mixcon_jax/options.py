@@ -18,7 +18,7 @@ SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
     'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.extend',
-    'model.attention.block_size', 'model.moe.group_block',
+    'model.attention.block_size', 'model.moe.group_block', 'model.moe.exchange',
 )  # fmt: skip
 # What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
 # with other values that give the same tokens, such as the new place of text that has been moved.

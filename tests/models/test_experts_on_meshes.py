@@ -71,7 +71,7 @@ def assert_same(got, want):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * largest, err_msg=name)
 
 
-EIGHT, SIXTEEN = {'moe.num_experts': 8}, {'moe.num_experts': 16, 'moe.renormalize': True}
+EIGHT, SIXTEEN = {'moe.num_experts': 8, 'moe.shared_experts': 1}, {'moe.num_experts': 16, 'moe.renormalize': True}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CASES = [
     ((('data', 2), ('expert', 2), ('tensor', 2)), (), EIGHT),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.grouped_matmul import grouped_matmul
 from mixcon_jax.checks import at_most, divides
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.ffns.mlp import swiglu
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
     Aux,
@@ -23,6 +24,7 @@ from mixcon_jax.models.layers import (
     masked_mean,
     normal,
     output_std,
+    project,
     widened,
 )
 from mixcon_jax.models.published import Published, linear
@@ -61,6 +63,9 @@ class MoE(Layer):
                 "Width of one expert; 0 means the mlp's width / top_k.",
                 COUNT,
                 derive=lambda model: max(1, model.mlp.hidden_dim // model.moe.top_k),
+            ),
+            'shared_experts': Option(
+                0, 'Experts that every token passes besides, added with weight 1: one MLP of that many widths.', COUNT
             ),
             'renormalize': Option(False, 'Scale the chosen weights to sum to one, as Mixtral does.'),
             'balance': Option(
@@ -134,6 +139,13 @@ class MoE(Layer):
             ('experts', 'mlp', 'embed'),
             normal(output_std(config.init_std, num_layers)),
         )
+        if options.shared_experts:
+            wide = options.shared_experts * width
+            self.shared_gate = params('shared_gate', (dim, wide), ('embed', 'mlp'), init)
+            self.shared_up = params('shared_up', (dim, wide), ('embed', 'mlp'), init)
+            self.shared_down = params(
+                'shared_down', (wide, dim), ('mlp', 'embed'), normal(output_std(config.init_std, num_layers))
+            )
         if options.balance == 'bias':
             self.router_bias = Buffer(jnp.zeros((count,)), logical_axes=('experts',))
 
@@ -164,6 +176,9 @@ class MoE(Layer):
         else:
             arrays = {'x': x, 'chosen': chosen, 'weights': weights, 'mask': context.mask} | matrices
             y, taken = self._on_devices(arrays)
+        if options.shared_experts:
+            gate, up = project(x, self.shared_gate), project(x, self.shared_up)
+            y = y + swiglu(gate, up, self.shared_down[...].astype(x.dtype))
         return y, state, self._aux(logits, probabilities, chosen, context, taken)
 
     def _dense(

@@ -216,22 +216,6 @@ def test_going_on_on_another_mesh(folder, tmp_path):
         assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-3)
 
 
-@pytest.mark.slow
-def test_experts_and_widths_on_several_devices_stop_and_go_on_on_another_mesh(folder, tmp_path, monkeypatch, capsys):
-    """Rows, experts and channels over two devices each; then parameters over two, tokens over four."""
-    options = {'model__pattern': ('mamba+moe',), 'model__attention__num_kv_heads': 2}
-    first = {'mesh__data': 2, 'mesh__expert': 2, 'mesh__tensor': 2}
-    then = {'mesh__data': 1, 'mesh__fsdp': 2, 'mesh__context': 4}
-    train(small_config(folder, **options, mesh__data=1, mesh__context=8), tmp_path / 'whole')
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, signal.SIGTERM)
-        assert train(small_config(folder, **options, **first), tmp_path / 'run').exit_code == Exit.STOPPED
-    assert 'experts/expert x embed x mlp/tensor: 2 arrays' in capsys.readouterr().out
-    assert train(small_config(folder, **options, **then), tmp_path / 'run').exit_code == Exit.DONE
-    for ours, theirs in zip(outcome(tmp_path / 'run')[:-1], outcome(tmp_path / 'whole')[:-1], strict=True):
-        assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-3)
-
-
 # ----- what may not be -----
 
 

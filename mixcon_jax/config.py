@@ -317,19 +317,15 @@ def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None
     """
     mesh, batch = config.mesh, config.train.batch_size
     divides('train.accum_steps', config.train.accum_steps, 'train.batch_size', batch)
-    divides('mesh.context', mesh.context, 'data.seq_len', config.data.seq_len)
-    for axis in ('expert', 'tensor'):
-        if mesh[axis] != 1:
-            raise ConfigError(
-                f'mesh.{axis}={mesh[axis]} is not supported yet; use 1 and spread over data, fsdp or context'
-            )
-    found = mesh if num_devices is None else axes.sizes(mesh, num_devices)
-    if found['data'] != -1:
+    divides('mesh.context', max(mesh.context, 1), 'data.seq_len', config.data.seq_len)
+    found = {axis: mesh[axis] for axis in axes.AXES} if num_devices is None else axes.sizes(mesh, num_devices)
+    divides('mesh.context', max(found['context'], 1), 'data.seq_len', config.data.seq_len)
+    if all(found[axis] != -1 for axis in axes.BATCH_AXES):
         shards = axes.rows(found)
-        divides(
-            'mesh.data x mesh.fsdp', shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps
-        )
-        divides('mesh.data x mesh.fsdp', shards, 'eval.batch_size', config.eval.batch_size or batch)
+        divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)
+        divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size or batch)
+    known = {axis: max(size, 1) for axis, size in found.items()}  # what is left to take is not known yet
+    pattern.check_split(config.model, axes.shards(axes.rules(mesh), known))
 
 
 def _require(key: str, expected: Mapping[str, Option]) -> None:

@@ -18,7 +18,7 @@ SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
     'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.xla_flags', 'train.extend',
-    'model.attention.block_size', 'model.moe.group_block',
+    'model.attention.block_size', 'model.moe.group_block', 'model.moe.exchange',
 )  # fmt: skip
 # What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
 # with other values that give the same tokens, such as the new place of text that has been moved.
@@ -111,6 +111,7 @@ PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), '
 # A comma ends a source where the next one of a known kind begins; other commas are of a path.
 SOURCES = r',\s*(?=(?:files|huggingface|store|synthetic):|stdlib\s*(?:,|$))'
 DTYPE = one_of('float32', 'bfloat16')
+SIZE = Check(lambda value: value == -1 or value >= 1, '-1 or at least 1')  # of a mesh axis
 
 OPTIONS: dict[str, Any] = {
     'name': Option('', 'Name of the run, shown in its logs.'),
@@ -230,11 +231,16 @@ OPTIONS: dict[str, Any] = {
         'profile_steps': Option(3, 'Steps a profiler trace covers.', POSITIVE),
     },
     'mesh': {
-        'data': Option(-1, 'Devices along data; -1 takes what the other axes leave.', Check(lambda v: v == -1 or v >= 1, '-1 or at least 1')),
-        'fsdp': Option(1, 'Devices that shard parameters and batch.', POSITIVE),
-        'expert': Option(1, 'Devices along experts.', POSITIVE),
-        'context': Option(1, 'Devices along the sequence.', POSITIVE),
-        'tensor': Option(1, 'Devices along heads and widths.', POSITIVE),
+        'data': Option(-1, 'Devices that share out the batch; of one axis -1 takes what the others leave.', SIZE),
+        'fsdp': Option(1, 'Devices that share out the batch and the parameters.', SIZE),
+        'expert': Option(1, 'Devices that share out the batch and the experts.', SIZE),
+        'context': Option(1, 'Devices that share out every sequence.', SIZE),
+        'tensor': Option(1, 'Devices that share out heads, inner channels, FFN widths and the vocabulary.', SIZE),
+        'rules': Option(
+            (), 'Changes to the table of what splits a dimension: "LOGICAL=AXIS+AXIS", such as "embed=fsdp+expert", or "LOGICAL=" for none;'
+            ' several are separated by "/".',
+            element=str, between='[,/]',
+        ),
         'cpu_devices': Option(0, 'On CPU, how many XLA devices to make; 0 leaves JAX\'s default.', COUNT),
     },
 }  # fmt: skip

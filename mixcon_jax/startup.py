@@ -20,6 +20,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.compilation import keep_compiled
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
+from mixcon_jax.parallel.placement import placement
 from mixcon_jax.planning import hardware
 from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.fingerprint import fingerprint
@@ -197,6 +198,8 @@ def banner(
     tokens = config.train.steps * config.train.batch_size * config.data.seq_len
     say(f'run       {config.name or folder.path.name} in {folder.path}')
     say(f'devices   {jax.device_count()} x {device.device_kind}, {axes}')
+    for i, line in enumerate(placement(steps.abstract_state.params, steps.logical_axes, steps.mesh)):
+        say(f'{"" if i else "layout":<10}{line}')
     say(f'model     {model.num_blocks} x ({", ".join(model.pattern)})')
     say(
         f'          {counts.total:,} parameters, {counts.active:,} active per token'

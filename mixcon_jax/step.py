@@ -24,8 +24,8 @@ from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
-from mixcon_jax.parallel import layout
-from mixcon_jax.parallel.axes import rows
+from mixcon_jax.parallel import axes, layout
+from mixcon_jax.parallel.rules import on_mesh
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state, undecayed
 from mixcon_jax.xla_flags import compiler_options
 
@@ -99,8 +99,8 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     abstract_model = nnx.eval_shape(lambda: create(config.model, config.seed))
     graphdef, *templates = nnx.split(abstract_model, nnx.Param, Buffer)
     param_template, buffer_template = templates
-    axes, kept = logical_axes(param_template), undecayed(param_template)
-    optimizer = optim.make_optimizer(config.optim, axes, kept)
+    names, kept = logical_axes(param_template), undecayed(param_template)
+    optimizer = optim.make_optimizer(config.optim, names, kept)
 
     def build(params: Tree, buffers: Tree) -> Model:
         return nnx.merge(graphdef, to_state(params, param_template), to_state(buffers, buffer_template))
@@ -112,9 +112,9 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
         return TrainState(zero, params, buffers, optimizer.init(params), zero, zero)
 
     # ----- where everything lies -----
-    abstract = jax.eval_shape(init_state)
+    abstract, rules = jax.eval_shape(init_state), axes.rules(config.mesh)
     everywhere, by_row = layout.replicated(mesh), layout.batch_sharding(mesh)
-    param_shardings = layout.param_shardings(abstract.params, axes, mesh)
+    param_shardings = layout.param_shardings(abstract.params, names, mesh, rules)
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
         params=param_shardings,
@@ -130,17 +130,17 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     schedule = optim.schedule(config.optim, config.train.steps)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with on_mesh(mesh, rules):
             return train_step(config, build, optimizer, schedule, param_shardings, state, batch)
 
     def evaluate(state: TrainState, batch: Batch) -> dict[str, Array]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with on_mesh(mesh, rules):
             return eval_step(config, build(state.params, state.buffers), batch)
 
     def put(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        count, shards = len(batch['tokens']) * jax.process_count(), rows(mesh.shape)
+        count, shards = len(batch['tokens']) * jax.process_count(), axes.rows(mesh.shape)
         if count % shards:
-            raise ConfigError(f'a batch of {count} rows does not split over mesh.data * mesh.fsdp = {shards} devices')
+            raise ConfigError(f'a batch of {count} rows does not split over {axes.ROWS} = {shards} devices')
         return {key: jax.make_array_from_process_local_data(by_row, np.asarray(batch[key])) for key in BATCH_KEYS}
 
     return Steps(
@@ -149,8 +149,8 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
         abstract_state=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         ),
-        logical_axes=axes,
-        groups=optim.describe_groups(config.optim.name, axes, kept),
+        logical_axes=names,
+        groups=optim.describe_groups(config.optim.name, names, kept),
         init_state=jax.jit(init_state, out_shardings=shardings, compiler_options=init_options),
         train_step=jax.jit(
             train,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import textwrap
 
 import numpy as np
@@ -113,7 +114,14 @@ def test_argument_reaches_get_config(experiment):
         ('train.accum_steps=3', 'train.accum_steps=3 must divide train.batch_size=4'),
         ('data.weights=1,2', 'data.weights has 2 numbers for 1'),
         ('optim.warmup_steps=1000', 'exceeds train.steps'),
-        ('mesh.tensor=2', 'not supported yet'),
+        ('mesh.tensor=0', 'mesh.tensor=0 must be -1 or at least 1'),
+        ('mesh.rules=embd=fsdp', "unknown logical axis 'embd'; did you mean 'embed'"),
+        ('mesh.rules=embed=fdsp', "unknown mesh axis 'fdsp'; did you mean 'fsdp'"),
+        ('mesh.rules=embed=fsdp+fsdp', 'names an axis twice'),
+        ('mesh.rules=heads=fsdp', 'fsdp cannot split heads; choose from tensor'),
+        ('mesh.rules=heads=', 'heads and kv_heads belong together'),
+        ('mesh.rules=batch=data', 'batch is shared out as it is loaded'),
+        ('mesh.rules=embed', 'has no "="'),
         ('mesh.context=3', 'mesh.context=3 must divide data.seq_len='),
         ('mesh.fsdp=3', 'must divide'),
         ('mesh.data=4', 'takes 4 devices'),
@@ -125,6 +133,29 @@ def test_bad_values_are_refused_in_one_line(experiment, override, message):
         configs.validate(configs.load(experiment, [override]), num_devices=2)
     assert message in str(error.value)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'overrides, message',
+    [
+        (['mesh.tensor=4'], 'mesh.tensor=4 must divide model.attention.num_kv_heads=2'),
+        (['mesh.data=1', 'mesh.tensor=-1'], 'mesh.tensor=8 must divide model.attention.num_heads=4'),
+        (['mesh.tensor=2', 'model.conba.head_dim=256'], 'must divide the inner width / model.conba.head_dim=1'),
+        (['mesh.tensor=2', 'model.mlp.hidden_dim=33'], 'mesh.tensor=2 must divide model.mlp.hidden_dim=33'),
+        (['mesh.tensor=2', 'model.moe.hidden_dim=33'], 'mesh.tensor=2 must divide model.moe.hidden_dim=33'),
+        (['mesh.expert=8', 'train.batch_size=8'], 'mesh.expert=8 must divide model.moe.num_experts=4'),
+        (['mesh.fsdp=4', 'mesh.tensor=2', 'mesh.rules=heads=/kv_heads=', 'model.attention.num_heads=1',
+          'model.attention.num_kv_heads=1'], ''),
+        (['mesh.expert=8', 'model.pattern=attention+mlp', 'train.batch_size=8'], ''),
+    ],
+)  # fmt: skip
+def test_a_mesh_over_which_a_layer_does_not_split_is_refused(experiment, overrides, message):
+    config = configs.load(experiment, overrides)
+    if not message:
+        configs.validate(config, num_devices=8)
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configs.validate(config, num_devices=8)
 
 
 def test_unknown_key_in_the_experiment_file_is_refused():

@@ -30,9 +30,11 @@ def mesh_config(**axes):
         ({'fsdp': 4}, (2, 4, 1, 1, 1)),
         ({'data': 2, 'fsdp': 2, 'tensor': 2}, (2, 2, 1, 1, 2)),
         ({'expert': 8}, (1, 1, 8, 1, 1)),
+        ({'data': 2, 'context': 2, 'expert': -1}, (2, 1, 2, 2, 1)),
+        ({'data': 1, 'fsdp': -1, 'tensor': 2}, (1, 4, 1, 1, 2)),
     ],
 )
-def test_data_takes_what_the_other_axes_leave(axes, shape):
+def test_one_axis_takes_what_the_others_leave(axes, shape):
     mesh = make_mesh(mesh_config(**axes))
     assert tuple(mesh.shape.values()) == shape and tuple(mesh.shape) == AXES
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
@@ -44,11 +46,22 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused(axes):
         make_mesh(mesh_config(**axes))
 
 
+def test_several_open_axes_are_refused():
+    with pytest.raises(ConfigError, match=r'^mesh\.data and mesh\.tensor are -1; one axis alone'):
+        make_mesh(mesh_config(tensor=-1))
+
+
+def test_neighbouring_devices_differ_along_the_axes_that_exchange_most():
+    ids = np.vectorize(lambda device: device.id)(make_mesh(mesh_config(data=2, context=2, tensor=2)).devices)
+    np.testing.assert_array_equal(ids.ravel(), np.arange(8))
+    assert AXES[-3:] == ('expert', 'context', 'tensor')
+
+
 def test_devices_that_share_rows_are_of_one_process(monkeypatch):
     """Each process loads its own rows, so that none may lie on the devices of two."""
     monkeypatch.setattr(jax, 'process_count', lambda: 4)
     assert make_mesh(mesh_config(data=4, context=2)).shape['context'] == 2
-    with pytest.raises(ConfigError, match=r'mesh\.data \* mesh\.fsdp \(2\) .* number of processes, 4'):
+    with pytest.raises(ConfigError, match=r'mesh\.fsdp x mesh\.expert \(2\) .* number of processes, 4'):
         make_mesh(mesh_config(data=2, context=4))
 
 
@@ -62,7 +75,7 @@ def test_specs_follow_the_table():
     )
     assert spec(('vocab', 'embed'), (7, 4)) == P(None, axis('fsdp'))  # 7 does not split in 2: whole
     assert spec(('inner', 'inner'), (4, 4)) == P(axis('tensor'), None)  # an axis splits one dimension only
-    assert spec(('batch', None, 'embed'), (4, 5, 4)) == P(axis('fsdp'), None, None)
+    assert spec(('batch', None, 'embed'), (4, 5, 4)) == P(('fsdp', 'expert'), None, None)
     assert spec(('norm',), (4,)) == P(None)
 
 
@@ -106,7 +119,9 @@ def test_put_makes_one_global_batch():
 @pytest.mark.parametrize('batch_size, accum', [(6, 1), (8, 4), (12, 2)])
 def test_a_batch_that_does_not_split_is_refused(batch_size, accum):
     config = step_config(train__batch_size=batch_size, train__accum_steps=accum)
-    with pytest.raises(ConfigError, match=r'^mesh\.data x mesh\.fsdp=4 must divide train\.batch_size / train\.accum_'):
+    with pytest.raises(
+        ConfigError, match=r'^mesh\.data x mesh\.fsdp x mesh\.expert=4 must divide train\.batch_size / train\.accum_'
+    ):
         configs.check_mesh(config, 4)
 
 

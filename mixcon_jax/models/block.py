@@ -13,6 +13,7 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State, kept, selective
 from mixcon_jax.models.pattern import named_kinds, parse_layer, parts
+from mixcon_jax.parallel.layout import stream
 
 
 class Residual(nnx.Module):
@@ -50,13 +51,13 @@ class Residual(nnx.Module):
         y, mixer_state, aux = self.mixer(normed, context.fold(0), old.get('mixer'))
         new: State = {'mixer': mixer_state}
         auxes = {'mixer': aux}
-        x = x + y
+        x = stream(x + y)
         if hasattr(self, 'ffn'):
             if not self.parallel:
                 x = kept(x)
                 normed = self.ffn_norm(x)
             y, new['ffn'], auxes['ffn'] = self.ffn(normed, context.fold(1), old.get('ffn'))
-            x = x + y
+            x = stream(x + y)
         for role, part in self.parts().items():
             for kind, key in (('statistic', 'stats'), ('loss', 'losses')):
                 for name in auxes[role].get(key, {}):

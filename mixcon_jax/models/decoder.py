@@ -15,6 +15,7 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.embedding import lookup
 from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, normal
 from mixcon_jax.models.pattern import resolve
+from mixcon_jax.parallel.layout import constrain, stream
 
 POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -70,7 +71,9 @@ class Decoder(nnx.Module):
           Hidden features `[B, T, D]` after the final norm, the state, and ``{'losses': {name: Loss}, means over the
           parts of layers that have one, 'stats': stacked over blocks, by their names in metrics}``.
         """
-        x = lookup(self.embedding[...], tokens, self.config.embedding_gradient).astype(self.dtype)
+        # Gathered as a whole: XLA would otherwise look up columns, and exchange features.
+        table = constrain(self.embedding[...], 'vocab', None)
+        x = stream(lookup(table, tokens, self.config.embedding_gradient).astype(self.dtype))
         graphdef, variables = nnx.split(self.blocks)
 
         def body(x: Array, xs: tuple) -> tuple[Array, Aux]:
@@ -93,7 +96,7 @@ class Decoder(nnx.Module):
                 auxes.append(aux)
             state, aux = {'blocks': blocks}, jax.tree.map(lambda *values: jnp.stack(values), *auxes)
         aux['losses'] = jax.tree.map(jnp.mean, aux['losses'])
-        return self.final_norm(x), state, aux
+        return stream(self.final_norm(x)), state, aux
 
     def init_state(self, batch: int, max_len: int) -> State:
         """Returns the state before the first token: attention caches of ``max_len`` tokens, all else constant size."""

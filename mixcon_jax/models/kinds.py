@@ -1,9 +1,9 @@
 """The registered kinds of layers, and what each says of its options, without importing it.
 
 Reading a configuration must not load JAX, which every layer's file does. So a description is read from the source of
-the class, as setuptools reads ``attr: package.__version__``: of the class's body only ``OPTIONS``, ``STATISTICS`` and
-``check`` are run, and of its file only the imports and the literals that these name. Base classes are followed by their
-imports. ``load`` imports the class itself.
+the class, as setuptools reads ``attr: package.__version__``: of the class's body only ``OPTIONS``, ``STATISTICS``,
+``check`` and ``check_split`` are run, and of its file only the imports and the literals that these name. Base classes
+are followed by their imports. ``load`` imports the class itself.
 """
 
 import ast
@@ -26,6 +26,7 @@ from mixcon_jax.options import OPTIONS, Option, Statistic
 
 REGISTRIES = {'mixer': MIXERS, 'ffn': FFNS}  # by the role in a pattern's layer
 CONTRACT = 'mixcon_jax.models.layer.Layer'
+DESCRIBES = ('OPTIONS', 'STATISTICS', 'check', 'check_split')  # the members of a class that describe it
 READABLE = ('mixcon_jax.options', 'mixcon_jax.checks')  # what a description may import, beside the standard library
 
 
@@ -37,6 +38,7 @@ class Declaration:
     options: Mapping[str, Mapping[str, Option]]
     statistics: Mapping[str, Statistic]
     check: Callable[[Any], None] | None
+    check_split: Callable[[Any, Mapping[str, int]], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,12 @@ class Description:
         for part in self.declarations:
             if part.check is not None:
                 part.check(model)
+
+    def check_split(self, model, shards: Mapping[str, int]) -> None:
+        """Refuses options of ``config.model``, resolved, that a mesh cannot share out."""
+        for part in self.declarations:
+            if part.check_split is not None:
+                part.check_split(model, shards)
 
     def group_of(self, option: str) -> str | None:
         """The group that has an option of this name; of several, that of the class nearest to the kind's own."""
@@ -147,7 +155,7 @@ def _of_class(kind: type) -> tuple[Declaration, ...]:
     return tuple(
         _declaration(f'{each.__module__}.{each.__qualname__}', vars(each))
         for each in reversed(kind.__mro__)
-        if {'OPTIONS', 'STATISTICS', 'check'} & vars(each).keys()
+        if set(DESCRIBES) & vars(each).keys()
     )
 
 
@@ -172,9 +180,9 @@ def _of_source(path: str) -> tuple[Declaration, ...]:
 
 
 def _declaration(owner: str, members: Mapping[str, Any]) -> Declaration:
-    check = members.get('check') if owner != CONTRACT else None
-    check = check.__func__ if isinstance(check, staticmethod) else check
-    return Declaration(owner, members.get('OPTIONS', {}), members.get('STATISTICS', {}), check)
+    checks = [members.get(name) if owner != CONTRACT else None for name in ('check', 'check_split')]
+    checks = [check.__func__ if isinstance(check, staticmethod) else check for check in checks]
+    return Declaration(owner, members.get('OPTIONS', {}), members.get('STATISTICS', {}), *checks)
 
 
 def _parse(module: str, path: str) -> tuple[str, ast.Module]:
@@ -213,7 +221,7 @@ def _imported(tree: ast.Module, name: str) -> str | None:
 
 
 def _run(statement: ast.ClassDef, tree: ast.Module, file: str) -> dict[str, Any]:
-    """Runs what describes a class, and that alone; returns its ``OPTIONS``, ``STATISTICS`` and ``check``."""
+    """Runs what describes a class, and that alone; returns those of its members that ``DESCRIBES`` names."""
     described = [member for node in statement.body if (member := _member(node, file)) is not None]
     code = _compiled(described, file)
     bound = {name for node in described for name in _binds(node)}
@@ -239,9 +247,9 @@ def _member(node: ast.stmt, file: str) -> ast.stmt | None:
             return node
         case ast.AnnAssign(target=ast.Name(id='OPTIONS' | 'STATISTICS') as target, value=ast.expr() as value):
             return ast.copy_location(ast.Assign([target], value), node)
-        case ast.FunctionDef(name='check'):
+        case ast.FunctionDef(name='check' | 'check_split'):
             if [ast.unparse(decorator) for decorator in node.decorator_list] != ['staticmethod']:
-                raise ConfigError(f'{file}, line {node.lineno}: check(model) of a layer must be a @staticmethod')
+                raise ConfigError(f'{file}, line {node.lineno}: {node.name}() of a layer must be a @staticmethod')
             arguments = node.args
             for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
                 argument.annotation = None

@@ -16,10 +16,10 @@ from mixcon_jax.options import Option, Statistic
 class Layer(nnx.Module):
     """A mixer or an FFN: one call for training, prefill and decoding, and what must be known to plan with it.
 
-    ``OPTIONS``, ``STATISTICS`` and ``check`` describe the class to whoever reads a configuration, which must not load
-    JAX: they are read from the source of the class (``mixcon_jax.models.kinds``), so they may use literals, the
-    standard library, ``mixcon_jax.options`` and ``mixcon_jax.checks``. A subclass adds to those of its bases, but
-    ``PUBLISHED`` takes the place of theirs.
+    ``OPTIONS``, ``STATISTICS``, ``check`` and ``check_split`` describe the class to whoever reads a configuration,
+    which must not load JAX: they are read from the source of the class (``mixcon_jax.models.kinds``), so they may use
+    literals, the standard library, ``mixcon_jax.options`` and ``mixcon_jax.checks``. A subclass adds to those of its
+    bases, but ``PUBLISHED`` takes the place of theirs.
 
     Args:
       config: ``config.model``, resolved; of a part that a pattern calls by a name of ``model.layers``, with the options
@@ -44,6 +44,18 @@ class Layer(nnx.Module):
         """Refuses options of ``config.model``, not yet resolved, that do not go together.
 
         It runs where a pattern has the layer, after its bases' own.
+
+        Raises:
+          ConfigError: names the key.
+        """
+
+    @staticmethod
+    def check_split(model, shards: Mapping[str, int]) -> None:
+        """Refuses options of ``config.model``, resolved, that a mesh cannot share out; it runs as ``check`` does.
+
+        Args:
+          model: ``config.model``.
+          shards: into how many parts the mesh splits each logical axis: ``{'heads': 2, 'experts': 4, ...}``.
 
         Raises:
           ConfigError: names the key.

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kernels_pallas.call import KEPT
 from mixcon_jax.models.context import Context
+from mixcon_jax.parallel.halves import halves
 from mixcon_jax.parallel.kernels import causal_conv1d
+from mixcon_jax.parallel.split import shards_of
 
 Initializer = Callable[[PRNGKeyArray, Sequence[int]], Array]
 Axes = tuple[str, ...]
@@ -215,16 +217,24 @@ def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
     return kept(x @ weight[...].astype(x.dtype))
 
 
-def projected_halves(x: Float[Array, '*b i'], weight: nnx.Param) -> tuple[Float[Array, '*b o'], Float[Array, '*b o']]:
-    """The two halves of what `project` gives, as two products: nothing is copied to part them, or to join gradients.
+def project_halves(
+    x: Float[Array, '*b i'], weight: nnx.Param, axis: str
+) -> tuple[Float[Array, '*b o'], Float[Array, '*b o']]:
+    """The two halves of ``project`` by a matrix [I, 2 * O], whose columns are of the logical axis ``axis``.
 
-    As of one product, the gradients of x and of the weight are summed in at least float32.
+    In a type narrower than float32 they are two products: nothing is copied to part them, or to join their gradients,
+    which are summed in float32 as those of one product. A mesh that splits the columns gives its first devices one half
+    and its last the other. Here each gets its part of both: the matrix is exchanged, which spares exchanging what it
+    gives.
     """
-    first, second = jnp.split(weight[...], 2, axis=-1)
+    if shards_of(axis, weight.shape[1] // 2) > 1:
+        both = kept(jnp.einsum('...d,dhi->...hi', x, halves(weight[...].astype(x.dtype), axis)))
+        return both[..., 0, :], both[..., 1, :]
     if widened(x).dtype == x.dtype:
-        return kept(x @ first.astype(x.dtype)), kept(x @ second.astype(x.dtype))
-    u, z = _two_products(x, first, second)
-    return kept(u), kept(z)
+        first, second = jnp.split(project(x, weight), 2, axis=-1)
+    else:
+        first, second = map(kept, _two_products(x, *jnp.split(weight[...], 2, axis=-1)))
+    return first, second
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ with those of the group in their place. Free of JAX.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -153,6 +153,24 @@ def check(model) -> None:
     Raises:
       ConfigError: names the key.
     """
+    _check_parts(model, lambda part: part.describe().check(part.model))
+
+
+def check_split(model, shards: Mapping[str, int]) -> None:
+    """Refuses options of a pattern's parts that a mesh cannot share out.
+
+    Args:
+      model: ``config.model``; what is to be derived is.
+      shards: into how many parts the mesh splits each logical axis.
+
+    Raises:
+      ConfigError: names the key.
+    """
+    if any(parts > 1 for parts in shards.values()):
+        _check_parts(resolve(model), lambda part: part.describe().check_split(part.model, shards))
+
+
+def _check_parts(model, check_part: Callable[[Part], None]) -> None:
     for text in model.pattern:
         try:
             found = parts(model, text)
@@ -160,7 +178,7 @@ def check(model) -> None:
             raise ConfigError(f'model.pattern: {error}') from error
         for part in found.values():
             try:
-                part.describe().check(part.model)
+                check_part(part)
             except ConfigError as error:
                 raise ConfigError(
                     f'model.layers.{part.name}: {error}' if part.name != part.kind else str(error)

@@ -1,5 +1,6 @@
 """The mesh axes by name, what each shares out, and how large they are. Loads no JAX."""
 
+import difflib
 import math
 from collections.abc import Mapping
 
@@ -7,9 +8,13 @@ import ml_collections
 
 from mixcon_jax.errors import ConfigError
 
+# Outermost first. Neighbouring devices, those of one host, differ along the last axes, which exchange most.
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
-BATCH_AXES = ('data', 'fsdp')  # the mesh axes that share out the rows of a batch
+BATCH_AXES = ('data', 'fsdp', 'expert')  # the mesh axes that share out the rows of a batch
 SEQUENCE_AXIS = 'context'  # the mesh axis that shares out the tokens of a row
+ROWS = ' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)  # in words
+
+Rules = Mapping[str, tuple[str, ...]]
 
 # Logical axis -> mesh axes. A name that is absent stays whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
@@ -17,28 +22,80 @@ RULES: dict[str, tuple[str, ...]] = {
     'sequence': (SEQUENCE_AXIS,),
     'shards': (*BATCH_AXES, SEQUENCE_AXIS),
     'embed': ('fsdp',),
+    'vocab': ('tensor',),
     'mlp': ('tensor',),
     'heads': ('tensor',),
     'kv_heads': ('tensor',),
     'inner': ('tensor',),
-    'vocab': ('tensor',),
+    'gain': ('tensor',),
     'experts': ('expert',),
+    'norm': (),
+    'conv': (),
+    'dt_rank': (),
+    'state': (),
+}
+# What `mesh.rules` may say. Rows and tokens are shared out as they are loaded; what is split inside a layer must not be
+# along an axis that splits its tokens; experts are met by exchanging tokens between devices that hold different ones.
+_PARAMETERS_ONLY = ('embed', 'norm', 'conv', 'dt_rank', 'state')
+ALLOWED: dict[str, tuple[str, ...]] = {
+    name: AXES if name in _PARAMETERS_ONLY else BATCH_AXES if name == 'experts' else ('tensor',)
+    for name in RULES.keys() - {'batch', 'sequence', 'shards'}
 }
 
 
-def sizes(mesh: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
-    """The size of every axis of ``config.mesh`` over so many devices; ``data=-1`` takes what the others leave.
+def rules(mesh: ml_collections.ConfigDict) -> dict[str, tuple[str, ...]]:
+    """The table with the changes of ``mesh.rules``, each ``'logical=axis+axis'``, or ``'logical='`` for whole.
 
     Raises:
-      ConfigError: their product is not the number of devices.
+      ConfigError: an unknown name, with the closest known one; or axes that cannot share that out.
+    """
+    table = dict(RULES)
+    for text in mesh.get('rules', ()):
+        logical, separator, names = (part.strip() for part in text.partition('='))
+        where = f'mesh.rules: {text!r}'
+        if not separator:
+            raise ConfigError(f'{where} has no "="; write LOGICAL=AXIS+AXIS, or LOGICAL= for what no axis splits')
+        _known(where, 'logical axis', logical, tuple(RULES))
+        axes = tuple(name.strip() for name in names.split('+') if name.strip())
+        for axis in axes:
+            _known(where, 'mesh axis', axis, AXES)
+        if logical not in ALLOWED:
+            raise ConfigError(f'{where}: {logical} is shared out as it is loaded, over {", ".join(RULES[logical])}')
+        if wrong := [axis for axis in axes if axis not in ALLOWED[logical]]:
+            raise ConfigError(f'{where}: {wrong[0]} cannot split {logical}; choose from {", ".join(ALLOWED[logical])}')
+        if len(set(axes)) < len(axes):
+            raise ConfigError(f'{where} names an axis twice')
+        table[logical] = axes
+    if table['heads'] != table['kv_heads']:
+        raise ConfigError('mesh.rules: heads and kv_heads belong together; give both the same axes')
+    return table
+
+
+def _known(where: str, what: str, name: str, choices: tuple[str, ...]) -> None:
+    if name not in choices:
+        close = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f'{where} names an unknown {what} {name!r}; did you mean {close!r} (of {", ".join(choices)})?'
+        )
+
+
+def sizes(mesh: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
+    """The size of every axis of ``config.mesh`` over so many devices; the one of -1 takes what the others leave.
+
+    Raises:
+      ConfigError: their product is not the number of devices, or several are -1.
     """
     found = {axis: mesh[axis] for axis in AXES}
-    if found['data'] == -1:
-        found['data'] = max(1, devices // math.prod(found[axis] for axis in AXES[1:]))
+    open_axes = [axis for axis in AXES if found[axis] == -1]
+    if len(open_axes) > 1:
+        both = ' and '.join(f'mesh.{axis}' for axis in open_axes)
+        raise ConfigError(f'{both} are -1; one axis alone can take what the others leave: give the others a size')
+    for axis in open_axes:
+        found[axis] = max(1, devices // math.prod(size for size in found.values() if size != -1))
     taken = math.prod(found.values())
     if taken != devices:
         keys = ' * '.join(f'mesh.{axis} ({mesh[axis]})' for axis in AXES)
-        hint = ', which the others must divide' if mesh['data'] == -1 else ''
+        hint = ', which the others must divide' if open_axes else ''
         raise ConfigError(f'the mesh takes {taken} devices: {keys} must be the number of devices, {devices}{hint}')
     return found
 
@@ -46,3 +103,8 @@ def sizes(mesh: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
 def rows(sizes: Mapping[str, int] | ml_collections.ConfigDict) -> int:
     """Into how many parts a mesh of these sizes splits the rows of a batch."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)
+
+
+def shards(rules: Rules, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Into how many parts a mesh of these sizes splits each logical axis."""
+    return {name: math.prod(sizes[axis] for axis in axes) for name, axes in rules.items()}

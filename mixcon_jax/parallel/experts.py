@@ -34,42 +34,58 @@ def order(owner: Int[Array, 'n k'], num_experts: int) -> Order:
     return Order(pairs, jnp.argsort(pairs).reshape(owner.shape), group_sizes)
 
 
-@jax.custom_vjp
-def dispatch(x: Float[Array, 'n d'], order: Order) -> Float[Array, 'm d']:
-    """Each token's features at the rows of its pairs, [N * k, D]."""
-    return x[order.pairs // order.rows.shape[1]]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dispatch(x: Float[Array, 'n d'], order: Order, partial: bool = False) -> Float[Array, 'm d']:
+    """Each token's features at the rows of its pairs, [N * k, D].
+
+    Args:
+      x: one row a token.
+      order: where its pairs are.
+      partial: whether pairs may have no row, ``rows`` then being M or more, and rows no pair, ``pairs`` being N * k:
+        such a row is 0.
+    """
+    return _take(x, order.pairs // order.rows.shape[1], partial)
 
 
-def _dispatch_forward(x: Array, order: Order) -> tuple[Array, Order]:
-    return dispatch(x, order), order
+def _dispatch_forward(x: Array, order: Order, partial: bool) -> tuple[Array, Order]:
+    return dispatch(x, order, partial), order
 
 
-def _dispatch_backward(order: Order, d_rows: Array) -> tuple[Array, None]:
-    return _sum([_wide(d_rows[rows]) for rows in order.rows.T]).astype(d_rows.dtype), None
+def _dispatch_backward(partial: bool, order: Order, d_rows: Array) -> tuple[Array, None]:
+    return _sum([_wide(_take(d_rows, rows, partial)) for rows in order.rows.T]).astype(d_rows.dtype), None
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-@jax.custom_vjp
-def combine(rows: Float[Array, 'm d'], weights: Float[Array, 'n k'], order: Order) -> Float[Array, 'n d']:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def combine(
+    rows: Float[Array, 'm d'], weights: Float[Array, 'n k'], order: Order, partial: bool = False
+) -> Float[Array, 'n d']:
     """Each token's rows, weighted and added in the order of its choices in at least float32, [N, D] in rows' dtype."""
-    terms = [_wide(rows[of_choice]) * weight[:, None] for of_choice, weight in zip(order.rows.T, weights.T)]
+    by_choice = zip(order.rows.T, weights.T)
+    terms = [_wide(_take(rows, of_choice, partial)) * weight[:, None] for of_choice, weight in by_choice]
     return _sum(terms).astype(rows.dtype)
 
 
-def _combine_forward(rows: Array, weights: Array, order: Order) -> tuple[Array, Any]:
-    return combine(rows, weights, order), (rows, weights, order)
+def _combine_forward(rows: Array, weights: Array, order: Order, partial: bool) -> tuple[Array, Any]:
+    return combine(rows, weights, order, partial), (rows, weights, order)
 
 
-def _combine_backward(kept: tuple[Array, Array, Order], dy: Array) -> tuple[Array, Array, None]:
+def _combine_backward(partial: bool, kept: tuple[Array, Array, Order], dy: Array) -> tuple[Array, Array, None]:
     rows, weights, order = kept
-    d_rows = _wide(dy[order.pairs // weights.shape[1]]) * weights.reshape(-1)[order.pairs, None]
-    d_weights = [jnp.sum(_wide(rows[of_choice]) * _wide(dy), axis=-1) for of_choice in order.rows.T]
+    weight_of_row = _take(weights.reshape(-1), order.pairs, partial)
+    d_rows = _wide(_take(dy, order.pairs // weights.shape[1], partial)) * weight_of_row[:, None]
+    d_weights = [jnp.sum(_wide(_take(rows, of_choice, partial)) * _wide(dy), axis=-1) for of_choice in order.rows.T]
     return d_rows.astype(rows.dtype), jnp.stack(d_weights, axis=1).astype(weights.dtype), None
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _take(x: Array, index: Array, partial: bool) -> Array:
+    """Rows by their index; one that x does not have is 0."""
+    return x.at[index].get(mode='fill', fill_value=0) if partial else x[index]
 
 
 def _wide(x: Array) -> Array:

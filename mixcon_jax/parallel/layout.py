@@ -1,8 +1,9 @@
 """Where parameters, optimizer state and batches lie on the device mesh.
 
-Five axes: ``data`` splits the batch and replicates parameters, ``fsdp`` splits both, ``expert`` splits experts,
+Five axes: ``data`` splits the batch and replicates parameters, ``fsdp`` splits both, ``expert`` the batch and experts,
 ``context`` the sequence, ``tensor`` heads and widths. Every parameter names its dimensions (``logical_axes``); one
-table (``axes.RULES``) maps those names to mesh axes, and XLA inserts the communication.
+table (``axes.RULES``, with the changes of ``mesh.rules``) maps those names to mesh axes, and XLA inserts the
+communication.
 """
 
 import math
@@ -13,21 +14,23 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from mixcon_jax.parallel.axes import BATCH_AXES, RULES
+from mixcon_jax.parallel.axes import BATCH_AXES, Rules
+from mixcon_jax.parallel.rules import current
 from mixcon_jax.trees import Tree, map_named, named_leaves
 
 
 def partition_spec(
-    logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+    logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules | None = None
 ) -> PartitionSpec:
     """The spec of one array; a dimension that its mesh axes do not divide stays replicated.
 
-    A mesh axis splits one dimension at most: the first that asks for it.
+    A mesh axis splits one dimension at most: the first that asks for it. ``rules`` are the step's if left out.
     """
+    rules = current() if rules is None else rules
     spec: list[tuple[str, ...] | None] = []
     used: set[str] = set()
     for name, size in zip(logical_axes, shape, strict=True):
-        axes = tuple(axis for axis in RULES.get(name or '', ()) if mesh.shape[axis] > 1 and axis not in used)
+        axes = tuple(axis for axis in rules.get(name or '', ()) if mesh.shape[axis] > 1 and axis not in used)
         splits = bool(axes) and size % math.prod(mesh.shape[axis] for axis in axes) == 0
         spec.append(axes if splits else None)
         used.update(axes if splits else ())
@@ -44,9 +47,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def param_shardings(params: Tree, logical_axes: Mapping[str, Sequence[str | None]], mesh: Mesh) -> Tree:
+def param_shardings(
+    params: Tree, logical_axes: Mapping[str, Sequence[str | None]], mesh: Mesh, rules: Rules | None = None
+) -> Tree:
     """A sharding for every parameter, given (abstract) parameters and their axis names."""
-    return map_named(lambda name, x: NamedSharding(mesh, partition_spec(logical_axes[name], x.shape, mesh)), params)
+    spec = lambda name, shape: partition_spec(logical_axes[name], shape, mesh, rules)
+    return map_named(lambda name, x: NamedSharding(mesh, spec(name, x.shape)), params)
 
 
 def opt_state_shardings(opt_state: Tree, params: Tree, shardings: Tree, mesh: Mesh) -> Tree:
@@ -70,10 +76,18 @@ def opt_state_shardings(opt_state: Tree, params: Tree, shardings: Tree, mesh: Me
 def constrain(x: Array, *logical_axes: str | None) -> Array:
     """Asks XLA to lay ``x`` out by the logical names of its dimensions, rows being ``'batch'``.
 
-    Only inside a step (``jax.sharding.use_abstract_mesh``) of more than one device; elsewhere ``x`` comes back as is.
+    Only inside a step (``rules.on_mesh``) of more than one device; elsewhere ``x`` comes back as is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     spec = partition_spec(logical_axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def stream(x: Array) -> Array:
+    """The residual stream `[B, T, D]` as every device has it, its gradient likewise: its own tokens, whole.
+
+    Parameters of one dimension are shared out over it, by which XLA would otherwise split features.
+    """
+    return constrain(x, 'batch', 'sequence', None)

@@ -1,6 +1,6 @@
 """Computations that each device does for its own part of the arrays: what XLA by itself would gather first.
 
-Inside a step on a mesh (step.py enters it by ``jax.sharding.use_abstract_mesh``) the dimensions of a call are shared
+Inside a step on a mesh (step.py enters it by ``rules.on_mesh``) the dimensions of a call are shared
 out by the mesh axes of their logical names. Without a mesh, or where an axis does not divide the call, as when one
 token is decoded, it runs whole. Results are the same.
 """
@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from kernels_pallas.call import Call, bind
-from mixcon_jax.parallel.axes import RULES, SEQUENCE_AXIS
+from mixcon_jax.parallel.axes import SEQUENCE_AXIS
+from mixcon_jax.parallel.rules import current
 
 Partition = dict[str, tuple[str, ...]]  # the mesh axes over which each dimension is split
 
@@ -44,21 +45,22 @@ def split(call: Call) -> Callable[..., Any]:
 
 
 def by_parts(
-    function: Callable[..., Array],
+    function: Callable[..., Any],
     arrays: Mapping[str, Array],
     dims: Mapping[str, str],
-    result: str,
+    result: str | tuple[str, ...],
     axes: Mapping[str, str],
-) -> Array:
+) -> Any:
     """Runs ``function(**arrays)``, which needs nothing of another part, on each device's own part.
 
     For computations that XLA cannot split by itself, such as a sort. The gradients of an array that is whole on every
     device are summed over the devices.
 
     Args:
-      function: takes arrays by name and returns one.
+      function: takes arrays by name and returns one, or several. Where it does need something of other parts, it
+        exchanges it itself, over the mesh axes of that dimension (``axes_of``).
       dims: the dimensions of each array: ``{'x': 'b t d'}``.
-      result: those of what it returns.
+      result: those of what it returns, of several a tuple.
       axes: the logical axis of each dimension that may be shared out: ``{'b': 'batch'}``.
     """
     named = {name: tuple(text.split()) for name, text in dims.items()}
@@ -68,10 +70,15 @@ def by_parts(
     return _mapped(function, arrays, named, {}, result, partition)
 
 
+def axes_of(logical: str) -> tuple[str, ...]:
+    """The mesh axes that split a dimension of this logical axis."""
+    return current()[logical]
+
+
 def shards_of(logical: str, size: int) -> int:
     """Into how many parts the mesh of this step splits a dimension of this size: 1 where it does not divide it."""
     mesh = jax.sharding.get_abstract_mesh()
-    count = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[logical])
+    count = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in current()[logical])
     return count if size % count == 0 else 1
 
 
@@ -81,7 +88,8 @@ def _partition(axes: Mapping[str, str], dims: Mapping[str, tuple[str, ...]], arr
     for name, value in arrays.items():
         for dim, size in zip(_spread(dims[name], value.ndim), value.shape):
             sizes.setdefault(dim, size)
-    asked = {dim: RULES[logical] for dim, logical in axes.items() if dim in sizes}
+    rules = current()
+    asked = {dim: rules[logical] for dim, logical in axes.items() if dim in sizes}
     split = {dim for dim in asked if shards_of(axes[dim], sizes[dim]) > 1}
     whole = {axis for dim in asked.keys() - split for axis in asked[dim]}
     return {dim: asked[dim] for dim in asked if dim in split and not whole & set(asked[dim])}

@@ -4,7 +4,7 @@ import re
 
 from mixcon_jax.planning.hlo import array_bytes, kernels
 
-COLLECTIVES = ('collective-permute', 'all-gather', 'reduce-scatter', 'all-reduce')
+COLLECTIVES = ('collective-permute', 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'ragged-all-to-all')
 
 
 def collectives(module: str) -> dict[str, tuple[int, int]]:
@@ -13,7 +13,9 @@ def collectives(module: str) -> dict[str, tuple[int, int]]:
     for kernel in kernels(module):
         kind = re.sub('-start$', '', kernel.kind)
         if kind in found:
-            size = max(array_bytes(kernel.shape), sum(map(array_bytes, kernel.operands)))
+            size = sum(map(array_bytes, kernel.operands))
+            if kind != 'all-to-all':  # gives as much as it takes, and what starts one is both
+                size = max(array_bytes(kernel.shape), size)
             number, total = found[kind]
             found[kind] = number + kernel.count, total + kernel.count * size
     return found

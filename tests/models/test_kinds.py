@@ -138,7 +138,7 @@ def test_a_mixer_of_ones_own_is_in_the_shared_suite_at_a_size_that_its_checks_al
     'old, new, message',
     [
         ('/ WIDTH', '/ FLOOR', r"(Mine|Base) needs 'FLOOR', but is read without its file"),
-        ('@staticmethod', '@classmethod', r'line 22: check\(model\) of a layer must be a @staticmethod'),
+        ('@staticmethod', '@classmethod', r'line 22: check\(\) of a layer must be a @staticmethod'),
         ('class Mine(Base)', 'class Mine(nnx.Module)', r'the base class nnx.Module of a layer cannot be followed'),
         ('class Base(Layer)', 'class Base', r'does not derive from mixcon_jax\.models\.layer\.Layer'),
         ('class Mine', 'class Other', r'defines no class Mine'),

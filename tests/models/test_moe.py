@@ -69,6 +69,21 @@ def test_outputs_losses_and_statistics_equal_a_loop_over_tokens(implementation, 
     assert aux['stats']['moe_dropped'] == 0
 
 
+@pytest.mark.parametrize('implementation', ['dense', 'grouped'])
+def test_shared_experts_are_added_with_weight_one(implementation):
+    """Each of their widths is an expert of its own, that every token passes."""
+    layer = build(implementation=implementation, group_block=4, shared_experts=2)
+    x, context = jax.random.normal(jax.random.key(3), (1, 15, DIM)), packed_context([4, 7], 15)
+    width = layer.w_gate.shape[2]
+    gate, up, down = (np.asarray(w[...], np.float64) for w in (layer.shared_gate, layer.shared_up, layer.shared_down))
+    assert gate.shape == up.shape == down.T.shape == (DIM, 2 * width)
+    token, expected = np.asarray(x[0], np.float64), loop(layer, x, context)[0]
+    for part in (slice(0, width), slice(width, None)):
+        hidden = token @ gate[:, part]
+        expected[0] += (hidden / (1 + np.exp(-hidden)) * (token @ up[:, part])) @ down[part]
+    np.testing.assert_allclose(layer(x, context, None)[0][:, :11], expected[:, :11], rtol=1e-4, atol=1e-5)
+
+
 def test_balance_loss_is_one_when_balanced_and_number_of_experts_when_collapsed():
     layer = build(num_experts=4, top_k=1)
     context = Context.whole(1, 8)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.mlp import swiglu
-from mixcon_jax.models.layers import Parameters, RMSNorm, gated, projected_halves, rms_norm, scaled
+from mixcon_jax.models.layers import Parameters, RMSNorm, gated, project_halves, rms_norm, scaled
 from mixcon_jax.models.mixers.conba import full_gate
 from tests.models.cases import CASES, DIM, layer
 
@@ -124,7 +124,7 @@ def test_halves_of_a_projection_are_what_one_product_gives():
     gradients = [normal(seed, 2, 300, 32) for seed in (2, 3)]
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)):
         narrow = [jnp.asarray(value, dtype) for value in (x, weight, *gradients)]
-        halves = lambda x, w: projected_halves(x, nnx.Param(w))
+        halves = lambda x, w: project_halves(x, nnx.Param(w), 'inner')
         (u, z), vjp = jax.vjp(halves, narrow[0], narrow[1].astype(jnp.float32))
         dx, dweight = vjp((narrow[2], narrow[3]))
         wide = [np.asarray(value, np.float64) for value in narrow]

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
@@ -38,6 +39,10 @@ class MLP(Layer):
         }
     }
     PUBLISHED = {'jamba': Published('feed_forward', WEIGHTS), 'llama': Published('mlp', WEIGHTS)}
+
+    @staticmethod
+    def check_split(model, shards) -> None:
+        divides('mesh.tensor', shards['mlp'], 'model.mlp.hidden_dim', model.mlp.hidden_dim)
 
     @classmethod
     def flops(cls, model, seq_len: int) -> float:

@@ -1,4 +1,4 @@
-"""Mixture of SwiGLU experts: softmax router, top-k, dropless."""
+"""Mixture of SwiGLU experts: softmax router, top-k, dropless unless room for exchanged tokens is limited."""
 
 import functools
 from collections.abc import Mapping
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
-from mixcon_jax.checks import at_most
+from mixcon_jax.checks import at_most, divides
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.ffns.mlp import swiglu
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
     Aux,
@@ -23,15 +24,18 @@ from mixcon_jax.models.layers import (
     masked_mean,
     normal,
     output_std,
+    project,
     widened,
 )
 from mixcon_jax.models.published import Published, linear
 from mixcon_jax.models.published import experts as stacked
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of
-from mixcon_jax.parallel import experts
-from mixcon_jax.parallel.split import by_parts
+from mixcon_jax.parallel import expert_parallel, experts
+from mixcon_jax.parallel.layout import constrain
+from mixcon_jax.parallel.split import axes_of, by_parts, shards_of
 
 TITLE = 'experts: share of tokens'  # of the statistics' table
+METHODS = ('padded', 'ragged')  # those of parallel.expert_parallel
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
 TOKENS = {'b': 'batch', 't': 'sequence'}  # what devices share out: no token needs another's experts
 DIMS = {
@@ -45,8 +49,9 @@ WEIGHTS = {'experts.gate_up_proj': stacked('w_gate', 'w_up'), 'experts.down_proj
 class MoE(Layer):
     """y = sum over the k chosen experts of p_e E_e(x) (Shazeer et al., 2017; Fedus et al., 2021, for the losses).
 
-    The weights are the router's probabilities, not renormalised unless asked. No token is dropped. With
-    ``balance='bias'`` a bias that no gradient trains is added to the scores for the choice alone (Wang et al., 2024).
+    The weights are the router's probabilities, not renormalised unless asked. With ``balance='bias'`` a bias that no
+    gradient trains is added to the scores for the choice alone (Wang et al., 2024). No token is dropped, but where
+    devices share the experts and ``capacity`` limits what they send one another.
     """
 
     OPTIONS = {
@@ -58,6 +63,9 @@ class MoE(Layer):
                 "Width of one expert; 0 means the mlp's width / top_k.",
                 COUNT,
                 derive=lambda model: max(1, model.mlp.hidden_dim // model.moe.top_k),
+            ),
+            'shared_experts': Option(
+                0, 'Experts that every token passes besides, added with weight 1: one MLP of that many widths.', COUNT
             ),
             'renormalize': Option(False, 'Scale the chosen weights to sum to one, as Mixtral does.'),
             'balance': Option(
@@ -72,6 +80,18 @@ class MoE(Layer):
                 '',
                 'Expert products: "" picks; dense runs every expert, grouped sorts tokens.',
                 one_of('', 'dense', 'grouped'),
+            ),
+            'exchange': Option(
+                '',
+                'How tokens reach experts on other devices (mesh.expert): in parts of one size, "padded", or as many as'
+                ' there are, "ragged", which no GPU has run yet and CPUs cannot; "" is padded.',
+                one_of('', *METHODS),
+            ),
+            'capacity': Option(
+                0.0,
+                'Room for exchanged tokens as a multiple of what an even load takes; beyond it they are dropped. 0 is'
+                ' room for all.',
+                at_least(0.0),
             ),
             'group_block': Option(0, 'Rows a block of the portable grouped product; 0 picks for the platform.', COUNT),
         }
@@ -91,6 +111,11 @@ class MoE(Layer):
         at_most(
             'model.moe.top_k', model.moe.top_k, 'model.moe.num_experts', model.moe.num_experts, 'choose at most all'
         )
+
+    @staticmethod
+    def check_split(model, shards) -> None:
+        divides('mesh.expert', shards['experts'], 'model.moe.num_experts', model.moe.num_experts)
+        divides('mesh.tensor', shards['mlp'], 'model.moe.hidden_dim', model.moe.hidden_dim)
 
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
@@ -114,6 +139,13 @@ class MoE(Layer):
             ('experts', 'mlp', 'embed'),
             normal(output_std(config.init_std, num_layers)),
         )
+        if options.shared_experts:
+            wide = options.shared_experts * width
+            self.shared_gate = params('shared_gate', (dim, wide), ('embed', 'mlp'), init)
+            self.shared_up = params('shared_up', (dim, wide), ('embed', 'mlp'), init)
+            self.shared_down = params(
+                'shared_down', (wide, dim), ('mlp', 'embed'), normal(output_std(config.init_std, num_layers))
+            )
         if options.balance == 'bias':
             self.router_bias = Buffer(jnp.zeros((count,)), logical_axes=('experts',))
 
@@ -122,7 +154,8 @@ class MoE(Layer):
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
         options = self.options
         # Full precision also where float32 products are rounded by default: near ties decide which expert runs.
-        logits = kept(jnp.matmul(widened(x), self.router[...], precision=jax.lax.Precision.HIGHEST))
+        router = constrain(self.router[...], None, None)
+        logits = kept(jnp.matmul(widened(x), router, precision=jax.lax.Precision.HIGHEST))
         probabilities = jax.nn.softmax(logits, axis=-1)
         scores = probabilities + self.router_bias[...] if options.balance == 'bias' else probabilities
         # XLA would gather the scores of all devices for this, too.
@@ -139,11 +172,14 @@ class MoE(Layer):
         dense = options.implementation == 'dense' or (not options.implementation and tokens <= DENSE_TOKENS)
         matrices = {name: getattr(self, name).astype(x.dtype) for name in ('w_gate', 'w_up', 'w_down')}
         if dense:
-            y = self._dense(x, chosen, weights, **matrices)
+            y, taken = self._dense(x, chosen, weights, **matrices), None
         else:
             arrays = {'x': x, 'chosen': chosen, 'weights': weights, 'mask': context.mask} | matrices
-            y = by_parts(self._grouped, arrays, DIMS, 'b t d', TOKENS)
-        return y, state, self._aux(logits, probabilities, chosen, context)
+            y, taken = self._on_devices(arrays)
+        if options.shared_experts:
+            gate, up = project(x, self.shared_gate), project(x, self.shared_up)
+            y = y + swiglu(gate, up, self.shared_down[...].astype(x.dtype))
+        return y, state, self._aux(logits, probabilities, chosen, context, taken)
 
     def _dense(
         self,
@@ -160,6 +196,18 @@ class MoE(Layer):
         gate, up = (kept(jnp.einsum('btd,edf->btef', x, weight)) for weight in (w_gate, w_up))
         return jnp.einsum('btef,bte,efd->btd', gated(gate, up), mix, w_down)
 
+    def _on_devices(self, arrays: Mapping[str, Array]) -> tuple[Float[Array, 'b t d'], Bool[Array, 'b t k'] | None]:
+        """Runs the experts that tokens chose, each device those that it has, and tells which choices were taken."""
+        count, _, width = arrays['w_gate'].shape
+        axes: dict[str, str] = dict(TOKENS)
+        summed: tuple[str, ...] = ()
+        if shards_of('mlp', width) > 1:  # devices along these axes have a part of every expert's width
+            axes['f'], summed = 'mlp', axes_of('mlp')
+        if shards_of('experts', count) > 1 and shards_of('batch', len(arrays['x'])) > 1:
+            run = functools.partial(self._exchanged, summed=summed)
+            return by_parts(run, arrays, DIMS, ('b t d', 'b t k'), axes | {'e': 'experts'})
+        return by_parts(functools.partial(self._grouped, summed=summed), arrays, DIMS, 'b t d', axes), None
+
     def _grouped(
         self,
         x: Float[Array, 'b t d'],
@@ -169,18 +217,57 @@ class MoE(Layer):
         w_gate: Float[Array, 'e d f'],
         w_up: Float[Array, 'e d f'],
         w_down: Float[Array, 'e f d'],
+        summed: tuple[str, ...] = (),
     ) -> Float[Array, 'b t d']:
         """Sorts (token, choice) pairs by expert and multiplies each group by its expert; padding sorts last."""
         batch, length, dim = x.shape
         owner = jnp.where(mask[..., None], chosen, self.options.num_experts)
         order = experts.order(owner.reshape(batch * length, -1), self.options.num_experts)
-        block = self.options.group_block or None
-        product = functools.partial(grouped_matmul, group_sizes=order.group_sizes, block=block)
-        rows = experts.dispatch(x.reshape(-1, dim), order)
+        rows = self._products(experts.dispatch(x.reshape(-1, dim), order), order.group_sizes, w_gate, w_up, w_down)
+        y = experts.combine(rows, weights.reshape(batch * length, -1), order).reshape(x.shape)
+        return jax.lax.psum(y, summed) if summed else y
+
+    def _exchanged(
+        self,
+        x: Float[Array, 'b t d'],
+        chosen: Int[Array, 'b t k'],
+        weights: Float[Array, 'b t k'],
+        mask: Bool[Array, 'b t'],
+        w_gate: Float[Array, 'e d f'],
+        w_up: Float[Array, 'e d f'],
+        w_down: Float[Array, 'e f d'],
+        summed: tuple[str, ...],
+    ) -> tuple[Float[Array, 'b t d'], Bool[Array, 'b t k']]:
+        """``_grouped`` where this device has its own tokens, and experts of its own."""
+        options = self.options
+        owner = jnp.where(mask[..., None], chosen, options.num_experts)
+        y, taken = expert_parallel.run(
+            x.reshape(-1, x.shape[-1]),
+            owner.reshape(-1, owner.shape[-1]),
+            weights.reshape(-1, owner.shape[-1]),
+            lambda rows, sizes: self._products(rows, sizes, w_gate, w_up, w_down),
+            axes=axes_of('experts'),
+            num_experts=options.num_experts,
+            capacity=options.capacity,
+            method=options.exchange or 'padded',
+            keep=kept,
+        )
+        y = jax.lax.psum(y, summed) if summed else y
+        return y.reshape(x.shape), taken.reshape(chosen.shape)
+
+    def _products(
+        self,
+        rows: Float[Array, 'm d'],
+        group_sizes: Int[Array, ' e'],
+        w_gate: Float[Array, 'e d f'],
+        w_up: Float[Array, 'e d f'],
+        w_down: Float[Array, 'e f d'],
+    ) -> Float[Array, 'm d']:
+        """Each group of rows through its expert."""
+        product = functools.partial(grouped_matmul, group_sizes=group_sizes, block=self.options.group_block or None)
         # One product for both: XLA writes them side by side as it converts them.
         gate, up = jnp.split(kept(product(rows, jnp.concatenate([w_gate, w_up], axis=-1))), 2, axis=-1)
-        rows = kept(product(gated(gate, up), w_down))
-        return experts.combine(rows, weights.reshape(batch * length, -1), order).reshape(x.shape)
+        return kept(product(gated(gate, up), w_down))
 
     def _aux(
         self,
@@ -188,6 +275,7 @@ class MoE(Layer):
         probabilities: Float[Array, 'b t e'],
         chosen: Int[Array, 'b t k'],
         context: Context,
+        taken: Bool[Array, 'b t k'] | None = None,
     ) -> Aux:
         """Losses and statistics over the real tokens.
 
@@ -201,11 +289,12 @@ class MoE(Layer):
         pairs = count * self.options.top_k
         load = routed / pairs
         mean = jnp.sum(jnp.where(mask, probabilities, 0), axis=(0, 1)) / count
+        left_out = 0 if taken is None else jnp.sum(mask & ~taken, dtype=jnp.int32)
         entropy = -jnp.sum(probabilities * jnp.log(jnp.maximum(probabilities, 1e-30)), axis=-1)
         stats = {
             'moe_load': load,
             'moe_entropy': masked_mean(entropy, context),
-            'moe_dropped': 1 - routed.sum() / pairs,  # share of the pairs that no expert took
+            'moe_dropped': left_out / pairs,  # share of the pairs that no expert took
         }
         options = self.options
         balance = num_experts * jnp.sum(jax.lax.stop_gradient(load) * mean)

@@ -49,6 +49,11 @@ class Attention(Layer):
         if options.rope and head_dim % 2:
             raise ConfigError(f'model.attention.head_dim={head_dim} must be even when model.attention.rope is on')
 
+    @staticmethod
+    def check_split(model, shards) -> None:
+        for name in ('num_heads', 'num_kv_heads'):
+            divides('mesh.tensor', shards['heads'], f'model.attention.{name}', model.attention[name])
+
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
         """Scores and their sum of values, over ``seq_len / 2`` keys in the mean."""

@@ -96,6 +96,12 @@ class Conba(SelectiveSSM):
                 f'model.conba.feedback_iters={options.feedback_iters} feeds back a gain; choose a model.conba.control'
             )
 
+    @staticmethod
+    def check_split(model, shards) -> None:
+        if model.conba.control != 'none':
+            heads = model.ssm.expand * model.dim // model.conba.head_dim
+            divides('mesh.tensor', shards['heads'], 'the inner width / model.conba.head_dim', heads)
+
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
         """The scans' updates of their states, the gain's products, and maps of the state."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.selective_scan import PADDED_DT
-from mixcon_jax.checks import at_most
+from mixcon_jax.checks import at_most, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
@@ -20,7 +20,7 @@ from mixcon_jax.models.layers import (
     ones,
     output_std,
     project,
-    projected_halves,
+    project_halves,
     uniform,
 )
 from mixcon_jax.models.published import Published, depthwise, linear, same
@@ -101,6 +101,10 @@ class SelectiveSSM(Layer):
     def check(model) -> None:
         at_most('model.ssm.dt_min', model.ssm.dt_min, 'model.ssm.dt_max', model.ssm.dt_max)
 
+    @staticmethod
+    def check_split(model, shards) -> None:
+        divides('mesh.tensor', shards['inner'], 'model.ssm.expand * model.dim', model.ssm.expand * model.dim)
+
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
         """The scan's updates of its states."""
@@ -151,7 +155,7 @@ class SelectiveSSM(Layer):
         nobody asks for it: what follows padding begins a document, whose state is its own.
         """
         fresh = conv_state is None
-        u, z = projected_halves(x, self.in_proj) if fresh else jnp.split(project(x, self.in_proj), 2, axis=-1)
+        u, z = project_halves(x, self.in_proj, 'inner')
         u, conv_state = self.conv(u, context, conv_state, activation='silu')
         dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         if self.norms:

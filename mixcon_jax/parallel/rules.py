@@ -1,0 +1,28 @@
+"""The table of logical axes that a step goes by: that of ``axes.RULES``, or with an experiment's changes.
+
+It is part of what JAX traces by, as the mesh is: a function that was traced under another table is traced anew.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from mixcon_jax.parallel.axes import RULES, Rules
+
+_table = jax.make_user_context(default_value=None)
+
+
+def current() -> Rules:
+    """The table of the step that is being traced; elsewhere that of ``axes.RULES``."""
+    items = _table.value
+    return RULES if items is None else dict(items)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
+    """What is traced inside is shared out over this mesh by these rules."""
+    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    with _table(tuple(rules.items())), jax.sharding.use_abstract_mesh(abstract):
+        yield

@@ -206,9 +206,9 @@ OPTIONS: dict[str, Any] = {
         'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.', path='a workdir'),
         'deterministic': Option(True, 'On GPUs, steps that give the same bits every time, which cost 14 to 23 % of the speed where it was measured; CPUs always do.'),
         'xla_flags': Option(
-            (), 'Flags of XLA\'s for the train step; those worth a try: docs/training.md.',
+            (), 'Flags of XLA\'s for the train step, "/" between on the command line; the page "Flags of XLA" has those worth a try.',
             Check(lambda value: all(v.startswith('xla_') and '=' in v for v in value), 'NAME=VALUE each, such as xla_gpu_autotune_level=0'),
-            element=str, between=r',\s*(?=xla_)',
+            element=str, between=r'[,/\s]+(?=xla_)',
         ),
         'seed_noise': Option(0, 'Added to the seed of Conba\'s noise.', COUNT),
     },

@@ -41,6 +41,8 @@ def another(key: str, option: Option):
         return next(choice for choice in choices if choice != value and choice)
     if key == 'data.sources':
         return 'stdlib', 'stdlib'  # only before a source does a comma end one
+    if key == 'train.xla_flags':
+        return ('xla_gpu_autotune_level=0',)
     if isinstance(value, tuple):
         return {int: (2, 3), float: (0.5, 0.25), str: ('conba', 'mamba')}[option.element]
     if isinstance(value, str):
@@ -64,6 +66,15 @@ def test_every_option_can_be_overridden_on_the_command_line(experiment, key, opt
 def test_every_default_passes_its_own_check_and_has_a_meaning(key, option):
     check_leaf(key, option.default, option)
     assert option.meaning.endswith(('.', ')', '"')), option.meaning
+
+
+@pytest.mark.parametrize('text, elements', [
+    ('xla_a=1', ('xla_a=1',)),
+    ('xla_a=1/xla_b=x', ('xla_a=1', 'xla_b=x')),
+    ("'xla_a=X,Y/xla_b=Z'", ('xla_a=X,Y', 'xla_b=Z')),
+])  # fmt: skip
+def test_flags_of_xla_have_slashes_between_and_may_hold_commas(experiment, text, elements):
+    assert configs.load(experiment, [f'train.xla_flags={text}']).train.xla_flags == elements
 
 
 @pytest.mark.parametrize('text, elements', [

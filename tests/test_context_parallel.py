@@ -52,6 +52,7 @@ def test_a_step_on_shared_sequences_equals_one_device():
         np.testing.assert_allclose(got[name], want[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow  # every layer by itself is not
 def test_what_a_step_exchanges_does_not_grow_with_the_sequence():
     """Convolution, scan, experts and loss; only attention reads all tokens. Sums are of gradients and metrics."""
     options = OPTIONS | {'model__pattern': ('mamba+moe',), 'train__accum_steps': 1, 'model__dtype': 'bfloat16'}

@@ -20,9 +20,10 @@ AT_LAUNCH = 65536 // (3 * 128) // 8 * 8  # registers a thread, of three warpgrou
 # KiB of shared memory; bytes of spills' stores and loads: addresses that a loop keeps, read again in each turn
 CEILINGS = {('dq', 64): (66, 0), ('dkv', 64): (67, 0), ('dq', 128): (130, 0), ('dkv', 128): (131, 96)}
 PRODUCTS = {'dq': 3, 'dkv': 4}  # of a tile
+FORMS = [(64, True), (128, True), pytest.param((128, False), marks=pytest.mark.slow)]  # width, packed
 
 
-@pytest.fixture(scope='module', params=[(64, True), (128, True), (128, False)], ids=str)
+@pytest.fixture(scope='module', params=FORMS, ids=str)
 def compiled(request, tmp_path_factory):
     width, packed = request.param
     folder = tmp_path_factory.mktemp('dumps')

@@ -33,7 +33,10 @@ CEILINGS = {
 BARRIERS = {'forward': 4, 'backward': 5, 'carry': 3, 'cocarry': 3}
 
 
-@pytest.fixture(scope='module', params=CEILINGS)
+WIDTHS = [pytest.param(width, marks=[] if width == 32 else pytest.mark.slow) for width in CEILINGS]
+
+
+@pytest.fixture(scope='module', params=WIDTHS)
 def compiled(request, tmp_path_factory):
     """The width of a head, and its four kernels."""
     folder = tmp_path_factory.mktemp('dumps')
@@ -88,7 +91,7 @@ def test_moves_little_more_than_it_must(capsys, batch, ratios):
         assert float(capsys.readouterr().out.split()[-2]) <= ratio
 
 
-@pytest.mark.parametrize('data, shards', [(4, 1), (2, 2)])
+@pytest.mark.parametrize('data, shards', [pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_in_a_layer_every_device_computes_its_own_rows_and_tokens(monkeypatch, data, shards):
     monkeypatch.setenv(cards.TRUST, '1')
     monkeypatch.setitem(presets.CONBA_PRESETS, 'conba', presets.CONBA_PRESETS['conba'] | {'control': 'diag'})

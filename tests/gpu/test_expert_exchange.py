@@ -51,7 +51,7 @@ def compiled(experts, **options):
         return lowered.compile().as_text()
 
 
-@pytest.mark.parametrize('experts', [16, 64])
+@pytest.mark.parametrize('experts', [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_padded_parts_are_little_more_than_what_must_travel(experts):
     found = collectives(compiled(experts, capacity=1.25))
     number, size = found['all-to-all']

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from mixcon_jax import config as configs
+from mixcon_jax.errors import ConfigError
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.moe import MoE
 from mixcon_jax.models.layers import Parameters
@@ -119,3 +120,12 @@ def test_ties_are_broken_alike_on_every_mesh():
         params['router'][...] = jnp.broadcast_to(params['router'][...][:, :1], params['router'].shape)
         stats = compiled(mesh, **EIGHT)(params)[0][1][1]['stats']
         np.testing.assert_allclose(stats['moe_load'], [0.5, 0.5, 0, 0, 0, 0, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'mesh, changes, where',
+    [((('expert', 8),), (), 'cpu'), ((('fsdp', 2), ('expert', 4)), ('experts=fsdp+expert',), 'over fsdp and expert')],
+)
+def test_a_ragged_exchange_is_refused_where_it_cannot_be(mesh, changes, where):
+    with pytest.raises(ConfigError, match=f"model.moe.exchange='ragged' is for GPUs.* {where}; choose 'padded'"):
+        found('random', mesh, changes, **EIGHT | {'moe.exchange': 'ragged'})

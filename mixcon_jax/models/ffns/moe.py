@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas import platform
 from kernels_pallas.grouped_matmul import grouped_matmul
-from mixcon_jax.checks import at_most, divides
+from mixcon_jax.checks import ConfigError, at_most, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.mlp import swiglu
 from mixcon_jax.models.layer import Layer
@@ -239,14 +240,20 @@ class MoE(Layer):
         summed: tuple[str, ...],
     ) -> tuple[Float[Array, 'b t d'], Bool[Array, 'b t k']]:
         """``_grouped`` where this device has its own tokens, and experts of its own."""
-        options = self.options
+        options, across = self.options, axes_of('experts')
+        if options.exchange == 'ragged' and (platform.platform() != 'gpu' or len(across) > 1):
+            where = f'experts split over {" and ".join(across)}' if len(across) > 1 else platform.platform()
+            raise ConfigError(
+                f"model.moe.exchange='ragged' is for GPUs, and for experts split over one mesh axis, not for {where};"
+                " choose 'padded'"
+            )
         owner = jnp.where(mask[..., None], chosen, options.num_experts)
         y, taken = expert_parallel.run(
             x.reshape(-1, x.shape[-1]),
             owner.reshape(-1, owner.shape[-1]),
             weights.reshape(-1, owner.shape[-1]),
             lambda rows, sizes: self._products(rows, sizes, w_gate, w_up, w_down),
-            axes=axes_of('experts'),
+            axes=across,
             num_experts=options.num_experts,
             capacity=options.capacity,
             method=options.exchange or 'padded',

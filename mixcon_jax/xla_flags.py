@@ -133,7 +133,8 @@ def compiler_options(deterministic: bool, texts: Sequence[str], device: Any) -> 
         try:
             jax.jit(lambda: 0, compiler_options=flags).lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            raise ConfigError(f'train.xla_flags: {str(error).splitlines()[0]}; docs/training.md lists some') from error
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f'train.xla_flags: {reason}; mixcon_jax/xla_flags.py lists some') from error
     if deterministic and _ordered(device):
         flags[DETERMINISTIC] = True
     return flags or None

@@ -84,9 +84,9 @@ def main() -> None:
     device = compiling.devices('h100')[0]
 
     def step(implementation: str = '', whole: bool = False) -> dict:
-        """Programs of ours in a step of three layers, lowered or wholly compiled, and what was warned of."""
+        """Programs of ours in a step of two layers, lowered or wholly compiled, and what was warned of."""
         config = configs.default()
-        config.model.update(dim=64, vocab_size=128, pattern=('conba+mlp', 'attention+mlp', 'conba+mlp'))
+        config.model.update(dim=64, vocab_size=128, pattern=('conba', 'conba'))
         config.model.ssm.implementation = implementation
         config.data.seq_len, config.train.batch_size = 256, 128
         config = configs.validate(config)

@@ -86,10 +86,10 @@ def found(name, shards):
 
 
 CASES = [(name, shards) for name in PRESETS for shards in (2, 4, 8)] + [(name, 4) for name in OTHERS]
-# Each number of shards compiles anew: of Mamba all three are always run, of two presets one. What the other layers add
-# (a diagonal gain, a delay, noise) is the kernels': tests/kernels_pallas/test_context_parallel.py asks that of them.
+# Each number of shards compiles anew: of Mamba all three are always run, of Conba one. What its other forms add (feedback,
+# a diagonal gain, a delay, noise) is the kernels': tests/kernels_pallas/test_context_parallel.py asks that of them.
 DEAR = {(name, shards) for name in presets.CONBA_PRESETS for shards in (2, 8)}
-DEAR |= {(name, 4) for name in ('conba_code', 'conba_diag', 'conba_companion', 'conba_noise')}
+DEAR |= {(name, 4) for name in ('conba_paper', 'conba_code', 'conba_diag', 'conba_companion', 'conba_noise')}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_shards_equal_one_device(name, shards):
 
 
 @pytest.mark.parametrize(
-    'name', [name if name in ('mamba', 'conba') else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+    'name', [name if name == 'mamba' else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
 )
 def test_what_shards_exchange_does_not_grow_with_the_sequence(name):
     """Counted in the compiled gradient: as many collectives of as many bytes for twice the tokens."""

@@ -14,6 +14,11 @@ NAMES = list(CASES)
 TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
 
 
+def but_slow(*slow):
+    """All cases, those named here left to `make test-all`."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in NAMES]
+
+
 def tokens(seed, batch=2, length=T):
     return jax.random.normal(jax.random.key(seed), (batch, length, DIM))
 
@@ -56,7 +61,7 @@ def test_any_split_of_prefill_and_decode_equals_the_whole(name, sizes):
     np.testing.assert_allclose(in_pieces(name, x, sizes), whole(name, x), **TOLERANCE)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', but_slow('conba_code', 'conba_diag', 'conba_companion'))  # parts of two others
 def test_packed_documents_equal_separate_ones(name):
     """Outputs and the gradients of inputs and parameters; padding follows the last document."""
     lengths = [5, 1, 9]
@@ -121,10 +126,7 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
 
 
 # Norms are Conba's too; feedback conba_paper's, a companion conba_companion's.
-LONG = [
-    pytest.param(name, marks=pytest.mark.slow) if name in ('mamba_norms', 'conba_feedback_companion') else name
-    for name in NAMES
-]
+LONG = but_slow('mamba_norms', 'conba_feedback_companion')
 
 
 @pytest.mark.parametrize('name', LONG)

@@ -31,17 +31,23 @@ def mesh_of(config, devices: int = 1) -> Mesh:
 def random_batch(seed: int, rows: int, length: int, vocab: int = 61) -> dict[str, np.ndarray]:
     """Rows of unequal lengths, each of two documents but for the shortest; the last row is all padding."""
     rng = np.random.default_rng(seed)
-    shape = (rows, length)
-    batch = {
-        'tokens': rng.integers(0, vocab, shape).astype(np.int32),
-        'targets': rng.integers(0, vocab, shape).astype(np.int32),
-        'segment_ids': np.zeros(shape, np.int32),
-        'positions': np.zeros(shape, np.int32),
-    }
-    for row in range(rows - 1):
+    documents = []
+    for _ in range(rows - 1):
         used = int(rng.integers(1, length + 1))
         cut = int(rng.integers(0, used))
-        batch['segment_ids'][row, :used] = 1 + (np.arange(used) >= cut)
-        batch['positions'][row, :used] = np.concatenate([np.arange(cut), np.arange(used - cut)])
+        documents.append([cut, used - cut])
+    return packed_batch(seed, [*documents, []], length, vocab)
+
+
+def packed_batch(seed: int, documents: list[list[int]], length: int, vocab: int = 61) -> dict[str, np.ndarray]:
+    """A row for each list of documents' lengths; what exceeds a row is cut off, what it lacks is padding."""
+    rng = np.random.default_rng(seed)
+    shape = (len(documents), length)
+    batch = {key: rng.integers(0, vocab, shape).astype(np.int32) for key in ('tokens', 'targets')}
+    batch |= {key: np.zeros(shape, np.int32) for key in ('segment_ids', 'positions')}
+    for row, lengths in enumerate(documents):
+        used = min(sum(lengths), length)
+        batch['segment_ids'][row, :used] = np.repeat(1 + np.arange(len(lengths)), lengths)[:used]
+        batch['positions'][row, :used] = np.concatenate([*map(np.arange, lengths), np.zeros(0, int)])[:used]
     batch['loss_mask'] = batch['segment_ids'] > 0
     return batch

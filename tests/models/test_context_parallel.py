@@ -86,8 +86,8 @@ def found(name, shards):
 
 
 CASES = [(name, shards) for name in PRESETS for shards in (2, 4, 8)] + [(name, 4) for name in OTHERS]
-# Each number of shards compiles anew: of Mamba all three are always run, of Conba one. What its other forms add (feedback,
-# a diagonal gain, a delay, noise) is the kernels': tests/kernels_pallas/test_context_parallel.py asks that of them.
+# Each number of shards compiles anew: of Mamba all three are always run, of Conba one. What other forms add, such as
+# feedback, a diagonal gain or noise, is the kernels': tests/kernels_pallas/test_context_parallel.py asks that of them.
 DEAR = {(name, shards) for name in presets.CONBA_PRESETS for shards in (2, 8)}
 DEAR |= {(name, 4) for name in ('conba_paper', 'conba_code', 'conba_diag', 'conba_companion', 'conba_noise')}
 

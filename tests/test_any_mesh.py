@@ -13,6 +13,7 @@ from tests.training import packed_batch
 
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 ROWS, LENGTH = 8, 16
+TOLERANCE = 1e-4  # of sixty draws one was 5e-5 apart in float32, in 2 numbers of 288, sums that cancel
 
 
 @st.composite
@@ -48,4 +49,4 @@ def test_a_step_is_that_of_one_device(mesh, pattern, documents, blocks, seed):
         note(str(refused))
         assume(False)
     batch = packed_batch(seed, documents, LENGTH)
-    assert_same(one_step(devices, mesh, options, batch), one_step(1, {}, options, batch))
+    assert_same(one_step(devices, mesh, options, batch), one_step(1, {}, options, batch), TOLERANCE)

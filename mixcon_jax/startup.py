@@ -19,6 +19,7 @@ from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.compilation import keep_compiled
+from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
 from mixcon_jax.parallel.mesh import crossing
@@ -26,6 +27,7 @@ from mixcon_jax.parallel.placement import placement
 from mixcon_jax.planning import hardware
 from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.run import CHECKPOINTS
 from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir, listed, renamed, same_schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
@@ -120,7 +122,8 @@ def with_weights_of(
             f' {os.path.join(folder, "tokenizer.json")}'
         )
     require_same_everywhere(source, meta.step)
-    origin = {'source': source, 'step': meta.step, 'fingerprint': fingerprint(loaded['params'])}
+    saved = expand_folder(folder) / CHECKPOINTS / str(meta.step)
+    origin = {'source': source, 'step': meta.step, 'fingerprint': fingerprint(loaded['params'], saved)}
     if known and known.get('fingerprint') != origin['fingerprint']:
         raise UserError(
             f'step {meta.step} of {folder} has other weights than those this run began with: restore them, or {again}'

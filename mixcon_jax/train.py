@@ -272,7 +272,7 @@ def _train(
             f' {folder.metrics_file}; begin another one with a lower optim.learning_rate'
         )
         return Result(Exit.ABORTED, step)
-    digest = fingerprint(state.params)
+    digest = fingerprint(state.params, folder.checkpoints / str(step))
     result = _scores_of(final) | {'baselines': dataset.baselines()}
     record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result
     metrics.record('run', step, event='done', **record, **_spent(clock))

@@ -56,8 +56,9 @@ def own_rows(mesh: Mesh) -> tuple[tuple[int, ...], int]:
     """
     count = rows(mesh.shape)
     spans = batch_sharding(mesh).devices_indices_map((count,))
-    own = (span for device, (span,) in spans.items() if device.process_index == jax.process_index())
-    return tuple(sorted({span.start or 0 for span in own})), count
+    devices = mesh.devices.flat
+    own = {spans[device][0].start or 0 for device in devices if device.process_index == jax.process_index()}
+    return tuple(sorted(own)), count
 
 
 def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
@@ -75,7 +76,7 @@ def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
             number = len(own) * count // len(parts)
             raise ConfigError(f'a batch of {number} rows does not split over {ROWS} = {count} devices')
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:  # one slice a dimension
             begin = parts.index((index[0].start or 0) // size) * size
             return own[begin : begin + size]
 

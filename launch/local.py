@@ -14,16 +14,16 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch import processes
+from launch import member, processes
 from launch.processes import Child, Signals
 from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
 from mixcon_jax.config import load
-from mixcon_jax.errors import Exit, UserError
-from mixcon_jax.host.ending import exit_with, failed, prepare
-from mixcon_jax.host.output import go_on, guarded, use_utf8
+from mixcon_jax.errors import Exit
+from mixcon_jax.host.ending import exit_with
+from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.host.signals import STOPPING
 from mixcon_jax.runs.workdir import report_if_finished
 
@@ -33,10 +33,11 @@ DESCRIPTION = (
     ' The same command goes on.'
 )
 EPILOG = (
-    f'{OVERRIDES} When one process dies all others are stopped, and the end of its output is shown.'
+    f'{OVERRIDES} When one process dies or hangs all others are stopped, and the end of its output is shown.'
     f' Exit codes: those of `mixcon train`, {Exit.FAILED} when a process died and {Exit.INTERRUPTED} when a second'
     ' Ctrl-C killed them.'
 )
+ALIVE = 'alive'  # the mark whose time is that of a process's last sign of life
 ORDERLY = (Exit.USER_ERROR, Exit.ABORTED)  # exit codes of a run that has said itself why it ends
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         exit_with(lambda: _launch(known, rest))
     else:
         processes.end_with_launcher()
-        _be(known, rest)
+        member.be(lambda: _train(known, parse_overrides(rest, PROGRAM)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,9 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--devices-per-process', type=int, metavar='D',
         help='on CPU, XLA devices of each (default: mesh.cpu_devices of the configuration, or 1)',
     )  # fmt: skip
-    parser.add_argument(
-        '--timeout', type=int, default=60, metavar='SECONDS', help='within which all must have joined (default: 60)'
-    )
+    member.add_arguments(parser, timeout=60)
     parser.add_argument('--rank', type=int, help=argparse.SUPPRESS)  # one of the processes is meant
     parser.add_argument('--coordinator', help=argparse.SUPPRESS)  # address of the first
     parser.add_argument('--folder', type=Path, help=argparse.SUPPRESS)  # where it tells that it has joined
@@ -77,16 +76,15 @@ def _launch(known: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = parse_overrides(rest, PROGRAM)
     require_numbers(known)
     go_on()
-    for option, value in (('--devices-per-process', known.devices_per_process), ('--timeout', known.timeout)):
-        if value is not None and value < 1:
-            raise UserError(f'{option} {value} must be at least 1')
+    member.require_positive(known, '--devices-per-process', '--timeout', '--heartbeat')
     shares = processes.shares(known.processes, '--processes', os.environ, overlap=True)
     config = load(known.config, overrides)
     if report_if_finished(config, known.workdir):
         return Exit.DONE
     devices = known.devices_per_process or config.mesh.cpu_devices or 1
     arguments = ['--processes', str(known.processes), '--config', known.config, '--workdir', known.workdir]
-    arguments += ['--timeout', str(known.timeout), '--coordinator', f'127.0.0.1:{_free_port()}']
+    arguments += ['--timeout', str(known.timeout), '--heartbeat', str(known.heartbeat)]
+    arguments += ['--coordinator', f'127.0.0.1:{_free_port()}']
     arguments += [f'--config.{override}' for override in (*overrides, f'mesh.cpu_devices={devices}')]
     folder = Path(tempfile.mkdtemp(prefix='mixcon-local-'))
     arguments += ['--folder', str(folder)]
@@ -100,13 +98,13 @@ def _launch(known: argparse.Namespace, rest: Sequence[str]) -> int:
                     continue
                 with open(_output(folder, rank), 'wb') as file:
                     children.append(processes.start('launch.local', options, share, os.environ, file))
-            return _watch(children, folder, known.timeout, signals)
+            return _watch(children, folder, known, signals)
     finally:
         processes.kill(children)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(children: Sequence[Child], folder: Path, timeout: float, signals: Signals) -> int:
+def _watch(children: Sequence[Child], folder: Path, known: argparse.Namespace, signals: Signals) -> int:
     """Waits for all to end, and sees to it that they do; returns the launcher's exit code."""
     begin, stopping, together = time.monotonic(), False, False
     while True:
@@ -122,11 +120,13 @@ def _watch(children: Sequence[Child], folder: Path, timeout: float, signals: Sig
             for child in children:
                 child.terminate()
         failed = [rank for rank, code in enumerate(codes) if code not in (None, Exit.DONE, Exit.STOPPED)]
+        if failed and (silent := _silent(children, failed, folder, known.heartbeat)):
+            return _end_silent(children, silent, folder)
         if failed:
             return _give_up(children, failed, folder, stopping)
         together = together or all(_mark(folder, 'joined', rank).exists() for rank in range(len(children)))
-        if not together and time.monotonic() - begin > timeout:
-            return _nobody_came(children, folder, timeout)
+        if not together and time.monotonic() - begin > known.timeout:
+            return _nobody_came(children, folder, known.timeout)
         time.sleep(processes.POLL)
 
 
@@ -151,6 +151,33 @@ def _give_up(children: Sequence[Child], failed: Sequence[int], folder: Path, sto
     first = next(iter(codes.values()))  # what killed that one may be what the others raised an exception for
     faulty = Exit.FAULT in codes.values() and (first >= 0 or -first == signal.SIGABRT)
     return next((code for code in codes.values() if code in ORDERLY), Exit.FAULT if faulty else Exit.FAILED)
+
+
+def _silent(children: Sequence[Child], failed: Sequence[int], folder: Path, heartbeat: float) -> dict[int, float]:
+    """Processes that run but hang, with the seconds since their last sign of life.
+
+    None unless the others have ended because they missed one: each is told of it by JAX, which aborts it.
+    """
+    if not {children[rank].returncode for rank in failed} <= {-signal.SIGABRT, Exit.FAILED}:
+        return {}
+    since = {}
+    for rank in range(len(children)):
+        if children[rank].poll() is None and (mark := _mark(folder, ALIVE, rank)).exists():
+            since[rank] = time.time() - mark.stat().st_mtime
+    return {rank: seconds for rank, seconds in since.items() if seconds > max(heartbeat / 2, 3 * member.PULSE)}
+
+
+def _end_silent(children: Sequence[Child], silent: Mapping[int, float], folder: Path) -> int:
+    """Ends all because some hang; says which."""
+    processes.kill([children[rank] for rank in silent])  # they would not hear anything else
+    processes.end(children)
+    for rank, seconds in silent.items():
+        _say(
+            f'error: process {rank} of {len(children)} hung, without a sign of life for {seconds:.0f} s;'
+            ' all were stopped; the same command goes on'
+        )
+        _show_output(rank, folder)
+    return Exit.FAILED
 
 
 def _nobody_came(children: Sequence[Child], folder: Path, timeout: float) -> int:
@@ -191,49 +218,33 @@ def _output(folder: Path, rank: int) -> Path:
 
 
 def _mark(folder: Path, event: str, rank: int) -> Path:
-    """The file by which a process tells that it ``came``, or has ``joined`` the others."""
+    """The file by which a process tells that it ``came``, has ``joined`` the others, or is ``ALIVE``."""
     return folder / f'{event}-{rank}'
 
 
 # ----- one of the processes -----------------------------------------------------------------------------------------
 
 
-def _be(known: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Trains as one of the processes and exits."""
-    with guarded():
-        prepare()
-        go_on()
-        try:
-            code = _train(known, parse_overrides(rest, PROGRAM))
-        except Exception as error:
-            _leave(failed(error))
-    sys.exit(code)
-
-
 def _train(known: argparse.Namespace, overrides: list[str]) -> int:
+    """Trains as one of the processes."""
     config = load(known.config, overrides)
-    import jax  # takes seconds
+    member.keep_giving_signs(_mark(known.folder, ALIVE, known.rank))
+    import jax  # noqa: F401 (takes seconds: not of the time within which all must join)
 
     _mark(known.folder, 'came', known.rank).touch()
-    jax.distributed.initialize(
-        known.coordinator,
-        known.processes,
-        known.rank,
+    member.join(
+        known.timeout,
+        known.heartbeat,
+        coordinator_address=known.coordinator,
+        num_processes=known.processes,
+        process_id=known.rank,
         cluster_detection_method='deactivate',  # no scheduler is asked: a job of one may surround this
         coordinator_bind_address=known.coordinator,  # for this machine alone
-        initialization_timeout=known.timeout,
     )
     _mark(known.folder, 'joined', known.rank).touch()
     from mixcon_jax.train import train
 
     return train(config, known.workdir).exit_code
-
-
-def _leave(code: int) -> None:
-    """Exits at once: at a normal exit JAX waits for processes that may be waiting for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == '__main__':

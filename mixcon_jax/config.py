@@ -320,6 +320,8 @@ def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None
     divides('mesh.context', max(mesh.context, 1), 'data.seq_len', config.data.seq_len)
     found = {axis: mesh[axis] for axis in axes.AXES} if num_devices is None else axes.sizes(mesh, num_devices)
     divides('mesh.context', max(found['context'], 1), 'data.seq_len', config.data.seq_len)
+    if found['data'] != -1 and found['fsdp'] != -1:
+        axes.across(found, mesh.slices)
     if all(found[axis] != -1 for axis in axes.BATCH_AXES):
         shards = axes.rows(found)
         divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)

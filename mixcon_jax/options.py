@@ -236,6 +236,10 @@ OPTIONS: dict[str, Any] = {
         'expert': Option(1, 'Devices that share out the batch and the experts.', SIZE),
         'context': Option(1, 'Devices that share out every sequence.', SIZE),
         'tensor': Option(1, 'Devices that share out heads, inner channels, FFN widths and the vocabulary.', SIZE),
+        'slices': Option(
+            1, 'Groups of hosts that a slow network joins; mesh.data, then mesh.fsdp, goes across it, no other axis.',
+            POSITIVE,
+        ),
         'rules': Option(
             (), 'Changes to the table of what splits a dimension: "LOGICAL=AXIS+AXIS", such as "embed=fsdp+expert", or "LOGICAL=" for none;'
             ' several are separated by "/".',

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from mixcon_jax import config as configs
 from mixcon_jax import parsing
@@ -18,12 +19,15 @@ from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.compilation import keep_compiled
+from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
+from mixcon_jax.parallel.mesh import crossing
 from mixcon_jax.parallel.placement import placement
 from mixcon_jax.planning import hardware
 from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.fingerprint import fingerprint
+from mixcon_jax.runs.run import CHECKPOINTS
 from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir, listed, renamed, same_schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
@@ -118,7 +122,8 @@ def with_weights_of(
             f' {os.path.join(folder, "tokenizer.json")}'
         )
     require_same_everywhere(source, meta.step)
-    origin = {'source': source, 'step': meta.step, 'fingerprint': fingerprint(loaded['params'])}
+    saved = expand_folder(folder) / CHECKPOINTS / str(meta.step)
+    origin = {'source': source, 'step': meta.step, 'fingerprint': fingerprint(loaded['params'], saved)}
     if known and known.get('fingerprint') != origin['fingerprint']:
         raise UserError(
             f'step {meta.step} of {folder} has other weights than those this run began with: restore them, or {again}'
@@ -184,6 +189,12 @@ def peak_flops(config: ml_collections.ConfigDict) -> float | None:
     return one * jax.device_count() if one else None
 
 
+def _between(mesh: Mesh) -> str:
+    """Which axes of several processes go from one to another, in words."""
+    axes = crossing(mesh.devices)
+    return f'; between {jax.process_count()} processes: {", ".join(axes)}' if axes else ''
+
+
 def banner(
     say: Callable[[str], None],
     config: ml_collections.ConfigDict,
@@ -197,7 +208,7 @@ def banner(
     axes = ' x '.join(f'{axis} {size}' for axis, size in steps.mesh.shape.items() if size > 1) or 'no axis split'
     tokens = config.train.steps * config.train.batch_size * config.data.seq_len
     say(f'run       {config.name or folder.path.name} in {folder.path}')
-    say(f'devices   {jax.device_count()} x {device.device_kind}, {axes}')
+    say(f'devices   {jax.device_count()} x {device.device_kind}, {axes}{_between(steps.mesh)}')
     for i, line in enumerate(placement(steps.abstract_state.params, steps.logical_axes, steps.mesh)):
         say(f'{"" if i else "layout":<10}{line}')
     say(f'model     {model.num_blocks} x ({", ".join(model.pattern)})')

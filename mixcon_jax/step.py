@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mixcon_jax import optim
-from mixcon_jax.config import ConfigError
 from mixcon_jax.errors import UserError
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import decoder
@@ -71,7 +70,7 @@ class Steps:
       init_state: makes the state of step 0, each device only its own part; the same on every mesh.
       train_step: ``(state, batch) -> (state, metrics)``, jitted; the old state's buffers are reused.
       eval_step: ``(state, batch) -> {'nll', 'correct', 'tokens'}``, jitted: sums over the scored tokens.
-      put: makes a global batch on the devices from this process's rows.
+      put: makes a global batch on the devices from this process's rows, ``layout.own_rows``.
       model: ``state -> Decoder`` with the state's parameters.
     """
 
@@ -138,10 +137,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
             return eval_step(config, build(state.params, state.buffers), batch)
 
     def put(batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        count, shards = len(batch['tokens']) * jax.process_count(), axes.rows(mesh.shape)
-        if count % shards:
-            raise ConfigError(f'a batch of {count} rows does not split over {axes.ROWS} = {shards} devices')
-        return {key: jax.make_array_from_process_local_data(by_row, np.asarray(batch[key])) for key in BATCH_KEYS}
+        return layout.place_rows({key: batch[key] for key in BATCH_KEYS}, mesh)
 
     return Steps(
         mesh=mesh,

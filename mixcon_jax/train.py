@@ -17,11 +17,12 @@ import numpy as np
 
 from mixcon_jax import config as configs
 from mixcon_jax import startup
-from mixcon_jax.data import open_dataset
+from mixcon_jax.data import Share, open_dataset
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.evaluate import Scores, score
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
+from mixcon_jax.parallel.layout import own_rows
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.runs.checkpoints import Checkpoints, Meta
 from mixcon_jax.runs.fingerprint import fingerprint
@@ -102,13 +103,14 @@ def _train(
         dataset = open_dataset(config, tokens)
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         startup.require_vocabulary(config, tokenizer)
-        process = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-        train_batches = dataset.train_batches(**process)
-        heldout = watched = dataset.heldout_batches(config.eval.batch_size, **process)
+        mesh = make_mesh(config.mesh)
+        share = Share(*own_rows(mesh))
+        train_batches = dataset.train_batches(share)
+        heldout = watched = dataset.heldout_batches(config.eval.batch_size, share=share)
         if config.eval.max_rows:  # fewer rows during the run
-            watched = dataset.heldout_batches(config.eval.batch_size, config.eval.max_rows, **process)
+            watched = dataset.heldout_batches(config.eval.batch_size, config.eval.max_rows, share)
 
-        steps = make_steps(config, make_mesh(config.mesh))
+        steps = make_steps(config, mesh)
         flops = accounting.flops_per_token(config.model, config.data.seq_len)
         metrics = Metrics(folder.path, config, clock, flops, startup.peak_flops(config), active=first_process)
         stack.callback(metrics.close)
@@ -270,7 +272,7 @@ def _train(
             f' {folder.metrics_file}; begin another one with a lower optim.learning_rate'
         )
         return Result(Exit.ABORTED, step)
-    digest = fingerprint(state.params)
+    digest = fingerprint(state.params, folder.checkpoints / str(step))
     result = _scores_of(final) | {'baselines': dataset.baselines()}
     record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result
     metrics.record('run', step, event='done', **record, **_spent(clock))

@@ -57,14 +57,6 @@ def test_neighbouring_devices_differ_along_the_axes_that_exchange_most():
     assert AXES[-3:] == ('expert', 'context', 'tensor')
 
 
-def test_devices_that_share_rows_are_of_one_process(monkeypatch):
-    """Each process loads its own rows, so that none may lie on the devices of two."""
-    monkeypatch.setattr(jax, 'process_count', lambda: 4)
-    assert make_mesh(mesh_config(data=4, context=2)).shape['context'] == 2
-    with pytest.raises(ConfigError, match=r'mesh\.fsdp x mesh\.expert \(2\) .* number of processes, 4'):
-        make_mesh(mesh_config(data=2, context=4))
-
-
 def test_specs_follow_the_table():
     mesh = make_mesh(mesh_config(data=1, fsdp=2, expert=2, tensor=2))
     spec = lambda axes, shape: layout.partition_spec(axes, shape, mesh)

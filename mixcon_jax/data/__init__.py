@@ -2,6 +2,7 @@
 
 from mixcon_jax.data.dataset import Dataset, open_dataset
 from mixcon_jax.data.loader import HeldoutBatches, TrainBatches, heldout_from_texts
+from mixcon_jax.data.packing import Share
 from mixcon_jax.data.prepare import prepare
 from mixcon_jax.data.prepared import PreparedStore, baselines, require_tokenizer
 from mixcon_jax.data.sources import open_source
@@ -12,6 +13,7 @@ __all__ = [
     'Dataset',
     'HeldoutBatches',
     'PreparedStore',
+    'Share',
     'TokenStore',
     'Tokenizer',
     'TrainBatches',

@@ -10,6 +10,7 @@ import ml_collections
 from mixcon_jax.data import synthetic
 from mixcon_jax.data.cache import changes, prepared_as
 from mixcon_jax.data.loader import HeldoutBatches, TrainBatches
+from mixcon_jax.data.packing import WHOLE, Share
 from mixcon_jax.data.prepare import prepare
 from mixcon_jax.data.prepared import PreparedStore, baselines, require_tokenizer
 from mixcon_jax.data.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from mixcon_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(abc.ABC):
-    """The data of one configuration; its batches are this process's rows of each.
+    """The data of one configuration; its batches are made whole, or in shares.
 
     Attributes:
       config: the whole configuration.
@@ -30,12 +31,12 @@ class Dataset(abc.ABC):
     identity: tuple[str, ...]
 
     @abc.abstractmethod
-    def train_batches(self, **process: int) -> Any:
-        """Endless training batches of process_index of process_count."""
+    def train_batches(self, share: Share = WHOLE) -> Any:
+        """Endless training batches, of each this share."""
 
     @abc.abstractmethod
-    def heldout_batches(self, batch_size: int, max_rows: int = 0, **process: int) -> Any:
-        """Held-out batches, of ``max_rows`` rows, or with 0 of all."""
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, share: Share = WHOLE) -> Any:
+        """Held-out batches, of ``max_rows`` rows, or with 0 of all; of each this share."""
 
     @abc.abstractmethod
     def baselines(self) -> dict[str, float]:
@@ -60,11 +61,11 @@ class Text(Dataset):
 
     stores: tuple[PreparedStore, ...]
 
-    def train_batches(self, **process: int) -> TrainBatches:
-        return TrainBatches(self.config, self.stores, **process)
+    def train_batches(self, share: Share = WHOLE) -> TrainBatches:
+        return TrainBatches(self.config, self.stores, share)
 
-    def heldout_batches(self, batch_size: int, max_rows: int = 0, **process: int) -> HeldoutBatches:
-        return HeldoutBatches(self.config, self.stores, batch_size, max_rows=max_rows, **process)
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, share: Share = WHOLE) -> HeldoutBatches:
+        return HeldoutBatches(self.config, self.stores, batch_size, max_rows=max_rows, share=share)
 
     def baselines(self) -> dict[str, float]:
         """Bits per byte of the held-out text."""
@@ -78,11 +79,11 @@ class Text(Dataset):
 class Task(Dataset):
     """A synthetic task, made as it is needed."""
 
-    def train_batches(self, **process: int) -> synthetic.SyntheticTrain:
-        return synthetic.SyntheticTrain(self.config, **process)
+    def train_batches(self, share: Share = WHOLE) -> synthetic.SyntheticTrain:
+        return synthetic.SyntheticTrain(self.config, share)
 
-    def heldout_batches(self, batch_size: int, max_rows: int = 0, **process: int) -> synthetic.SyntheticHeldout:
-        return synthetic.SyntheticHeldout(self.config, batch_size, max_rows=max_rows, **process)
+    def heldout_batches(self, batch_size: int, max_rows: int = 0, share: Share = WHOLE) -> synthetic.SyntheticHeldout:
+        return synthetic.SyntheticHeldout(self.config, batch_size, max_rows=max_rows, share=share)
 
     def baselines(self) -> dict[str, float]:
         """The accuracy of guessing."""

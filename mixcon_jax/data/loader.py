@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax.data.documents import Document, Placed
-from mixcon_jax.data.packing import Rows, empty_batch, key_of, process_rows
+from mixcon_jax.data.packing import WHOLE, Rows, Share, empty_batch, key_of
 from mixcon_jax.data.prepared import PreparedStore
 from mixcon_jax.data.statistics import RoundTrip
 from mixcon_jax.data.store import TokenStore
@@ -121,7 +121,7 @@ class TrainBatches:
     Args:
       config: The whole configuration: seed, data.* and train.batch_size, the rows B of the global batch.
       stores: Of ``prepare``, or opened.
-      process_index, process_count: Which contiguous rows of every batch to make.
+      share: Which rows of every batch to make.
 
     Raises:
       UserError: Weights do not fit the stores, B does not divide, or stores do not fit each other.
@@ -131,8 +131,7 @@ class TrainBatches:
         self,
         config: ml_collections.ConfigDict,
         stores: Sequence[PreparedStore | TokenStore],
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = WHOLE,
     ) -> None:
         data = config.data
         self.stores = _open(stores, 'train')
@@ -146,7 +145,7 @@ class TrainBatches:
                     ' give it more documents, or leave it out'
                 )
         self.batch_size, self.seq_len = config.train.batch_size, data.seq_len
-        self._process_rows = process_rows(self.batch_size, process_index, process_count, 'train.batch_size')
+        self._own = share.rows(self.batch_size, 'train.batch_size')
         # A seed of its own for every store, or two copies of one would be read in step.
         self.rows = [
             Rows(store, data.seq_len, key_of(config.seed, i), data.packing) for i, store in enumerate(self.stores)
@@ -156,9 +155,9 @@ class TrainBatches:
         self._num_threads, self._prefetch = data.num_threads, data.prefetch
 
     def __getitem__(self, index: int) -> Batch:
-        """This process's rows [B / process_count, T] of batch ``index``."""
-        batch = empty_batch(len(self._process_rows), self.seq_len)
-        draws = [self.mixture(index * self.batch_size + row) for row in self._process_rows]
+        """This process's share of batch ``index``, [rows of its own, T]."""
+        batch = empty_batch(len(self._own), self.seq_len)
+        draws = [self.mixture(index * self.batch_size + row) for row in self._own]
         for source, rows in enumerate(self.rows):
             places = [place for place, draw in enumerate(draws) if draw[0] == source]
             if places:
@@ -194,7 +193,7 @@ class HeldoutBatches:
       stores: Of ``prepare``, or opened.
       batch_size: Rows B of a batch; 0 means train.batch_size, as eval.batch_size has it.
       max_rows: Score only so many rows, spread evenly over all; 0 means all.
-      process_index, process_count: Which contiguous rows of every batch to make.
+      share: Which rows of every batch to make.
     """
 
     def __init__(
@@ -204,13 +203,12 @@ class HeldoutBatches:
         batch_size: int,
         *,
         max_rows: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = WHOLE,
     ) -> None:
         data = config.data
         self.stores = _open(stores, 'heldout')
         self.batch_size, self.seq_len = batch_size or config.train.batch_size, data.seq_len
-        self._process_rows = process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
+        self._own = share.rows(self.batch_size, 'eval.batch_size')
         self.rows = [Rows(store, data.seq_len, None, data.packing) for store in self.stores]
         self._starts = np.cumsum([0] + [rows.num_rows for rows in self.rows])
         total = int(self._starts[-1])
@@ -242,9 +240,9 @@ class HeldoutBatches:
         return -(-self.num_rows // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        """This process's rows [B / process_count, T] of batch ``index``."""
-        batch = empty_batch(len(self._process_rows), self.seq_len)
-        wanted = [index * self.batch_size + row for row in self._process_rows]
+        """This process's share of batch ``index``, [rows of its own, T]."""
+        batch = empty_batch(len(self._own), self.seq_len)
+        wanted = [index * self.batch_size + row for row in self._own]
         located = [self._locate(int(self._chosen[row])) for row in wanted if row < self.num_rows]
         for source, rows in enumerate(self.rows):
             places = [place for place, where in enumerate(located) if where[0] == source]

@@ -210,9 +210,30 @@ def empty_batch(rows: int, seq_len: int) -> dict[str, np.ndarray]:
     return batch | {'loss_mask': np.zeros((rows, seq_len), bool)}
 
 
-def process_rows(rows: int, process_index: int, process_count: int, key: str) -> range:
-    """Which rows of a batch of ``rows`` a process makes, side by side; ``key`` is the option to blame."""
-    if rows % process_count:
-        raise UserError(f'{key}: {rows} rows cannot be divided among {process_count} processes')
-    count = rows // process_count
-    return range(process_index * count, (process_index + 1) * count)
+@dataclass(frozen=True)
+class Share:
+    """What a process makes of every batch: some of the equal parts that its rows are divided into.
+
+    Several processes may make the same parts, where a mesh axis that shares out no rows goes across them.
+
+    Attributes:
+      parts: Numbers of its parts, ascending.
+      count: Number of all parts.
+    """
+
+    parts: tuple[int, ...] = (0,)
+    count: int = 1
+
+    def rows(self, total: int, key: str) -> list[int]:
+        """Which rows of a batch of ``total`` it makes, ascending.
+
+        Raises:
+          UserError: The parts are not equal; ``key`` is the option to blame.
+        """
+        if total % self.count:
+            raise UserError(f'{key}: {total} rows cannot be divided into {self.count} equal parts')
+        size = total // self.count
+        return [row for part in self.parts for row in range(part * size, (part + 1) * size)]
+
+
+WHOLE = Share()

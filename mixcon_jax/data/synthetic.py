@@ -24,7 +24,7 @@ import tokenizers
 from jaxtyping import Bool, Float, Int
 from tokenizers import models, pre_tokenizers
 
-from mixcon_jax.data.packing import GOLDEN, MASK, empty_batch, key_of, mix_array, process_rows
+from mixcon_jax.data.packing import GOLDEN, MASK, WHOLE, Share, empty_batch, key_of, mix_array
 from mixcon_jax.data.tokenizer import END_OF_TEXT, Tokenizer
 
 PREFIX = 'synthetic:'
@@ -233,12 +233,11 @@ class SyntheticTrain:
 
     num_tokens = None
 
-    def __init__(self, config: ml_collections.ConfigDict, process_index: int = 0, process_count: int = 1) -> None:
+    def __init__(self, config: ml_collections.ConfigDict, share: Share = WHOLE) -> None:
         self._seed, self._data = config.seed, config.data
         self._task = TASKS[config.data.sources[0].removeprefix(PREFIX)]
         self._batch_size = config.train.batch_size
-        rows = process_rows(self._batch_size, process_index, process_count, 'train.batch_size')
-        self._rows = slice(rows.start, rows.stop)
+        self._own = share.rows(self._batch_size, 'train.batch_size')
 
     def difficulty(self, step: int) -> tuple[int, int]:
         """Tokens and items of a sequence at ``step``: lengths grow by a constant factor, items by a constant number."""
@@ -250,15 +249,15 @@ class SyntheticTrain:
         return max(length, self._task.shortest(items)), items
 
     def __getitem__(self, step: int) -> Batch:
-        """This process's rows [B / process_count, T] of batch ``step``."""
+        """This process's share of batch ``step``, [rows of its own, T]."""
         length, items = self.difficulty(step)
         symbols = self._data.synthetic.symbols
-        batch = empty_batch(self._rows.stop - self._rows.start, self._data.seq_len)
+        batch = empty_batch(len(self._own), self._data.seq_len)
         examples = []
         for place in range(self._data.seq_len // length):
             draws = Draws(self._seed, step, place)
             made = self._task.make(draws, self._batch_size, length, items, symbols, self._data.seq_len)
-            tokens, targets, mask = (part[self._rows] for part in made)
+            tokens, targets, mask = (part[self._own] for part in made)
             examples.append((tokens, targets, mask))
         fill(batch, examples)
         return batch
@@ -287,15 +286,14 @@ class SyntheticHeldout:
         batch_size: int,
         *,
         max_rows: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = WHOLE,
     ) -> None:
         self._data, self.batch_size = config.data, batch_size or config.train.batch_size
         self._task = TASKS[config.data.sources[0].removeprefix(PREFIX)]
         task = config.data.synthetic
         self.num_rows = min(max_rows, task.eval_rows) if max_rows else task.eval_rows
         self.lengths = tuple(sorted(set(task.eval_lengths) or {config.data.seq_len}))
-        self._process_rows = process_rows(self.batch_size, process_index, process_count, 'eval.batch_size')
+        self._own = share.rows(self.batch_size, 'eval.batch_size')
         # Every sequence of a task has as many answers.
         self.num_tokens = sum(self.num_rows * int(self._example(length, 0)[2].sum()) for length in self.lengths)
 
@@ -308,8 +306,8 @@ class SyntheticHeldout:
     def __iter__(self) -> Iterator[Batch]:
         for length in self.lengths:
             for start in range(0, self.num_rows, self.batch_size):
-                batch = empty_batch(len(self._process_rows), length)
-                for place, row in enumerate(self._process_rows):
+                batch = empty_batch(len(self._own), length)
+                for place, row in enumerate(self._own):
                     if start + row < self.num_rows:
                         one = {name: array[place : place + 1] for name, array in batch.items()}
                         fill(one, [self._example(length, start + row)])

@@ -100,6 +100,21 @@ def sizes(mesh: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
     return found
 
 
+def across(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """Into how many parts, of ``slices`` in all, data and fsdp are cut by a slow network: data as far as it goes.
+
+    Raises:
+      ConfigError: the slices do not divide them.
+    """
+    data = math.gcd(slices, sizes['data'])
+    if sizes['fsdp'] % (slices // data):
+        raise ConfigError(
+            f'mesh.slices={slices} must divide mesh.data x mesh.fsdp = {sizes["data"]} x {sizes["fsdp"]}:'
+            ' only these go across a slow network'
+        )
+    return {'data': data, 'fsdp': slices // data}
+
+
 def rows(sizes: Mapping[str, int] | ml_collections.ConfigDict) -> int:
     """Into how many parts a mesh of these sizes splits the rows of a batch."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from mixcon_jax.parallel.axes import BATCH_AXES, Rules
+from mixcon_jax.errors import ConfigError
+from mixcon_jax.parallel.axes import BATCH_AXES, ROWS, Rules, rows
 from mixcon_jax.parallel.rules import current
 from mixcon_jax.trees import Tree, map_named, named_leaves
 
@@ -45,6 +47,42 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows [B, ...] over the batch axes; the devices that share a row's tokens all get it, as it is small."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def own_rows(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """The parts of a batch's rows that this process's devices take, and how many equal parts there are.
+
+    Processes that an axis which shares out no rows goes across take the same parts.
+    """
+    count = rows(mesh.shape)
+    spans = batch_sharding(mesh).devices_indices_map((count,))
+    devices = mesh.devices.flat
+    own = {spans[device][0].start or 0 for device in devices if device.process_index == jax.process_index()}
+    return tuple(sorted(own)), count
+
+
+def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """A global batch on the devices, from the rows of ``own_rows``, one part after the other: ``[own rows, ...]``.
+
+    Raises:
+      ConfigError: they do not split into these parts.
+    """
+    parts, count = own_rows(mesh)
+    sharding = batch_sharding(mesh)
+
+    def place(own: np.ndarray) -> Array:
+        size, rest = divmod(len(own), len(parts))
+        if rest:
+            number = len(own) * count // len(parts)
+            raise ConfigError(f'a batch of {number} rows does not split over {ROWS} = {count} devices')
+
+        def part(index: Any) -> np.ndarray:  # one slice a dimension
+            begin = parts.index((index[0].start or 0) // size) * size
+            return own[begin : begin + size]
+
+        return jax.make_array_from_callback((size * count, *own.shape[1:]), sharding, part)
+
+    return {key: place(np.asarray(x)) for key, x in batch.items()}
 
 
 def param_shardings(

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.log_filters import silence_orbax
-from mixcon_jax.runs import mark, readback, retention, saved
+from mixcon_jax.runs import mark, readback, retention, saved, stored
 from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.records import read
 from mixcon_jax.runs.run import METRICS
@@ -143,7 +143,10 @@ class Checkpoints:
             'arrays': {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
             'checksums': checksums(arrays),
         }
-        items = {item: ocp.args.StandardSave(_part(arrays, item)) for item in ARRAYS}
+        items = {}
+        for item in ARRAYS:
+            part = _part(arrays, item)  # no part of an array must be too large to be read by whoever needs little of it
+            items[item] = ocp.args.StandardSave(part, dict.fromkeys(part, ocp.SaveArgs(chunk_byte_size=stored.CHUNK)))
         described = ocp.args.JsonSave({'sha256': saved.digest(contents), 'contents': contents})
         args = ocp.args.Composite(**items, meta=described)
         self._losses[meta.step] = meta.heldout_loss

@@ -4,15 +4,17 @@ A checksum is a sum over 32-bit words, so devices that hold parts of an array ad
 and process count, and nothing is gathered or copied to the host.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
+from mixcon_jax.runs.stored import PIECE, consecutive
+
 LANES = (0x9E3779B9, 0x85EBCA6B)  # one independent 32-bit sum each
-PIECE = 1 << 18  # words the host mixes at once, so that they stay in its cache
 
 
 def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
@@ -26,9 +28,14 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
     return {name: _hex(lanes) for name, lanes in sums.items()}
 
 
-def checksum(array: Shaped[np.ndarray, '...']) -> str:
-    """``checksums`` of one array that lies on the host."""
-    return _hex(_on_host(array))
+def checksum(parts: Iterable[tuple[Sequence[int], np.ndarray]], shape: Sequence[int]) -> str:
+    """``checksums`` of one array of which the host gets one part after the other, in any order.
+
+    Args:
+      parts: where each begins in the array, and its values.
+      shape: of the whole array.
+    """
+    return _hex(sum((_of_part(part, start, shape) for start, part in parts), np.zeros(2, np.uint32)))
 
 
 def _hex(lanes: UInt32[np.ndarray, '2']) -> str:
@@ -42,12 +49,24 @@ def _is_near(array: Array) -> bool:
 
 def _on_host(array: Array | np.ndarray) -> UInt32[np.ndarray, '2']:
     """``_sums`` in NumPy."""
-    flat = np.ascontiguousarray(array).reshape(-1)
-    flat = flat.view(f'uint{8 * min(flat.itemsize, 4)}')
+    return _of_part(np.asarray(array), (0,) * array.ndim, array.shape)
+
+
+def _of_part(part: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> UInt32[np.ndarray, '2']:
+    """What a part of an array adds to its sums, the part beginning at ``start``."""
     sums = np.zeros(2, np.uint32)
-    for start in range(0, flat.size, PIECE):
-        words = flat[start : start + PIECE].astype(np.uint32)
-        place = np.arange(start, start + words.size, dtype=np.uint64).astype(np.uint32)
+    for box in consecutive(part.shape, PIECE):
+        flat = np.ascontiguousarray(part[box]).reshape(-1)
+        words = flat.view(f'uint{8 * min(flat.itemsize, 4)}').astype(np.uint32)
+        place: Any = np.zeros((), np.uint64)  # of every word among those of the array
+        for axis, size in enumerate(shape):
+            index = box[axis] if axis < len(box) else slice(0, part.shape[axis])
+            index = index if isinstance(index, slice) else slice(index, index + 1)
+            along = np.arange(start[axis] + index.start, start[axis] + index.stop, dtype=np.uint64)
+            place = place[..., None] * np.uint64(size) + along
+        if (each := words.size // max(flat.size, 1)) > 1:
+            place = place[..., None] * np.uint64(each) + np.arange(each, dtype=np.uint64)
+        place = place.reshape(-1).astype(np.uint32)
         sums += np.array([_mix(words ^ _mix(place + np.uint32(lane))).sum(dtype=np.uint32) for lane in LANES])
     return sums
 

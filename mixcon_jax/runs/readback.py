@@ -1,4 +1,4 @@
-"""Reading a save back: what it wrote is compared with what it was to write, on the host, one array at a time.
+"""Reading a save back: what it wrote is compared with what it was to write, on the host, part by part.
 
 Nothing of the library that wrote it takes part in that, so whatever went wrong there, or below, is noticed while older
 checkpoints are still there and before a run ends with nothing to load. That library then reads what it will need to
@@ -16,10 +16,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.runs import saved
+from mixcon_jax.runs import saved, stored
 from mixcon_jax.runs.checksums import checksum
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 
@@ -103,10 +102,12 @@ def _require_intact(item: Path, name: str, kind: list, expected: str) -> None:
       Damaged: as said.
     """
     try:
-        array = _read(item, name)
+        array = stored.open_array(item, name)
+        found = [str(array.dtype.numpy_dtype), list(array.shape)]
+        intact = found == kind and checksum(stored.chunks(array), array.shape) == expected
     except Exception as error:  # whatever TensorStore finds
         raise Damaged(f'{name}: {type(error).__name__}: {first_line(error)}') from error
-    if [str(array.dtype), list(array.shape)] != kind or checksum(array) != expected:
+    if not intact:
         raise Damaged(f'{name} does not match its checksum')
 
 
@@ -136,13 +137,6 @@ def _require_loadable(item: Path, arrays: Mapping[str, list]) -> None:
         raise Damaged(f'{item.name}: {type(error).__name__}: {first_line(error)}') from error
     if found != arrays:
         raise Damaged(f'the metadata of {item.name} are of other arrays')
-
-
-def _read(item: Path, name: str) -> np.ndarray:
-    """One array of an item, as Orbax writes them: Zarr in an OCDBT store."""
-    store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{item}/'}, 'path': f'{name}/'}
-    spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
-    return np.asarray(ts.open(spec, open=True, read=True).result().read().result())
 
 
 def first_line(error: BaseException) -> str:

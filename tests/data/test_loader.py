@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import time
 from collections import Counter
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixcon_jax.data import HeldoutBatches, TokenStore, TrainBatches, heldout_from_texts, prepare
+from mixcon_jax.data import HeldoutBatches, Share, TokenStore, TrainBatches, heldout_from_texts, prepare
 from mixcon_jax.data.documents import Document
 from mixcon_jax.data.loader import Mixture
+from mixcon_jax.data.packing import Rows
 from mixcon_jax.errors import UserError
 from tests.data.cases import make_texts, write_jsonl
 
@@ -128,14 +130,36 @@ def test_batches_do_not_depend_on_start_threads_or_processes(make_config, tmp_pa
         got = take(TrainBatches(config, stores).iterate(start), 12)
         assert all(same(a, b) for a, b in zip(got, reference[start : start + 12], strict=True))
     for processes in (2, 3, 6):
-        shares = [take(TrainBatches(config, stores, p, processes).iterate(5), 3) for p in range(processes)]
+        shares = [take(TrainBatches(config, stores, Share((p,), processes)).iterate(5), 3) for p in range(processes)]
         for step, parts in enumerate(zip(*shares, strict=True)):
             joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             assert same(joined, reference[5 + step])
     whole = list(HeldoutBatches(config, stores, 6))
-    shares = [list(HeldoutBatches(config, stores, 6, process_index=p, process_count=3)) for p in range(3)]
+    shares = [list(HeldoutBatches(config, stores, 6, share=Share((p,), 3))) for p in range(3)]
     for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
         assert same({name: np.concatenate([part[name] for part in parts]) for name in batch}, batch)
+
+
+@pytest.mark.parametrize('prefetch', [0, 3])
+def test_a_process_reads_its_own_rows_and_few_batches_ahead(make_config, corpus, monkeypatch, prefetch):
+    """However long the consumer takes: what is held is bounded by data.prefetch, and of each batch by the share."""
+    config = make_config(corpus[1], batch_size=12, prefetch=prefetch, num_threads=2)
+    batches = TrainBatches(config, prepare(config.data, progress=False), Share((1, 4), 6))
+    asked: list[int] = []
+    fill = Rows.fill
+    monkeypatch.setattr(
+        Rows, 'fill', lambda self, batch, *rows: (asked.append(len(batch['tokens'])), fill(self, batch, *rows))
+    )
+    iterator = batches.iterate(5)
+    first = next(iterator)
+    before, deadline = -1, time.monotonic() + 10
+    while before != len(asked) and time.monotonic() < deadline:
+        before = len(asked)
+        time.sleep(0.3)
+    iterator.close()
+    assert set(asked) == {4} and len(asked) <= 1 + prefetch + config.data.num_threads * bool(prefetch)
+    whole = TrainBatches(config, prepare(config.data, progress=False))[5]
+    assert same(first, {name: rows[[2, 3, 8, 9]] for name, rows in whole.items()})
 
 
 def test_batches_depend_on_the_seed(make_config, corpus):
@@ -200,14 +224,14 @@ def test_mixture_follows_weights_and_sizes(make_config, tmp_path):
         ({'weights': (1.0, 2.0)}, 1, 'data.weights: 2 weights for 1 sources'),
         ({'weights': (0.0,)}, 1, 'data.weights'),
         ({'weights': (-1.0,)}, 1, 'data.weights'),
-        ({}, 3, 'train.batch_size: 4 rows cannot be divided among 3 processes'),
+        ({}, 3, 'train.batch_size: 4 rows cannot be divided into 3 equal parts'),
     ],
 )
 def test_bad_options_are_refused(make_config, corpus, options, processes, words):
     config = make_config(corpus[1], **options)
     stores = prepare(config.data, progress=False)
     with pytest.raises(UserError, match=words):
-        TrainBatches(config, stores, 0, processes)
+        TrainBatches(config, stores, Share((0,), processes))
 
 
 def test_stores_of_different_tokenizers_do_not_mix(make_config, corpus):

@@ -7,7 +7,7 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax.config import ConfigError
-from mixcon_jax.data import synthetic
+from mixcon_jax.data import Share, synthetic
 from mixcon_jax.data.synthetic import ASK, NOISE, SYMBOLS, Draws, SyntheticHeldout, SyntheticTrain
 
 TASKS = tuple(synthetic.TASKS)
@@ -115,7 +115,7 @@ def test_batches_depend_on_seed_and_step_alone_and_split_over_processes(task, cu
     other = SyntheticTrain(
         make_config(task, **({'min_items': 1, 'min_length': 8, 'curriculum_steps': curriculum} if curriculum else {}))
     )
-    parts = [SyntheticTrain(config, index, 3) for index in range(3)]
+    parts = [SyntheticTrain(config, Share((index,), 3)) for index in range(3)]
     iterator = whole.iterate(4)
     for step in (4, 5, 6):
         batch = next(iterator)
@@ -154,7 +154,7 @@ def test_the_curriculum_grows_and_packs_sequences_as_documents(task):
 @pytest.mark.parametrize('task', TASKS)
 def test_heldout_sequences_are_scored_once_at_every_length(task, processes):
     config = make_config(task, eval_lengths=(48, 20, 32))
-    shares = [SyntheticHeldout(config, 4, process_index=i, process_count=processes) for i in range(processes)]
+    shares = [SyntheticHeldout(config, 4, share=Share((i,), processes)) for i in range(processes)]
     rows: dict[int, list] = {}
     answers = 0
     for batches in zip(*shares, strict=True):

@@ -7,6 +7,7 @@ from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
+from kernels_pallas.ssd.context_parallel import CALL as SSD
 from mixcon_jax.parallel.split import split
 
 attention = split(ATTENTION)
@@ -14,3 +15,4 @@ causal_conv1d = split(CAUSAL_CONV1D)
 diagonal_gain = split(DIAGONAL)
 matrix_gain = split(MATRIX)
 selective_scan = split(SELECTIVE_SCAN)
+ssd = split(SSD)

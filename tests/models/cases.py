@@ -40,6 +40,7 @@ OTHERS = {
             'conba.state_scaling': 'readout',
         },
     ),
+    'mamba2_groups': ('mamba2', {'mamba2.groups': 2}),
     'moe_dense': ('moe', {'moe.implementation': 'dense'}),
     'moe_grouped': ('moe', {'moe.implementation': 'grouped', 'moe.group_block': 4, 'moe.renormalize': True}),
     'moe_bias': ('moe', {'moe.balance': 'bias'}),
@@ -53,6 +54,9 @@ def model_config(options=(), dtype='float32'):
     config.model.attention.update(num_heads=4, num_kv_heads=2)
     config.model.ssm.update(d_state=8, dt_rank=4, chunk=4)  # short chunks compile faster
     config.model.conba.update(head_dim=16, gain_chunk=8, taps=(1, 3))
+    config.model.mamba2.update(d_state=8, head_dim=16, chunk=4)
+    config.model.retnet.update(chunk=8)
+    config.model.gla.update(chunk=8)
     config.model.mlp.hidden_dim = 48
     for key, value in dict(options).items():
         configs.put(config, f'model.{key}', value)
@@ -98,6 +102,7 @@ def layer(name, dtype='float32', seed=0):
     called, options = CASES[name]
     if dtype == 'bfloat16':  # the tests at 4096 tokens: tiles as in real runs
         options = options | {'attention.block_size': 256, 'conba.gain_chunk': 32, 'ssm.chunk': 0}
+        options |= {f'{name}.chunk': 64 for name in ('mamba2', 'retnet', 'gla')}
     config = model_config(options, dtype)
     kind = kinds.load(pattern.named_kinds(config).get(called, called))
     return perturbed(kind(pattern.variant(config, called), Parameters(jax.random.key(seed)), 4), seed + 1)

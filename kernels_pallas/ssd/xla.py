@@ -42,7 +42,6 @@ def chunked(x, log_decay, B, C, step, reset, initial_state, chunk):
         state, y = _one(state, tokens)
         y = y[:, None]
     else:
-
         behind = (0, count * chunk - length)
 
         def split(value):

@@ -11,4 +11,5 @@ MIXERS: dict[str, str | type] = {
     'mamba2': 'mixcon_jax.models.mixers.mamba2.Mamba2',
     'retnet': 'mixcon_jax.models.mixers.retnet.RetNet',
     'gla': 'mixcon_jax.models.mixers.gla.GLA',
+    'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
 }

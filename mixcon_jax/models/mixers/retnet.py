@@ -29,7 +29,7 @@ from mixcon_jax.parallel.kernels import ssd
 class RetNet(Layer):
     """out = (Swish(x W_g) * GroupNorm(retention)) W_o (Sun et al., 2023, equations 5 to 8).
 
-    S_t = g_h S_{t-1} + v_t k_t^T, o_t = S_t q_t, with g_h = 1 - 2^(-5-h) and h = 0, 1, ...; queries and keys are rotated
+    S_t = g_h S_{t-1} + v_t k_t^T, o_t = S_t q_t, with g_h = 1 - 2^(-5-h), h = 0, 1, ...; queries and keys are rotated
     by their positions, which with that decay is xPos. k is divided by sqrt(d_k); d_v = 2 d_k. The group norm is each
     head's own and has no weights, since W_o follows; by it the paper's normalisations of scores change nothing and are
     left out. The angles are those of this repository's rotary embedding, theta^(-2i/d) for the halves of a head.

@@ -28,14 +28,19 @@ def of_token(k: jax.Array, v: jax.Array) -> State:
     return weight * v, weight, exponent
 
 
+def chosen(where: jax.Array, one: State, other: State) -> State:
+    """One state where that is True, else the other."""
+    return jnp.where(where, one[0], other[0]), jnp.where(where, one[1], other[1]), jnp.where(where, one[2], other[2])
+
+
 def step(state: State, k, v, decay, bonus, reset, mask) -> tuple[State, jax.Array]:
     """The state after a token and its output; k, v [B, D], reset and mask [B] or None."""
     if reset is not None:
-        state = tuple(jnp.where(reset[:, None], new, old) for new, old in zip(nothing(k.shape, k.dtype), state))
+        state = chosen(reset[:, None], nothing(k.shape, k.dtype), state)
     numerator, denominator, _ = joined(state, jnp.zeros_like(decay), of_token(k + bonus, v))
     after = joined(state, -decay, of_token(k, v))
     if mask is not None:
-        after = tuple(jnp.where(mask[:, None], new, old) for new, old in zip(after, state))
+        after = chosen(mask[:, None], after, state)
     return after, numerator / denominator
 
 

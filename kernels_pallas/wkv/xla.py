@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import platform
-from kernels_pallas.wkv.reference import EMPTY, State, joined, nothing, of_token, step
+from kernels_pallas.wkv.reference import EMPTY, State, chosen, joined, nothing, of_token, step
 
 STEPPED_CHUNK = 8  # longer ones compile longer
 ASSOCIATIVE_CHUNK = 64
@@ -51,7 +51,7 @@ def _associative(state: State, tokens, decay, bonus):
     log_decay, own = jnp.broadcast_to(-decay, k.shape), of_token(k, v)
     if (mask := tokens.get('mask')) is not None:
         log_decay = jnp.where(mask[..., None], log_decay, 0)
-        own = tuple(jnp.where(mask[..., None], x, empty) for x, empty in zip(own, nothing(k.shape, k.dtype)))
+        own = chosen(mask[..., None], own, nothing(k.shape, k.dtype))
     if (reset := tokens.get('reset')) is not None:
         log_decay = jnp.where(reset[..., None], EMPTY, log_decay)
 
@@ -61,8 +61,8 @@ def _associative(state: State, tokens, decay, bonus):
     entering = jax.tree.map(lambda x: x[:, None], (jnp.zeros_like(state[0]), state))
     maps = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), entering, (log_decay, own))
     _, states = lax.associative_scan(then, maps, axis=1)
-    before = tuple(x[:, :-1] for x in states)
+    before: State = (states[0][:, :-1], states[1][:, :-1], states[2][:, :-1])
     if reset is not None:
-        before = tuple(jnp.where(reset[..., None], e, x) for e, x in zip(nothing(k.shape, k.dtype), before))
+        before = chosen(reset[..., None], nothing(k.shape, k.dtype), before)
     numerator, denominator, _ = joined(before, jnp.zeros_like(decay), of_token(k + bonus, v))
     return tuple(x[:, -1] for x in states), numerator / denominator

@@ -19,7 +19,7 @@ from mixcon_jax.models.layers import (
     token_shift,
     widened,
 )
-from mixcon_jax.models.published import Published, linear
+from mixcon_jax.models.published import Published, channels, linear
 from mixcon_jax.options import COUNT, Option
 
 
@@ -38,8 +38,8 @@ class ChannelMix(Layer):
         'rwkv': Published(
             'feed_forward',
             {
-                'time_mix_key': lambda value: {'mix_k': value[0, 0]},
-                'time_mix_receptance': lambda value: {'mix_r': value[0, 0]},
+                'time_mix_key': channels('mix_k'),
+                'time_mix_receptance': channels('mix_r'),
                 'key.weight': linear('w_key'),
                 'receptance.weight': linear('w_receptance'),
                 'value.weight': linear('w_value'),

@@ -9,7 +9,7 @@ from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Parameters, State, mixed, normal, output_std, project, token_shift, widened
-from mixcon_jax.models.published import Published, linear
+from mixcon_jax.models.published import Published, channels, linear, same
 from mixcon_jax.options import COUNT, Option
 from mixcon_jax.parallel.kernels import wkv
 
@@ -36,15 +36,18 @@ class RWKV4(Layer):
         'rwkv': Published(
             'attention',
             {
-                **{f'time_mix_{name}': (lambda value, our=our: {our: value[0, 0]})
-                   for name, our in (('key', 'mix_k'), ('value', 'mix_v'), ('receptance', 'mix_r'))},
-                **{f'{name}.weight': linear(our) for name, our in
-                   (('key', 'k_proj'), ('value', 'v_proj'), ('receptance', 'r_proj'), ('output', 'o_proj'))},
-                'time_decay': lambda value: {'decay': value},
-                'time_first': lambda value: {'bonus': value},
+                'time_mix_key': channels('mix_k'),
+                'time_mix_value': channels('mix_v'),
+                'time_mix_receptance': channels('mix_r'),
+                'key.weight': linear('k_proj'),
+                'value.weight': linear('v_proj'),
+                'receptance.weight': linear('r_proj'),
+                'output.weight': linear('o_proj'),
+                'time_decay': same('decay'),
+                'time_first': same('bonus'),
             },
         )
-    }  # fmt: skip
+    }
 
     @staticmethod
     def check_split(model, shards) -> None:

@@ -26,6 +26,11 @@ OTHERS = {
         'local',
         {'layers.local': {'kind': 'attention', 'rope': True, 'num_kv_heads': 4}, 'attention.block_size': 8},
     ),
+    'attention_window': (
+        'attention',
+        {f'attention.{k}': v for k, v in (('window', 5), ('sinks', True), ('logit_cap', 3.0), ('qk_norm', True))}
+        | {'attention.block_size': 4},
+    ),
     'mamba_norms': ('mamba', {'mamba.norms': True, 'ssm.chunk': 5}),
     'conba_paper': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_paper').items()}),
     'conba_code': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_code').items()}),

@@ -39,8 +39,8 @@ def attention(
       kv_segment_ids: [B, S] document of each key; segment_ids if None, which needs S = T.
       q_offset: index of the first query among the keys (how much a cache already holds); may be traced.
       scale: of the scores; 1/sqrt(d) if None.
-      window: a query sees this many keys at most, itself included (Beltagy et al., 2020); of 'blockwise' tiles outside it
-        are not visited.
+      window: a query sees this many keys at most, itself included (Beltagy et al., 2020); 'blockwise' does not visit
+        tiles outside it.
       logit_cap: scores are `cap * tanh(score / cap)` (Gemma 2, 2024).
       sinks: [H], a score a head that takes part in the softmax and has no value (Xiao et al., 2023; gpt-oss, 2025).
       positions, kv_positions: [B, T] and [B, S], by which a window counts instead of by the keys' indices: those of a

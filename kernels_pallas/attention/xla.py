@@ -49,8 +49,8 @@ class _Static(NamedTuple):
     k_steps: int
     scale: float
     from_start: bool
-    window: int | None
-    cap: float | None
+    window: int | None = None
+    cap: float | None = None
 
 
 def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size=None, more=PLAIN):

@@ -45,7 +45,6 @@ OTHERS = {
             'conba.state_scaling': 'readout',
         },
     ),
-    'mamba2_groups': ('mamba2', {'mamba2.groups': 2}),
     'moe_dense': ('moe', {'moe.implementation': 'dense'}),
     'moe_grouped': ('moe', {'moe.implementation': 'grouped', 'moe.group_block': 4, 'moe.renormalize': True}),
     'moe_bias': ('moe', {'moe.balance': 'bias'}),
@@ -59,7 +58,7 @@ def model_config(options=(), dtype='float32'):
     config.model.attention.update(num_heads=4, num_kv_heads=2)
     config.model.ssm.update(d_state=8, dt_rank=4, chunk=4)  # short chunks compile faster
     config.model.conba.update(head_dim=16, gain_chunk=8, taps=(1, 3))
-    config.model.mamba2.update(d_state=8, head_dim=16, chunk=4)
+    config.model.mamba2.update(d_state=8, head_dim=16, groups=2, chunk=4)
     config.model.retnet.update(chunk=8)
     config.model.gla.update(chunk=8)
     config.model.mlp.hidden_dim = 48

@@ -120,11 +120,9 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
     assert types[0] == types[1]
 
 
-# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's.
-LONG = [
-    pytest.param(name, marks=pytest.mark.slow) if name in ('mamba_norms', 'conba_feedback_companion') else name
-    for name in NAMES
-]
+# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's primitive.
+SLOW = ('mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window')
+LONG = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
 
 
 @pytest.mark.parametrize('name', LONG)

@@ -32,6 +32,12 @@ OPTIONS = {
     'train__z_loss_coef': 0.001,
     'optim__clip_norm': 0.0,
 }
+FAMILY = {
+    'model__pattern': ('mamba2+rwkv_channel_mix', 'retnet+mlp', 'gla', 'rwkv4'),
+    'model__mamba2__head_dim': 8,
+    'model__mamba2__groups': 2,
+    'model__mamba2__d_state': 4,
+}
 SIXTEEN = {'model__moe__num_experts': 16}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MESHES = [
@@ -44,6 +50,7 @@ MESHES = [
     slow({'context': 2, 'expert': 2, 'tensor': 2}, {}),
     slow({'expert': 8}, {}),
     slow({'expert': 8}, SIXTEEN),
+    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, FAMILY),
 ]
 
 

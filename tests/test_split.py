@@ -12,6 +12,8 @@ from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
+from kernels_pallas.ssd.context_parallel import CALL as SSD
+from kernels_pallas.wkv.context_parallel import CALL as WKV
 from mixcon_jax import config as configs
 from mixcon_jax.parallel import kernels, layout
 from mixcon_jax.parallel.axes import RULES
@@ -35,6 +37,14 @@ CALLS = {
     'diagonal_gain': GAIN,
     'causal_conv1d': {
         'x': normal(B, T, D), 'weight': normal(3, D), 'bias': normal(D), 'initial_state': normal(B, 2, D),
+    },
+    'ssd': {
+        'x': normal(B, T, 4, 3), 'log_decay': -(normal(B, T, 4, 5) ** 2), 'B': normal(B, T, 2, 5),
+        'C': normal(B, T, 2, 5), 'step': normal(B, T, 4) ** 2, 'initial_state': normal(B, 4, 3, 5),
+    },
+    'wkv': {
+        'k': normal(B, T, D), 'v': normal(B, T, D), 'decay': normal(D) ** 2, 'bonus': normal(D),
+        'initial_state': jnp.abs(normal(B, 3, D)),
     },
     'attention': {'q': normal(B, T, 4, 8), 'k': normal(B, T, 2, 8), 'v': normal(B, T, 2, 8)},
 }  # fmt: skip
@@ -117,7 +127,7 @@ def test_noise_is_drawn_for_all_rows_at_once():
 
 
 @pytest.mark.parametrize(
-    'call', [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION], ids=lambda c: c.function.__name__
+    'call', [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION, SSD, WKV], ids=lambda c: c.function.__name__
 )
 def test_a_call_is_declared_whole(call):
     """Every dimension that may be split is one of the annotations', under a name that the sharding rules know."""

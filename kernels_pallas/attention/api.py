@@ -19,6 +19,11 @@ def attention(
     kv_segment_ids: Int[Array, 'b s'] | None = None,
     q_offset: int | Int[Array, ''] = 0,
     scale: float | None = None,
+    window: int | None = None,
+    logit_cap: float | None = None,
+    sinks: Float[Array, ' h'] | None = None,
+    positions: Int[Array, 'b t'] | None = None,
+    kv_positions: Int[Array, 'b s'] | None = None,
     implementation: str | None = None,
     block_size: int | None = None,
 ) -> Float[Array, 'b t h d']:
@@ -34,6 +39,12 @@ def attention(
       kv_segment_ids: [B, S] document of each key; segment_ids if None, which needs S = T.
       q_offset: index of the first query among the keys (how much a cache already holds); may be traced.
       scale: of the scores; 1/sqrt(d) if None.
+      window: a query sees this many keys at most, itself included (Beltagy et al., 2020); 'blockwise' does not visit
+        tiles outside it.
+      logit_cap: scores are `cap * tanh(score / cap)` (Gemma 2, 2024).
+      sinks: [H], a score a head that takes part in the softmax and has no value (Xiao et al., 2023; gpt-oss, 2025).
+      positions, kv_positions: [B, T] and [B, S], by which a window counts instead of by the keys' indices: those of a
+        cache that holds padding between a document's tokens. They need segment_ids, and no tile is left out for them.
       implementation: None picks for the platform and the shapes: 'one_query' (T = 1, as in decoding); 'tokamax' (that
         library's flash attention, of a sequence to itself, bfloat16, heads of 64 or 128) on NVIDIA GPUs of compute
         capability 9.x that have verified it; 'cudnn' (cuDNN's, the same without segment_ids, heads of up to 128, on
@@ -53,29 +64,40 @@ def attention(
     segment_ids, kv_segment_ids = _segments(sizes(attention, locals(), WORDS), segment_ids, kv_segment_ids)
     if block_size is not None and block_size < 1:
         raise ValueError(f'attention: block_size must be at least 1, got {block_size}')
+    if window is not None and window < 1:
+        raise ValueError(f'attention: window must be at least 1, got {window}')
+    if (positions is None) != (kv_positions is None) or (positions is not None and segment_ids is None):
+        raise ValueError('attention: positions, kv_positions and segment_ids belong together')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    window = None if window is None or window >= k.shape[1] else window  # which then holds all keys
+    places = None if window is None or positions is None or kv_positions is None else (positions, kv_positions)
+    more = reference.More(window, logit_cap or None, sinks, places)
     arguments = q, k, v, segment_ids, kv_segment_ids, q_offset, scale
     packed, cached = segment_ids is not None, tokamax.cached(q, k, own_segments, q_offset)
     candidates = (
-        Candidate('one_query', lambda: one_query.attention(*arguments), lambda: _several_queries(q)),
+        Candidate('one_query', lambda: one_query.attention(*arguments, more), lambda: _several_queries(q)),
         Candidate(
             'tokamax',
             lambda: tokamax.attention(q, k, v, segment_ids, scale),
-            lambda: tokamax.unsupported(q, k, v, own_segments, q_offset),
+            lambda: _extended(more) or tokamax.unsupported(q, k, v, own_segments, q_offset),
             lambda: tokamax.variants(q.shape[-1], packed),
             silent=cached,
         ),
         Candidate(
             'cudnn',
             lambda: cudnn.attention(q, k, v, scale),
-            lambda: cudnn.unsupported(q, k, v, packed, cached),
+            lambda: _extended(more) or cudnn.unsupported(q, k, v, packed, cached),
             lambda: cudnn.variants(q.shape[-1]),
             silent=packed or cached,
         ),
-        Candidate('blockwise', lambda: xla.attention(*arguments, block_size)),
-        Candidate('reference', lambda: reference.attention(*arguments), by_name=True),
+        Candidate('blockwise', lambda: xla.attention(*arguments, block_size, more)),
+        Candidate('reference', lambda: reference.attention(*arguments, more), by_name=True),
     )
     return choose('attention', implementation, candidates).run()
+
+
+def _extended(more: reference.More) -> str | None:
+    return None if all(option is None for option in more) else 'it has no window, no cap of scores and no sinks'
 
 
 def _several_queries(q: Float[Array, 'b t h d']) -> str | None:

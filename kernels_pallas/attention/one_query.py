@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention.reference import masked_softmax, visible
+from kernels_pallas.attention.reference import PLAIN, More, capped, masked_softmax, visible
 
 
 def attention(
@@ -14,6 +14,7 @@ def attention(
     kv_segment_ids: jax.Array | None,
     q_offset: jax.Array | int,
     scale: float,
+    more: More = PLAIN,
 ) -> jax.Array:
     """Shapes as in `api.attention` with T = 1, also of the result; keys and values are read as [B, S, K * d].
 
@@ -28,7 +29,10 @@ def attention(
     own = jnp.eye(kv_heads, dtype=q.dtype)[:, None, :, None]  # [K, 1, K, 1]
     wide = (q.reshape(batch, kv_heads, groups, 1, width) * own).reshape(batch, heads, kv_heads * width)
     scores = jnp.einsum('bhc,bsc->bhs', wide, k, preferred_element_type=accumulate) * scale
-    weights = masked_softmax(scores, visible(q_offset + jnp.arange(1), jnp.arange(keys), segment_ids, kv_segment_ids))
+    indices = q_offset + jnp.arange(1), jnp.arange(keys)
+    mask = visible(*indices, segment_ids, kv_segment_ids, more.window, more.places)
+    sinks = None if more.sinks is None else more.sinks[:, None]
+    weights = masked_softmax(capped(scores, more.cap), mask, sinks)
     out = jnp.einsum('bhs,bsc->bhc', weights.astype(v.dtype), v, preferred_element_type=accumulate)
     # [B, H, K * d], of which a query head keeps the numbers in its key head's place.
     out = jnp.einsum('bkgkd->bkgd', out.reshape(batch, kv_heads, groups, kv_heads, width))

@@ -16,7 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import platform
-from kernels_pallas.attention.reference import visible
+from kernels_pallas.attention.reference import PLAIN, capped, visible
 from kernels_pallas.call import KEPT
 
 LARGEST = {'gpu': 1024}  # queries and keys a tile where the caller does not say; a CPU's caches hold one of 256
@@ -49,9 +49,11 @@ class _Static(NamedTuple):
     k_steps: int
     scale: float
     from_start: bool
+    window: int | None = None
+    cap: float | None = None
 
 
-def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size=None):
+def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size=None, more=PLAIN):
     """Shapes as in `api.attention`; tiles at the end are padded, where padding is of segment 0."""
     length, keys = q.shape[1], k.shape[1]
     block_size = tile_size(keys, block_size)
@@ -62,13 +64,15 @@ def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size=
     widest = min(block_size // q_block, WIDEST, blocks)
     k_block = min(keys, block_size * max(n for n in range(1, widest + 1) if blocks % n == 0))
     from_start = isinstance(q_offset, int) and q_offset == 0
-    static = _Static(q_block, -(-length // q_block), k_block, -(-keys // k_block), scale, from_start)
+    static = _Static(
+        q_block, -(-length // q_block), k_block, -(-keys // k_block), scale, from_start, more.window, more.cap
+    )
     beyond = from_start and length <= keys  # padded keys, which lie after the real ones, are above the diagonal
     if segment_ids is None and not beyond and (keys % k_block or length % q_block):
         segment_ids = jnp.ones((q.shape[0], length), jnp.int32)
         kv_segment_ids = jnp.ones((q.shape[0], keys), jnp.int32)
-    segments = None if segment_ids is None else (segment_ids, kv_segment_ids)
-    return _blockwise(q, k, v, segments, jnp.asarray(q_offset, jnp.int32), static)
+    segments = None if segment_ids is None else (segment_ids, kv_segment_ids, *(more.places or ()))
+    return _blockwise(q, k, v, segments, jnp.asarray(q_offset, jnp.int32), more.sinks, static)
 
 
 # --------------------------------------------------------------------------------------------------- which tiles
@@ -91,15 +95,22 @@ def _plan(static: _Static, segments: Any, q_offset: Any) -> _Plan:
     offset = 0 if static.from_start else q_offset
     last = offset + (np.arange(static.q_steps) + 1) * static.q_block - 1
     wanted: Any = np.arange(static.k_steps) * static.k_block <= last[:, None]
+    if static.window is not None and (segments is None or len(segments) == 2):  # or positions tell, not indices
+        wanted = wanted & ((np.arange(static.k_steps) + 1) * static.k_block > _first(static, last)[:, None])
     most = int(wanted.sum()) if static.from_start else static.q_steps * static.k_steps
     by_documents = segments is not None and platform.platform() != 'gpu'
     if by_documents:
-        wanted = wanted & _meet(segments)
+        wanted = wanted & _meet(segments[:2])
     if static.from_start and not by_documents:
         i, j = np.nonzero(wanted)
         return _Plan(i, j, np.diff(i, prepend=-1) != 0, most)
     i, j = jnp.nonzero(wanted, size=most, fill_value=0)
     return _Plan(i, j, jnp.diff(i, prepend=-1) != 0, jnp.sum(wanted, dtype=jnp.int32))
+
+
+def _first(static: _Static, last: Any) -> Any:
+    """The first key that the window of any query of each block holds."""
+    return last - static.q_block + 2 - (static.window or 0)
 
 
 def _meet(segments: Any) -> jax.Array:
@@ -147,11 +158,8 @@ def _tiled(q, k, v, segments, static):
     shape = k.shape[0], static.k_steps, static.k_block, *k.shape[2:]
     k_tiles, v_tiles = (_padded(x, static.k_steps, static.k_block).reshape(shape) for x in (k, v))
     if segments is not None:
-        q_segments, k_segments = segments
-        segments = (
-            _split(q_segments, static.q_steps, static.q_block),
-            _split(k_segments, static.k_steps, static.k_block),
-        )
+        sides = (static.q_steps, static.q_block), (static.k_steps, static.k_block)  # of queries and keys in turn
+        segments = tuple(_split(x, *sides[n % 2]) for n, x in enumerate(segments))
     return _queries(q, static, k.shape[2]), k_tiles, v_tiles, segments
 
 
@@ -174,10 +182,12 @@ def _put_queries(x, block, i):
 def _scores(q_i, k_j, segments, i, j, q_offset, static):
     """Scores [B, K, G, t, s] and mask of query block i and key block j."""
     scores = jnp.einsum('bkgtd,bksd->bkgts', q_i, k_j, preferred_element_type=_accumulate(q_i)) * static.scale
-    q_segments, k_segments = (None, None) if segments is None else (_take(segments[0], i), _take(segments[1], j))
+    parts = [None, None] if segments is None else [_take(x, (i, j)[n % 2]) for n, x in enumerate(segments)]
+    q_segments, k_segments, *places = parts
     query_index = q_offset + i * static.q_block + jnp.arange(static.q_block)
-    mask = visible(query_index, j * static.k_block + jnp.arange(static.k_block), q_segments, k_segments)
-    return scores, mask[:, None, None]
+    key_index = j * static.k_block + jnp.arange(static.k_block)
+    mask = visible(query_index, key_index, q_segments, k_segments, static.window, tuple(places) or None)
+    return capped(scores, static.cap), mask[:, None, None]
 
 
 def _accumulate(x):
@@ -185,12 +195,12 @@ def _accumulate(x):
 
 
 # ------------------------------------------------------------------------------------------------------ both passes
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blockwise(q, k, v, segments, q_offset, static):
-    return _forward(q, k, v, segments, q_offset, static)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _blockwise(q, k, v, segments, q_offset, sinks, static):
+    return _forward(q, k, v, segments, q_offset, sinks, static)[0]
 
 
-def _forward(q, k, v, segments, q_offset, static):
+def _forward(q, k, v, segments, q_offset, sinks, static):
     (batch, length, heads, width), wide = q.shape, _accumulate(q)
     tiles = _tiled(q, k, v, segments, static)
     queries, keys, values, seg = tiles
@@ -219,12 +229,17 @@ def _forward(q, k, v, segments, q_offset, static):
     logsumexp = jnp.full(queries.shape[:-1], NEGATIVE, wide)
     out, logsumexp, *_ = _turns(plan, tile, (out, logsumexp, zero, logsumexp[0], zero[..., 0]))
     out = out[:, :length]
+    if sinks is not None:  # a score more, of a value of zero
+        sink = _by_head(sinks, k.shape[2], wide)
+        share = jnp.moveaxis(jax.nn.sigmoid(logsumexp - sink), (0, 4), (1, 2)).reshape(batch, -1, heads)[:, :length]
+        out = (out * share[..., None]).astype(q.dtype)
+        logsumexp = jnp.logaddexp(logsumexp, sink)
     out, logsumexp = (checkpoint_name(x, KEPT) for x in (out, logsumexp))
-    return out, (q, k, v, segments, q_offset, out, logsumexp)
+    return out, (q, k, v, segments, q_offset, sinks, out, logsumexp)
 
 
 def _backward(static, residuals, g):
-    q, k, v, segments, q_offset, out, logsumexp = residuals
+    q, k, v, segments, q_offset, sinks, out, logsumexp = residuals
     (batch, length, heads, width), kept, wide = q.shape, k.shape[1], _accumulate(q)
     queries, keys, values, seg = _tiled(q, k, v, segments, static)
     delta = _queries(jnp.sum(g.astype(wide) * out.astype(wide), -1), static, k.shape[2])
@@ -240,6 +255,8 @@ def _backward(static, residuals, g):
         scores, mask = _scores(q_i, k_j, seg, i, j, q_offset, static)
         weights = jnp.where(mask, jnp.exp(scores - logsumexp_i[..., None]), 0)
         d_scores = weights * (product('bkgtd,bksd->bkgts', g_i, v_j) - delta_i[..., None]) * static.scale
+        if static.cap is not None:
+            d_scores = d_scores * (1 - (scores / static.cap) ** 2)
         d_scores = d_scores.astype(q.dtype)
         dq_i = jnp.where(first, 0, dq_i) + product('bkgts,bksd->bkgtd', d_scores, k_j)
         # Keys last, as the tile's weights have them: what is turned round for a product is the smaller array.
@@ -253,7 +270,16 @@ def _backward(static, residuals, g):
     zero = jnp.zeros((static.k_steps, batch, k.shape[2], width, static.k_block), wide)
     dq, dk, dv, _ = _turns(plan, tile, (dq, zero, zero, jnp.zeros(queries.shape[1:], wide)))
     join = lambda x: x.transpose(1, 0, 4, 2, 3).reshape(batch, -1, *k.shape[2:])[:, :kept]
-    return dq[:, :length], join(dk.astype(k.dtype)), join(dv.astype(v.dtype)), None, None
+    d_sinks = None
+    if sinks is not None:
+        share = jnp.exp(_by_head(sinks, k.shape[2], wide) - logsumexp)
+        d_sinks = -jnp.sum(share * delta, (0, 1, 4)).reshape(sinks.shape).astype(sinks.dtype)
+    return dq[:, :length], join(dk.astype(k.dtype)), join(dv.astype(v.dtype)), None, None, d_sinks
+
+
+def _by_head(sinks, kv_heads, wide):
+    """[H] -> [1, 1, K, G, 1], as the logsumexp lies."""
+    return sinks.astype(wide).reshape(1, 1, kv_heads, -1, 1)
 
 
 _blockwise.defvjp(_forward, _backward)

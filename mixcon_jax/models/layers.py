@@ -57,6 +57,11 @@ class Parameters:
     def __init__(self, key: PRNGKeyArray, path: str = '', index: int | Int[Array, ''] = 0) -> None:
         self._key, self._path, self._index = key, path, index
 
+    @property
+    def index(self) -> int | Int[Array, '']:
+        """The layer's place in the whole model, for initial values that depend on it; it may be traced."""
+        return self._index
+
     def scope(self, name: str) -> 'Parameters':
         """Returns the maker for a named part."""
         return Parameters(self._key, f'{self._path}{name}/', self._index)
@@ -283,6 +288,26 @@ class ShortConv(nnx.Module):
             mask=context.mask,
             initial_state=state,
         )
+
+
+def token_shift(
+    x: Float[Array, 'b t c'], context: Context, state: Float[Array, 'b one c'] | None
+) -> tuple[Float[Array, 'b t c'], Float[Array, 'b one c'] | None]:
+    """The token before each, zero before a document's first, and the last token, which is the state."""
+    return causal_conv1d(
+        x,
+        jnp.ones((1, x.shape[-1]), jnp.float32),
+        lags=(1,),
+        positions=context.positions,
+        mask=context.mask,
+        initial_state=state,
+    )
+
+
+@keeping_arguments
+def mixed(x: Float[Array, '*b c'], before: Float[Array, '*b c'], share: Float[Array, ' c']) -> Float[Array, '*b c']:
+    """A share of x for every channel, and the rest of what was before, in x's type."""
+    return (widened(x) * share + widened(before) * (1 - share)).astype(x.dtype)
 
 
 def masked_mean(x: Float[Array, 'b t *c'], context: Context) -> Float[Array, '']:

@@ -34,6 +34,11 @@ def linear(name: str) -> Place:
     return lambda value: {name: value.T}
 
 
+def channels(name: str) -> Place:
+    """A number for each channel, ``[1, 1, channels]`` there and ``[channels]`` here."""
+    return lambda value: {name: value[0, 0]}
+
+
 def depthwise(name: str) -> Place:
     """The filters of a depthwise convolution, ``[channels, 1, width]`` there and ``[width, channels]`` here."""
     return lambda value: {name: value[:, 0].T}

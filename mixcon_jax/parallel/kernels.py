@@ -7,6 +7,8 @@ from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
+from kernels_pallas.ssd.context_parallel import CALL as SSD
+from kernels_pallas.wkv.context_parallel import CALL as WKV
 from mixcon_jax.parallel.split import split
 
 attention = split(ATTENTION)
@@ -14,3 +16,5 @@ causal_conv1d = split(CAUSAL_CONV1D)
 diagonal_gain = split(DIAGONAL)
 matrix_gain = split(MATRIX)
 selective_scan = split(SELECTIVE_SCAN)
+ssd = split(SSD)
+wkv = split(WKV)

@@ -26,6 +26,11 @@ OTHERS = {
         'local',
         {'layers.local': {'kind': 'attention', 'rope': True, 'num_kv_heads': 4}, 'attention.block_size': 8},
     ),
+    'attention_window': (
+        'attention',
+        {f'attention.{k}': v for k, v in (('window', 5), ('sinks', True), ('logit_cap', 3.0), ('qk_norm', True))}
+        | {'attention.block_size': 4},
+    ),
     'mamba_norms': ('mamba', {'mamba.norms': True, 'ssm.chunk': 5}),
     'conba_paper': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_paper').items()}),
     'conba_code': ('conba', {f'conba.{k}': v for k, v in presets.conba('conba_code').items()}),
@@ -53,6 +58,9 @@ def model_config(options=(), dtype='float32'):
     config.model.attention.update(num_heads=4, num_kv_heads=2)
     config.model.ssm.update(d_state=8, dt_rank=4, chunk=4)  # short chunks compile faster
     config.model.conba.update(head_dim=16, gain_chunk=8, taps=(1, 3))
+    config.model.mamba2.update(d_state=8, head_dim=16, groups=2, chunk=4)
+    config.model.retnet.update(chunk=8)
+    config.model.gla.update(chunk=8)
     config.model.mlp.hidden_dim = 48
     for key, value in dict(options).items():
         configs.put(config, f'model.{key}', value)
@@ -98,6 +106,7 @@ def layer(name, dtype='float32', seed=0):
     called, options = CASES[name]
     if dtype == 'bfloat16':  # the tests at 4096 tokens: tiles as in real runs
         options = options | {'attention.block_size': 256, 'conba.gain_chunk': 32, 'ssm.chunk': 0}
+        options |= {f'{name}.chunk': 64 for name in ('mamba2', 'retnet', 'gla')}
     config = model_config(options, dtype)
     kind = kinds.load(pattern.named_kinds(config).get(called, called))
     return perturbed(kind(pattern.variant(config, called), Parameters(jax.random.key(seed)), 4), seed + 1)

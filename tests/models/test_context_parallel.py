@@ -21,6 +21,7 @@ from tests.models.cases import DIM, layer, model_config, packed_context
 T = 32
 PRESETS = ('mamba', *presets.CONBA_PRESETS)
 OTHERS = ('conba_diag', 'conba_companion', 'conba_noise', 'attention_rope', 'moe_grouped')
+FAMILY = ('attention_window', 'mamba2', 'retnet', 'gla', 'rwkv4', 'rwkv_channel_mix')
 NOISE = {
     'conba.process_noise': 0.1, 'conba.observation_noise': 0.1, 'conba.control': 'none', 'conba.delay': 'none'
 }  # fmt: skip
@@ -85,11 +86,11 @@ def found(name, shards):
     return jax.device_get((outputs, gradients))
 
 
-CASES = [(name, shards) for name in PRESETS for shards in (2, 4, 8)] + [(name, 4) for name in OTHERS]
+CASES = [(name, shards) for name in PRESETS for shards in (2, 4, 8)] + [(name, 4) for name in OTHERS + FAMILY]
 # Each number of shards compiles anew: of Mamba all three are always run, of Conba one. What other forms add, such as
 # feedback, a diagonal gain or noise, is the kernels': tests/kernels_pallas/test_context_parallel.py asks that of them.
 DEAR = {(name, shards) for name in presets.CONBA_PRESETS for shards in (2, 8)}
-DEAR |= {(name, 4) for name in ('conba_paper', 'conba_code', 'conba_diag', 'conba_companion', 'conba_noise')}
+DEAR |= {(name, 4) for name in ('conba_paper', 'conba_code', 'conba_diag', 'conba_companion', 'conba_noise', *FAMILY)}
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
     assert types[0] == types[1]
 
 
-# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's.
-LONG = but_slow('mamba_norms', 'conba_feedback_companion')
+# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's primitive.
+LONG = but_slow('mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window')
 
 
 @pytest.mark.parametrize('name', LONG)

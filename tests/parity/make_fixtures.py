@@ -26,9 +26,12 @@ from transformers import (
     JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    RwkvConfig,
 )
 from transformers.models.jamba.modeling_jamba import (
     JambaAttention,
@@ -39,9 +42,12 @@ from transformers.models.jamba.modeling_jamba import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.rwkv.modeling_rwkv import RwkvFeedForward, RwkvSelfAttention
 
 B, T, D = 2, 37, 32
+LONG = (1, 129)  # rows and tokens of recurrences, whose tests read prefixes of them
 COMMON = {
     'hidden_size': D,
     'intermediate_size': 48,
@@ -77,14 +83,29 @@ def mamba_config() -> MambaConfig:
     return MambaConfig(hidden_size=D, state_size=8, time_step_rank=4, num_hidden_layers=1)
 
 
+def mamba2_config(groups: int) -> Mamba2Config:
+    return Mamba2Config(
+        hidden_size=D, num_heads=4, head_dim=16, state_size=8, n_groups=groups, chunk_size=16, num_hidden_layers=2,
+        layer_norm_epsilon=1e-6, vocab_size=COMMON['vocab_size'],
+    )  # fmt: skip
+
+
+def rwkv_config() -> RwkvConfig:
+    return RwkvConfig(hidden_size=D, intermediate_size=48, num_hidden_layers=2, vocab_size=COMMON['vocab_size'])
+
+
 def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
     """Gives every weight a random float32 value of a size that keeps activations near one."""
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         leaf = name.rsplit('.', 1)[-1]
-        if leaf == 'A_log':
+        if leaf == 'A_log' and weight.ndim == 1:
+            value = noise
+        elif leaf == 'A_log':
             value = torch.log(torch.arange(1.0, weight.shape[1] + 1)) + 0.1 * noise
-        elif name.endswith('dt_proj.bias'):  # inverse softplus of steps from 0.001 to 0.1
+        elif leaf in ('time_decay', 'time_first'):
+            value = noise
+        elif name.endswith(('dt_proj.bias', 'dt_bias')):  # inverse softplus of steps from 0.001 to 0.1
             low, high = math.log(1e-3), math.log(1e-1)
             steps = torch.exp(low + (high - low) * torch.rand(weight.shape, generator=generator))
             value = steps + torch.log(-torch.expm1(-steps))
@@ -116,6 +137,10 @@ def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x)
 
 
+def first(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x)[0]
+
+
 LAYERS = {
     'jamba_mamba_mixer': (lambda: JambaMambaMixer(jamba_config(), 0), call),
     'mamba_mixer': (lambda: MambaMixer(mamba_config(), 0), call),
@@ -125,11 +150,16 @@ LAYERS = {
     'mixtral_moe': (lambda: MixtralSparseMoeBlock(mixtral_config()), call),
     'jamba_mlp': (lambda: JambaMLP(jamba_config()), call),
     'jamba_rms_norm': (lambda: JambaRMSNorm(D), call),
+    'mamba2_mixer': (lambda: Mamba2Mixer(mamba2_config(1), 0), call),
+    'mamba2_groups_mixer': (lambda: Mamba2Mixer(mamba2_config(2), 0), call),
+    'rwkv_attention': (lambda: RwkvSelfAttention(rwkv_config(), 0), first),
+    'rwkv_feed_forward': (lambda: RwkvFeedForward(rwkv_config(), 0), first),
 }
 MODELS = {
     'jamba_model': lambda: JambaForCausalLM(jamba_config()),
     'llama_model': lambda: LlamaForCausalLM(llama_config()),
     'mixtral_model': lambda: MixtralForCausalLM(mixtral_config()),
+    'mamba2_model': lambda: Mamba2ForCausalLM(mamba2_config(2)),
 }
 
 
@@ -149,18 +179,19 @@ def case(name: str) -> dict[str, np.ndarray]:
     seed = zlib.crc32(name.encode())
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
+    shape = LONG if name.startswith(('mamba2', 'rwkv')) else (B, T)
     if name in MODELS:
         module = MODELS[name]()
         randomize(module, generator)
         module = module.double().eval()
-        tokens = torch.randint(0, COMMON['vocab_size'], (B, T), generator=generator)
+        tokens = torch.randint(0, COMMON['vocab_size'], shape, generator=generator)
         y = module(input_ids=tokens, use_cache=False).logits
         return {'tokens': tokens.numpy().astype(np.int32), **gradients(module, y, generator), **description(module)}
     make, run = LAYERS[name]
     module = make()
     randomize(module, generator)
     module = module.double().eval()
-    x = torch.randn(B, T, D, generator=generator)
+    x = torch.randn(*shape, D, generator=generator)
     wide = x.double().requires_grad_()
     arrays = gradients(module, run(module, wide), generator)
     return {'x': x.numpy(), 'dx': wide.grad.numpy().astype(np.float32), **arrays, **description(module)}

@@ -8,4 +8,8 @@ MIXERS: dict[str, str | type] = {
     'attention': 'mixcon_jax.models.mixers.attention.Attention',
     'mamba': 'mixcon_jax.models.mixers.mamba.Mamba',
     'conba': 'mixcon_jax.models.mixers.conba.Conba',
+    'mamba2': 'mixcon_jax.models.mixers.mamba2.Mamba2',
+    'retnet': 'mixcon_jax.models.mixers.retnet.RetNet',
+    'gla': 'mixcon_jax.models.mixers.gla.GLA',
+    'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
 }

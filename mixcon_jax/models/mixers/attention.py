@@ -1,5 +1,7 @@
 """Grouped-query attention with document masks, no positional encoding by default."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,9 +10,9 @@ from kernels_pallas.attention import whole_tiles
 from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Parameters, State, kept, normal, output_std, project
+from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, kept, normal, output_std, project, zeros
 from mixcon_jax.models.published import Published, linear
-from mixcon_jax.options import COUNT, POSITIVE, Option, above
+from mixcon_jax.options import COUNT, POSITIVE, Option, above, at_least
 from mixcon_jax.parallel.kernels import attention
 
 
@@ -29,6 +31,12 @@ class Attention(Layer):
             ),
             'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
             'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
+            'window': Option(
+                0, 'Tokens that a query sees, itself included; 0 means all of its document. The cache holds all.', COUNT
+            ),
+            'qk_norm': Option(False, 'RMSNorms on the queries and the keys of a head, before rotation.'),
+            'logit_cap': Option(0.0, 'Scores become cap * tanh(score / cap); 0 leaves them.', at_least(0.0)),
+            'sinks': Option(False, 'A learned score a head that takes part in the softmax and has no value.'),
             'block_size': Option(
                 0, 'Queries and keys a tile of the portable blockwise attention; 0 picks for the platform.', COUNT
             ),
@@ -56,8 +64,10 @@ class Attention(Layer):
 
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
-        """Scores and their sum of values, over ``seq_len / 2`` keys in the mean."""
-        return 2 * model.attention.num_heads * model.attention.head_dim * seq_len
+        """Scores and their sum of values, over ``seq_len / 2`` keys in the mean, or those that a window leaves."""
+        options = model.attention
+        window = min(options.window or seq_len, seq_len)
+        return 4 * options.num_heads * options.head_dim * window * (1 - window / (2 * seq_len))
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.attention
@@ -73,6 +83,18 @@ class Attention(Layer):
             'o_proj', (q_width, config.dim), ('heads', 'embed'), normal(output_std(config.init_std, num_layers))
         )
 
+        if options.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, params.scope('q_norm'), config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, params.scope('k_norm'), config.norm_eps)
+        if options.sinks:
+            self.sinks = params('sinks', (options.num_heads,), ('heads',), zeros)
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What ``config.model.attention`` asks of the softmax."""
+        sinks = self.sinks[...] if self.options.sinks else None
+        return {'window': self.options.window or None, 'logit_cap': self.options.logit_cap or None, 'sinks': sinks}
+
     def init_state(self, batch: int, max_len: int) -> State:
         """Returns an empty cache of ``max_len`` tokens a row, rounded up to whole tiles, which need no padding.
 
@@ -81,7 +103,8 @@ class Attention(Layer):
         """
         max_len = whole_tiles(max_len, self.block_size)
         shape = (batch, max_len, self.options.num_kv_heads * self.head_dim)
-        return {
+        places = {'positions': jnp.zeros((batch, max_len), jnp.int32)} if self.options.window else {}
+        return places | {
             'k': jnp.zeros(shape, self.dtype),
             'v': jnp.zeros(shape, self.dtype),
             'segment_ids': jnp.zeros((batch, max_len), jnp.int32),
@@ -95,17 +118,20 @@ class Attention(Layer):
         q = self._heads(project(x, self.q_proj), self.options.num_heads)
         k = self._heads(project(x, self.k_proj), self.options.num_kv_heads)
         v = self._heads(project(x, self.v_proj), self.options.num_kv_heads)
+        if self.options.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.options.rope:
             q, k = (rotate(value, context.positions, self.options.rope_theta) for value in (q, k))
         if state is None:
             q, k, v = kept(q), kept(k), kept(v)
-            y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.block_size)
+            y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.block_size, **self.more)
         else:
             start = state['length']
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
                 cache, new.astype(cache.dtype), start, axis=1
             )
-            state = {
+            places = {'positions': write(state['positions'], context.positions)} if self.options.window else {}
+            state = places | {
                 'k': write(state['k'], k.reshape(*k.shape[:2], -1)),
                 'v': write(state['v'], v.reshape(*v.shape[:2], -1)),
                 'segment_ids': write(state['segment_ids'], context.segment_ids),
@@ -119,6 +145,9 @@ class Attention(Layer):
                 kv_segment_ids=state['segment_ids'],
                 q_offset=start,
                 block_size=self.block_size,
+                positions=context.positions if places else None,
+                kv_positions=state.get('positions'),
+                **self.more,
             )
         return project(y.reshape(*x.shape[:2], -1).astype(x.dtype), self.o_proj), state, {}
 

@@ -1,0 +1,22 @@
+"""Gated linear attention at the nano size: eight layers (Yang et al., 2023) and MLPs, at its parameters within 2 %.
+
+717k tokens; expect some minutes on one CPU core, as of the other baselines (not timed).
+
+    mixcon train --config experiments/baselines/gla.py --workdir runs/gla
+"""
+
+import os
+import runpy
+
+NANO = runpy.run_path(os.path.join(os.path.dirname(__file__), '../mixcon/nano.py'))
+
+
+def get_config(arg=None):
+    """Returns the configuration; there is no argument."""
+    if arg is not None:
+        raise ValueError(f'unknown argument {arg!r}; there is none')
+    config = NANO['get_config']()
+    config.name = 'gla-nano'
+    config.model.pattern = ('gla+mlp',) * 8
+    config.model.mlp.hidden_dim = 233
+    return config

@@ -1,0 +1,162 @@
+"""`ssd` in plain XLA: chunks of matrix products inside a `lax.scan`, each computed again by the backward pass.
+
+Only states between chunks are kept. Exponents are sums of log decays from one token to a later one, never positive:
+taken as differences of sums from the chunk's start, those are sums of two numbers each, or a token that forgets much
+would cost the digits of all that follow it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 64
+BLOCK = 16  # tokens whose decays by key dimension are written out pair by pair
+FORGOTTEN = -1e30  # a log decay of nothing left; finite, so that no gradient becomes nan
+
+
+class _Chunk(NamedTuple):
+    """Tokens of one chunk, C of them: heads are [G, R], groups and heads a group."""
+
+    x: Any  # [B, C, G, R, P]
+    log_decay: Any  # [B, C, G, R] or [B, C, G, R, N]
+    B: Any  # [B, C, G, N]
+    C: Any
+    step: Any  # [B, C, G, R] or None
+    document: Any  # int [B, C], counts the resets from the row's start; or None
+
+
+def chunked(x, log_decay, B, C, step, reset, initial_state, chunk):
+    """Output and final state of `api.ssd`; shapes as there."""
+    (batch, length, heads, width), groups = x.shape, B.shape[2]
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+    by_group = lambda value: None if value is None else value.reshape(batch, length, groups, -1, *value.shape[3:])
+    # A document's number in its row: tokens of one number see one another, and those of 0 the initial state.
+    document = None if reset is None else jnp.cumsum(reset, 1, dtype=jnp.int32)
+    tokens = _Chunk(by_group(x), by_group(log_decay), B, C, by_group(step), document)
+    state = initial_state.reshape(batch, groups, heads // groups, width, -1), jnp.zeros(batch, jnp.int32)
+    if count == 1:
+        state, y = _one(state, tokens)
+        y = y[:, None]
+    else:
+        behind = (0, count * chunk - length)
+
+        def split(value):
+            mode = 'edge' if value is document else 'constant'  # padding goes on with the last document
+            padded = jnp.pad(value, ((0, 0), behind) + ((0, 0),) * (value.ndim - 2), mode=mode)
+            return jnp.moveaxis(padded.reshape(batch, count, chunk, *value.shape[2:]), 1, 0)
+
+        state, y = lax.scan(jax.checkpoint(_one, prevent_cse=False), state, jax.tree.map(split, tokens))
+        y = jnp.moveaxis(y, 0, 1)
+    y = y.reshape(batch, count * chunk, heads, width)[:, :length]
+    return y, state[0].reshape(initial_state.shape)
+
+
+def _one(carry, tokens: _Chunk):
+    """One chunk: the state and the number of the document after it, and its outputs."""
+    state, before = carry
+    narrow, wide = tokens.x.dtype, state.dtype
+    product = partial(jnp.einsum, preferred_element_type=wide, precision='highest')
+    sums = _running(tokens.log_decay, product)
+    total = jax.tree.map(lambda value: value[:, -1:], sums)
+    same = entering = leaving = None
+    if tokens.document is not None:
+        same = tokens.document[:, :, None] == tokens.document[:, None, :]
+        entering = tokens.document == before[:, None]
+        leaving = tokens.document == tokens.document[:, -1:]
+    scores = _scores if tokens.log_decay.ndim == 4 else _scores_by_key
+    weights = scores(tokens, sums, same, product)  # [B, G, R, t, s]
+    x = tokens.x
+    if tokens.step is not None:
+        weights = weights * jnp.moveaxis(tokens.step, 1, -1)[..., None, :]
+    within = product('bgrts,bsgrp->btgrp', weights.astype(narrow), x)
+    # What of the entering state a token sees, and what of each token is left at the end.
+    seen, left = _masked(_between(sums, None), entering), _masked(_between(total, sums), leaving)
+    if tokens.step is not None:
+        left = left * (tokens.step if tokens.log_decay.ndim == 4 else tokens.step[..., None])
+    if tokens.log_decay.ndim == 4:
+        seen, left = seen[..., None], left[..., None]
+    queries = (tokens.C[:, :, :, None].astype(wide) * seen).astype(narrow)
+    keys = (tokens.B[:, :, :, None].astype(wide) * left).astype(narrow)
+    y = within + product('btgrn,bgrpn->btgrp', queries, state.astype(narrow))
+    kept = jnp.exp(total[0] + total[1])[:, 0]
+    kept = kept[..., None, None] if kept.ndim == 3 else kept[..., None, :]
+    if tokens.document is not None:
+        kept = jnp.where(_spread(entering[:, -1], kept.ndim), kept, 0)
+        before = tokens.document[:, -1]
+    state = kept * state + product('bsgrp,bsgrn->bgrpn', x, keys)
+    return (state, before), y.astype(narrow)
+
+
+# ----------------------------------------------------------------------------------------------------- log decays
+def _running(log_decay, product):
+    """Sums over the tokens from the chunk's start, itself included, each as a pair of numbers to be added."""
+    below = jnp.tril(jnp.ones((log_decay.shape[1],) * 2, log_decay.dtype))
+    sums = lambda value: product('ts,bs...->bt...', below, value)
+    rough = lax.stop_gradient(sums(log_decay))
+    steps = rough - jnp.pad(rough, ((0, 0), (1, 0)) + ((0, 0),) * (rough.ndim - 2))[:, :-1]
+    return rough, sums(log_decay - steps)
+
+
+def _between(later, earlier):
+    """exp of the sum of log decays after the earlier token up to the later; None for the chunk's start."""
+    if earlier is None:
+        return jnp.exp(later[0] + later[1])
+    return jnp.exp((later[0] - earlier[0]) + (later[1] - earlier[1]))
+
+
+def _spread(mask, ndim):
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
+
+
+def _masked(value, mask):
+    return value if mask is None else jnp.where(_spread(mask, value.ndim), value, 0)
+
+
+def _visible(length, same):
+    """Bool [B or 1, t, s]: tokens of the same document up to the query itself."""
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    return causal if same is None else causal & same
+
+
+def _pairs(sums, visible):
+    """exp of the log decays between all pairs of tokens [B, t, s, ...], 0 where it is not visible."""
+    high, low = sums
+    exponent = (high[:, :, None] - high[:, None]) + (low[:, :, None] - low[:, None])
+    return jnp.exp(jnp.where(_spread(visible, exponent.ndim), exponent, FORGOTTEN))
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+def _scores(tokens: _Chunk, sums, same, product):
+    """C_t B_s times the decay between them, [B, G, R, t, s]: one product a group, as heads share it."""
+    decay = _pairs(sums, _visible(tokens.x.shape[1], same))
+    return product('btgn,bsgn->bgts', tokens.C, tokens.B)[:, :, None] * jnp.moveaxis(decay, (1, 2), (3, 4))
+
+
+def _scores_by_key(tokens: _Chunk, sums, same, product):
+    """`sum_n C_tn B_sn exp(decay between them)_n`, [B, G, R, t, s].
+
+    Pairs within a block are written out. Between blocks it is a product of queries that have decayed since their
+    block's start and keys that have till there, so that no exponent is positive (Yang et al., 2023, §4.3).
+    """
+    length, wide = tokens.x.shape[1], sums[0].dtype
+    visible, rows = _visible(length, same), []
+    for start in range(0, length, BLOCK):
+        own = slice(start, min(start + BLOCK, length))
+        queries, keys = (value[:, own, :, None].astype(wide) for value in (tokens.C, tokens.B))
+        inside = tuple(value[:, own] for value in sums)
+        decay = _pairs(inside, visible[:, own, own])
+        row = [jnp.moveaxis(jnp.sum(queries[:, :, None] * keys[:, None] * decay, -1), (1, 2), (3, 4))]
+        if start:
+            border = tuple(value[:, start - 1 : start] for value in sums)
+            before = tuple(value[:, :start] for value in sums)
+            queries = queries * _between(inside, border)
+            keys = tokens.B[:, :start, :, None].astype(wide) * _between(border, before)
+            seen = jnp.where(visible[:, own, :start][:, None, None], product('btgrn,bsgrn->bgrts', queries, keys), 0)
+            row.insert(0, seen)
+        behind = jnp.zeros((*row[0].shape[:-1], length - own.stop), wide)
+        rows.append(jnp.concatenate([*row, behind], -1))
+    return jnp.concatenate(rows, -2)

@@ -1,0 +1,115 @@
+"""Linear attention with decay: chunks are the sequential loop, in float64, with every option and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.ssd import ssd
+
+B, H, P, G, N = 2, 4, 3, 2, 5
+TOLERANCE = {'rtol': 1e-9, 'atol': 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(seed, length, by_key, strength=1.0):
+    """All differentiable arguments, by name, and the reset."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    arrays = {
+        'x': normal(B, length, H, P),
+        'log_decay': -strength * jnp.abs(normal(B, length, H, *((N,) if by_key else ()))),
+        'B': normal(B, length, G, N),
+        'C': normal(B, length, G, N),
+        'step': jnp.abs(normal(B, length, H)),
+        'initial_state': normal(B, H, P, N),
+    }
+    reset = rng.random((B, length)) < 0.1
+    reset[0, [t for t in (0, 8, 63) if t < length]] = True  # first tokens of chunks, too
+    return arrays, jnp.asarray(reset)
+
+
+@functools.partial(jax.jit, static_argnames=('implementation', 'chunk'))
+def outputs_and_gradients(arrays, reset, implementation, chunk):
+    def loss(arrays):
+        y, state = ssd(**arrays, reset=reset, implementation=implementation, chunk=chunk)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state)), (y, state)
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
+def assert_close(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), actual, expected)
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])
+@pytest.mark.parametrize('length, chunk', [(37, 8), (37, 32), slow(1, None), slow(64, None), slow(129, 64), slow(7, 9)])
+def test_chunks_are_the_sequential_loop(by_key, length, chunk):
+    """Outputs, final state and the gradient of every array; chunks shorter and longer than a block of pairs."""
+    arrays, reset = draw(length, length, by_key)
+    got = outputs_and_gradients(arrays, reset, 'chunked', chunk)
+    assert_close(got, outputs_and_gradients(arrays, reset, 'reference', None))
+
+
+@pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])
+def test_the_reference_is_the_written_recurrence(by_key):
+    """The equation, one number at a time."""
+    arrays, reset = draw(3, 6, by_key)
+    x = {name: np.asarray(value) for name, value in arrays.items()}
+    y, final = np.zeros((B, 6, H, P)), np.array(x['initial_state'])
+    for b, h, p in np.ndindex(B, H, P):
+        g = h // (H // G)
+        for t in range(6):
+            for n in range(N):
+                old = 0 if reset[b, t] else final[b, h, p, n]
+                decay = np.exp(x['log_decay'][b, t, h, n] if by_key else x['log_decay'][b, t, h])
+                final[b, h, p, n] = decay * old + x['step'][b, t, h] * x['x'][b, t, h, p] * x['B'][b, t, g, n]
+                y[b, t, h, p] += final[b, h, p, n] * x['C'][b, t, g, n]
+    assert_close(ssd(**arrays, reset=reset, implementation='reference'), (y, final))
+
+
+@pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])
+def test_a_token_that_forgets_all_costs_no_digits_of_what_follows(by_key):
+    """In float32, with decays of e^-50 and of e^-0.001 in one chunk; differences of plain sums lose three digits."""
+    arrays, _ = draw(4, 64, by_key)
+    steep = jnp.where(jnp.arange(64) < 24, -50.0, -1e-3)
+    arrays['log_decay'] = jnp.broadcast_to(steep.reshape(1, -1, *(1,) * (1 + by_key)), arrays['log_decay'].shape)
+    narrow = {name: value.astype(jnp.float32) for name, value in arrays.items()}
+    (y, state), gradients = outputs_and_gradients(narrow, None, 'chunked', 64)[::-1]
+    (want_y, want_state), want = outputs_and_gradients(
+        {name: value.astype(jnp.float64) for name, value in narrow.items()}, None, 'reference', None
+    )[::-1]
+    pairs = ((y, want_y, 2e-6), (state, want_state, 2e-6), *((gradients[k], want[k], 2e-5) for k in ('x', 'B', 'C')))
+    for got, wanted, share in pairs:
+        assert got.dtype == jnp.float32
+        assert jnp.abs(got - wanted).max() < share * jnp.abs(wanted).max()
+
+
+def test_memory_is_linear_in_the_sequence():
+    """Of the compiled gradient: four times the tokens take at most about four times the memory."""
+
+    def temporary(length):
+        arrays = jax.eval_shape(lambda: draw(0, length, False)[0])
+        return (
+            jax.jit(jax.grad(lambda a: ssd(**a)[0].sum())).lower(arrays).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    assert 0 < temporary(4096) < 4.4 * temporary(1024)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    arrays, _ = draw(0, 4, False)
+    with pytest.raises(ValueError, match=r'3 groups, expected a divisor of the 4 heads'):
+        ssd(**arrays | {'B': jnp.zeros((B, 4, 3, N)), 'C': jnp.zeros((B, 4, 3, N))})
+    with pytest.raises(ValueError, match='chunk must be at least 1'):
+        ssd(**arrays, chunk=0)

@@ -1,0 +1,69 @@
+"""Retention and gated linear attention are the loops that their papers write, one token and head at a time."""
+
+import jax
+import numpy as np
+import pytest
+
+from mixcon_jax.models.context import Context
+from tests.models.cases import DIM, layer
+
+T, HEADS = 17, 4
+
+
+def weights(name):
+    """A layer's parameters and a sequence, in float64."""
+    module = layer(name)
+    x = jax.random.normal(jax.random.key(11), (1, T, DIM))
+    names = [key for key, value in vars(module).items() if hasattr(value, 'get_metadata')]
+    return module, x, {key: np.asarray(getattr(module, key)[...], np.float64) for key in names}
+
+
+def heads(x):
+    return x.reshape(T, HEADS, -1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def rotated(x):
+    """Complex numbers of the two halves of a head, turned by position times frequency."""
+    half = x.shape[-1] // 2
+    angles = np.arange(T)[:, None, None] * 10000.0 ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def retnet(x, w):
+    q, k, v, g = (heads(x @ w[f'{name}_proj']) for name in 'qkvg')
+    q, k = rotated(q), rotated(k) / np.sqrt(k.shape[-1])
+    out = np.zeros_like(v)
+    for h in range(HEADS):
+        gamma, state = 1 - 2.0 ** (-5 - h), np.zeros((k.shape[-1], v.shape[-1]))
+        for t in range(T):
+            state = gamma * state + np.outer(k[t, h], v[t, h])
+            o = q[t, h] @ state
+            out[t, h] = (o - o.mean()) / np.sqrt(o.var() + 1e-6) * g[t, h] * sigmoid(g[t, h])
+    return out.reshape(T, -1) @ w['o_proj']
+
+
+def gla(x, w):
+    q, k, v = (heads(x @ w[f'{name}_proj']) for name in 'qkv')
+    alpha = heads(sigmoid(x @ w['gate_down'] @ w['gate_up'] + w['gate_bias']) ** (1 / 16))
+    r = heads(x @ w['r_proj'] + w['r_bias'])
+    out = np.zeros_like(v)
+    for h in range(HEADS):
+        state = np.zeros((k.shape[-1], v.shape[-1]))
+        for t in range(T):
+            state = alpha[t, h][:, None] * state + np.outer(k[t, h], v[t, h])
+            o = q[t, h] @ state / np.sqrt(k.shape[-1])
+            out[t, h] = o / np.sqrt(np.mean(o**2) + 1e-6) * w['norm'] * r[t, h] * sigmoid(r[t, h])
+    return out.reshape(T, -1) @ w['o_proj']
+
+
+@pytest.mark.parametrize('name, loop', [('retnet', retnet), ('gla', gla)])
+def test_a_layer_is_the_papers_loop(name, loop):
+    module, x, w = weights(name)
+    y, _, _ = module(x, Context.whole(1, T), None)
+    want = loop(np.asarray(x[0], np.float64), w)
+    np.testing.assert_allclose(y[0], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())

@@ -3,4 +3,5 @@
 FFNS: dict[str, str | type] = {
     'mlp': 'mixcon_jax.models.ffns.mlp.MLP',
     'moe': 'mixcon_jax.models.ffns.moe.MoE',
+    'series_mlp': 'mixcon_jax.models.ffns.series_mlp.SeriesMLP',
 }

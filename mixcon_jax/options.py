@@ -126,6 +126,11 @@ OPTIONS: dict[str, Any] = {
             Check(lambda value: len(value) > 0, 'at least one layer'),
             element=str,
         ),
+        'shortcut': {
+            'reduction': Option(
+                0, 'A narrow shortcut around every mixer, of width dim / reduction; 0 has none, PanGu-pi has 32.', COUNT
+            ),
+        },
         'norm_eps': Option(1e-6, 'Epsilon of every RMSNorm.', above(0.0)),
         'tie_embeddings': Option(False, 'Use the embedding as the output head.'),
         'init_std': Option(0.02, 'Standard deviation of initial weights; output projections divide it by sqrt(2 layers).', above(0.0)),

@@ -13,11 +13,15 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State, kept, selective
 from mixcon_jax.models.pattern import named_kinds, parse_layer, parts
+from mixcon_jax.models.shortcut import AugmentedShortcut
 from mixcon_jax.parallel.layout import stream
 
 
 class Residual(nnx.Module):
-    """Pre-norm residual layer: x += mixer(norm x); x += ffn(norm x). In parallel, both read the same normed x."""
+    """Pre-norm residual layer: x += mixer(norm x); x += ffn(norm x). In parallel, both read the same normed x.
+
+    With ``shortcut.reduction`` a way around the mixer is part of its step.
+    """
 
     def __init__(self, config, spec: str, params: Parameters, num_layers: int) -> None:
         self.parallel = parse_layer(spec, named_kinds(config)).parallel
@@ -26,6 +30,7 @@ class Residual(nnx.Module):
             role: part.load()(part.model, params.scope(role), num_layers) for role, part in parts(config, spec).items()
         }
         self.mixer = made['mixer']
+        self.shortcut = AugmentedShortcut(config, params.scope('shortcut')) if config.shortcut.reduction else None
         if 'ffn' in made:
             if not self.parallel:
                 self.ffn_norm = RMSNorm(config.dim, params.scope('ffn_norm'), config.norm_eps, axis='embed')
@@ -49,6 +54,8 @@ class Residual(nnx.Module):
         old = {} if state is None else state
         normed = self.mixer_norm(x)
         y, mixer_state, aux = self.mixer(normed, context.fold(0), old.get('mixer'))
+        if self.shortcut is not None:
+            y = y + self.shortcut(normed)
         new: State = {'mixer': mixer_state}
         auxes = {'mixer': aux}
         x = stream(x + y)

@@ -4,4 +4,5 @@ FFNS: dict[str, str | type] = {
     'mlp': 'mixcon_jax.models.ffns.mlp.MLP',
     'moe': 'mixcon_jax.models.ffns.moe.MoE',
     'rwkv_channel_mix': 'mixcon_jax.models.ffns.rwkv_channel_mix.ChannelMix',
+    'series_mlp': 'mixcon_jax.models.ffns.series_mlp.SeriesMLP',
 }

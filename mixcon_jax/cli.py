@@ -100,12 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--products', nargs='+', default=('triton', 'cublas'), choices=('triton', 'cublas'),
         help='what computes matrix products; a GPU chooses one by one (default: both)',
     )  # fmt: skip
-    command.add_argument(
-        '--search', nargs='?', type=int, const=12, default=0, metavar='MOST',
-        help='try meshes, recomputation and microbatches, so many at most (12), and print the best',
-    )  # fmt: skip
     command.add_argument('--json', default='', metavar='FILE', help='write everything there as well')
-    command.add_argument('--picture', default='', metavar='FILE', help='of --search: draw time and memory (.png, .svg)')
 
     command = add('report', _report, 'Turn run directories, also unfinished ones, into tables and figures.')
     command.add_argument('folders', nargs='+', metavar='FOLDER', help='run directories, or folders above some')
@@ -265,13 +260,13 @@ def _plan(known: argparse.Namespace, overrides: list[str]) -> int:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing runs: GPUs that may be here are left alone
     from mixcon_jax.planner.plan import command
 
-    for option, least in (('batch', 1), ('context', 0), ('search', 0)):
+    for option, least in (('batch', 1), ('context', 0)):
         if getattr(known, option) < least:
             raise UserError(f'--{option} {getattr(known, option)} must be at least {least}')
     return command(
         known.config, overrides, known.devices, memory_limit=known.memory_limit, what=known.what, batch=known.batch,
-        context=known.context, products=known.products, search=known.search, json_file=known.json,
-        picture=known.picture,
+        context=known.context, products=known.products,
+        json_file=known.json,
     )  # fmt: skip
 
 

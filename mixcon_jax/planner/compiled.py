@@ -110,7 +110,7 @@ def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: in
 
 
 def exponentials(config: ml_collections.ConfigDict, length: int) -> float:
-    """Of one token's forward pass, roughly: the softmax of attention, the decays of scans, the loss; all of them large."""
+    """Of one token's forward pass, roughly: the softmax of attention, the decays of scans, and the loss."""
     model, total = pattern.resolve(config.model), float(config.model.vocab_size)
     for text in model.pattern:
         mixer = pattern.parts(model, text).get('mixer')

@@ -47,9 +47,7 @@ def command(
     batch: int = 1,
     context: int = 0,
     products: Sequence[str] = ('triton', 'cublas'),
-    search: int = 0,
     json_file: str = '',
-    picture: str = '',
 ) -> int:
     """The command line's ``plan``: prints, and writes JSON.
 
@@ -64,10 +62,6 @@ def command(
     require_extra()
     loaded = configs.load(config, overrides)
     job = {'target': target, 'hosts': hosts, 'per_host': per_host, 'what': what, 'batch': batch, 'context': context}
-    if search:
-        from mixcon_jax.planner.search import search_meshes
-
-        return search_meshes(loaded, job, limit, search, json_file, picture)
     found = plan(configs.validate(loaded, hosts * per_host), job, products, limit)
     for line in words.lines(found):
         print(line)

@@ -14,9 +14,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     axes = ' x '.join(f'{axis} {size}' for axis, size in found['mesh'].items() if size > 1) or 'no axis split'
     model = found['model']
     yield f'plan      {found["name"] or "unnamed"}, {found["what"]}, on {devices} x {found["device"]}: {axes}'
+    tokens = short(model['tokens'])
     yield (
         f'model     {model["total"]:,} parameters, {model["active"]:,} active;'
-        f' {model["flops_per_token"] / 1e9:.2f} GFLOP a token, {model["flops"]:.3g} a step of {short(model["tokens"])} tokens'
+        f' {model["flops_per_token"] / 1e9:.2f} GFLOP a token, {model["flops"]:.3g} FLOP a step of {tokens} tokens'
     )
     yield f'          {", ".join(f"{name} {short(size)}" for name, size in sorted(model["by_part"].items()))}'
     for i, line in enumerate(found['layout']):
@@ -36,9 +37,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         f'memory    {verdict}: {found["peak"] / GIB:.2f} GiB at the peak of a limit of {found["limit"] / GIB:.2f} GiB,'
         f' margin {found["margin"] / GIB:.2f} GiB'
     )
+    compiled = ', '.join(f'{found[name]["compiled"]:.0f} s ({name})' for name in found['products'])
     yield (
         f'took      {found["seconds"]:.0f} s, {found["compiler_memory"] / GIB:.1f} GiB here: traced in'
-        f' {found["traced"]:.0f} s, compiled in {", ".join(f"{found[n]['compiled']:.0f} s ({n})" for n in found["products"])}'
+        f' {found["traced"]:.0f} s, compiled in {compiled}'
     )
 
 
@@ -63,8 +65,9 @@ def _variant(found: dict[str, Any], name: str) -> Iterator[str]:
         f'{part} {guess[part]:.3g}' for part in ('compute', 'memory', 'exponentials', 'nvlink', 'network')
     )
     share = found['model']['flops'] / (found['hosts'] * found['per_host'] * found['peak_flops'])
+    most = f'{share / guess["hidden"]:.0%} to {share / guess["exposed"]:.0%}'
     yield (
         f'          estimate, not measured: {guess["hidden"]:.3g} s a step if exchanges hide behind kernels,'
-        f' {guess["exposed"]:.3g} s if none does (MFU {share / guess["hidden"]:.0%} to {share / guess["exposed"]:.0%} at'
-        f' most); bound by {guess["bound"]}; seconds alone: {alone}'
+        f' {guess["exposed"]:.3g} s if none does (MFU at most {most})'
+        f'; bound by {guess["bound"]}; seconds alone: {alone}'
     )

@@ -1,4 +1,4 @@
-"""What devices send one another in a compiled module: collectives, counted with their bytes, by the axes they go over."""
+"""What devices send one another in a compiled module: collectives, their bytes, the axes they go over."""
 
 import dataclasses
 import math

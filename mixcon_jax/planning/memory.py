@@ -91,8 +91,8 @@ def _operation(instruction: Instruction) -> str:
 def kept_by_loops(text: str, rounds: int) -> int:
     """Bytes of what the forward loop over blocks stacks up for the backward pass, on one device.
 
-    These are the results of loops of the forward pass (named ``jvp`` but not ``transpose``) with one entry a round, that
-    the loop writes slice by slice. 0 where XLA has unrolled the loop.
+    These are the results of loops of the forward pass (named ``jvp`` but not ``transpose``) with one entry a round,
+    that the loop writes slice by slice. 0 where XLA has unrolled the loop.
 
     Args:
       text: of the optimised module.

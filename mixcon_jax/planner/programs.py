@@ -30,7 +30,8 @@ def train_step(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Any, Step
     steps = make_steps(config, mesh)
     shape = config.train.batch_size, config.data.seq_len
     batch = {key: jax.ShapeDtypeStruct(shape, kind) for key, kind in BATCH.items()}
-    return steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',)), steps
+    step: Any = steps.train_step
+    return step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',)), steps
 
 
 def generation(config: ml_collections.ConfigDict, mesh: Mesh, what: str, batch: int, context: int) -> tuple[Any, Steps]:
@@ -47,7 +48,8 @@ def generation(config: ml_collections.ConfigDict, mesh: Mesh, what: str, batch: 
     """
     steps = make_steps(config, mesh)
     model = nnx.eval_shape(lambda: create(config.model, config.seed))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, *both = nnx.split(model, nnx.Param, ...)
+    params, rest = both
     by_row = axes.BATCH_AXES if batch % axes.rows(mesh.shape) == 0 else None
     place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
     rows = lambda x: place(x, *(by_row if i == _batch_axis(x.shape, batch) else None for i in range(x.ndim)))

@@ -51,7 +51,7 @@ def estimate(
     serial = max(serial, parts['exponentials'])
     travel = max(nvlink, network)
     bound = max(parts, key=parts.__getitem__)
-    return parts | {'bound': bound, 'hidden': max(serial, travel), 'exposed': serial + travel}
+    return {**parts, 'bound': bound, 'hidden': max(serial, travel), 'exposed': serial + travel}
 
 
 def _factor(kernel: Kernel, slower: Mapping[str, float]) -> float:

@@ -96,7 +96,7 @@ class Target:
 
 
 def _read() -> dict[str, Target]:
-    found = {}
+    found: dict[str, Target] = {}
     for path in sorted((Path(__file__).parent / 'devices').glob('*.toml')):
         values = tomllib.loads(path.read_text(encoding='utf-8'))
         values |= {key: tuple(values[key]) for key in ('capability', 'aliases') if key in values}

@@ -1,4 +1,4 @@
-"""The ``mixcon`` command: train, eval, generate, report, watch, config, data, doctor; each calls one function."""
+"""The ``mixcon`` command: train, eval, generate, plan, report, watch, config, data, doctor; each calls one function."""
 
 import argparse
 import os
@@ -82,6 +82,25 @@ def build_parser() -> argparse.ArgumentParser:
     command = add('config', _config, "Print an experiment's resolved configuration as JSON.")
     takes_config(command)
     command.add_argument('--help-options', action='store_true', help='print every option with its meaning instead')
+
+    command = add('plan', _plan, 'Compile a step for GPUs that are not here: memory, exchanges, an estimate of time.')
+    takes_config(command)
+    command.add_argument(
+        '--devices', required=True, metavar='MODEL:HOSTSxDEVICES', help='such as h100:16x8: 16 hosts with 8 each'
+    )
+    command.add_argument(
+        '--memory-limit', default='', metavar='SIZE', help='such as 72GiB (default: 90 %% of a device)'
+    )
+    command.add_argument(
+        '--what', default='train', choices=('train', 'prefill', 'decode'), help='step to compile (default: train)'
+    )
+    command.add_argument('--batch', type=int, default=1, help='of prefill and decode, sequences (default: 1)')
+    command.add_argument('--context', type=int, default=0, help='of them, tokens (default: data.seq_len)')
+    command.add_argument(
+        '--products', nargs='+', default=('triton', 'cublas'), choices=('triton', 'cublas'),
+        help='what computes matrix products; a GPU chooses one by one (default: both)',
+    )  # fmt: skip
+    command.add_argument('--json', default='', metavar='FILE', help='write everything there as well')
 
     command = add('report', _report, 'Turn run directories, also unfinished ones, into tables and figures.')
     command.add_argument('folders', nargs='+', metavar='FOLDER', help='run directories, or folders above some')
@@ -235,6 +254,20 @@ def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
     for store in known.stores:
         path_of(store, 'STORE')
     return Exit.FAILED if verify_all(known.stores, print) else Exit.DONE
+
+
+def _plan(known: argparse.Namespace, overrides: list[str]) -> int:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing runs: GPUs that may be here are left alone
+    from mixcon_jax.planner.plan import command
+
+    for option, least in (('batch', 1), ('context', 0)):
+        if getattr(known, option) < least:
+            raise UserError(f'--{option} {getattr(known, option)} must be at least {least}')
+    return command(
+        known.config, overrides, known.devices, memory_limit=known.memory_limit, what=known.what, batch=known.batch,
+        context=known.context, products=known.products,
+        json_file=known.json,
+    )  # fmt: skip
 
 
 def _report(known: argparse.Namespace, overrides: list[str]) -> int:

@@ -38,6 +38,17 @@ REACHES = {
     'mixcon_jax.config': CONFIGURATION,
     'mixcon_jax.parallel': {'kernels_pallas', 'mixcon_jax.trees', 'mixcon_jax.parallel', *FOUNDATION},
     'mixcon_jax.planning': {'mixcon_jax.planning', *FOUNDATION},
+    # Planning counts; what lowers the true steps for it stands apart.
+    'mixcon_jax.planner': {
+        'mixcon_jax.planner',
+        'mixcon_jax.planning',
+        'mixcon_jax.inference',
+        'mixcon_jax.runs',
+        'mixcon_jax.step',
+        'mixcon_jax.optim',
+        'mixcon_jax.xla_flags',
+        *ARRAYS,
+    },
     'mixcon_jax.models': {
         'kernels_pallas',
         'mixcon_jax.models',

@@ -1,9 +1,12 @@
 """What devices can do: peaks for MFU, and GPUs as XLA's compiler sees them. Loads no JAX.
 
-The figures are those of the vendors' data sheets and of the CUDA device properties.
+The figures are those of the vendors' data sheets and of the CUDA device properties. What can be compiled for stands in
+``devices/``, a file each; a test holds `PEAK_FLOPS`, which knows more models, against them.
 """
 
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 # Peak dense bfloat16 (on V100: float16) FLOP/s of one device, from the makers' data sheets, without sparsity. The first
 # entry whose words all stand in ``device_kind`` counts, so that 'H100 PCIe' comes before 'H100'.
@@ -42,7 +45,7 @@ PEAK_FLOPS = (
 
 @dataclass(frozen=True)
 class Target:
-    """One GPU model, as XLA's compiler sees it."""
+    """One GPU model: as XLA's compiler sees it, and how fast its parts are. From ``devices/<model>.toml``."""
 
     name: str  # what XLA calls the device
     capability: tuple[int, int]  # CUDA compute capability
@@ -52,8 +55,17 @@ class Target:
     shared_bytes_block: int  # the most that one block may take
     l2_bytes: int
     memory_bytes: int
-    bandwidth: float  # bytes per second
     clock_ghz: float
+    flops: float  # dense bfloat16, per second
+    bandwidth: float  # of the memory, bytes per second
+    nvlink: float  # to the devices of the same host, bytes per second one way
+    network: float  # to other hosts, bytes per second one way, of one device
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def exponentials(self) -> float:
+        """Exponentials per second: 16 special-function units a multiprocessor."""
+        return 16 * self.cores * self.clock_ghz * 1e9
 
     def textproto(self) -> str:
         """XLA's ``GpuTargetConfigProto`` in text form."""
@@ -83,32 +95,17 @@ class Target:
         """
 
 
-TARGETS = {
-    'h100': Target(
-        name='NVIDIA H100 80GB HBM3',
-        capability=(9, 0),
-        cores=132,
-        fpus=128,
-        shared_bytes=233472,
-        shared_bytes_block=232448,
-        l2_bytes=52428800,
-        memory_bytes=84942979072,
-        bandwidth=3.352e12,
-        clock_ghz=1.98,
-    ),
-    'a100': Target(
-        name='NVIDIA A100-SXM4-80GB',
-        capability=(8, 0),
-        cores=108,
-        fpus=64,
-        shared_bytes=167936,
-        shared_bytes_block=166912,
-        l2_bytes=41943040,
-        memory_bytes=85000000000,
-        bandwidth=2.039e12,
-        clock_ghz=1.41,
-    ),
-}
+def _read() -> dict[str, Target]:
+    found: dict[str, Target] = {}
+    for path in sorted((Path(__file__).parent / 'devices').glob('*.toml')):
+        values = tomllib.loads(path.read_text(encoding='utf-8'))
+        values |= {key: tuple(values[key]) for key in ('capability', 'aliases') if key in values}
+        target = Target(**values)
+        found |= dict.fromkeys((path.stem, *target.aliases), target)
+    return found
+
+
+TARGETS = _read()
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -23,6 +23,7 @@ NO_KERNEL = {
 SLICES = {'dynamic-slice', 'slice', 'gather'}
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
+GROUPS = re.compile(r'(?:replica_groups|source_target_pairs)=(.*?)(?:, [a-z_]+=|$)')
 
 
 def array_bytes(shape: str, only: str = '') -> int:
@@ -57,6 +58,11 @@ class Instruction:
         found = re.search(rf'{attribute}=%?([\w.\-]+)', self.attributes)
         return found.group(1) if found else ''
 
+    @property
+    def frame(self) -> int:
+        found = re.search(r'stack_frame_id=(\d+)', self.attributes)
+        return int(found[1]) if found else 0
+
 
 @dataclass
 class Kernel:
@@ -65,6 +71,8 @@ class Kernel:
     Attributes:
       float32: of the bytes, those of float32 arrays.
       flops: a launch's operations in matrix products, two a multiply-add; of custom calls, those of cuBLAS alone.
+      groups: of an exchange, the text that says between which devices.
+      frame: where in the program's source it comes from, for `Frames`; 0 is unknown.
     """
 
     name: str
@@ -76,6 +84,8 @@ class Kernel:
     operation: str = ''
     float32: int = 0
     flops: int = 0
+    groups: str = ''
+    frame: int = 0
 
     @property
     def total(self) -> int:
@@ -172,6 +182,7 @@ def _walk(computations, name: str, times: float, rounds: float) -> Iterator[Kern
         yield Kernel(
             instruction.name, target.group(1) if target else kind, moved[0], round(times), instruction.shape,
             [operand.shape for operand in operands], operation, moved[1], flops,
+            (GROUPS.search(instruction.attributes) or ['', ''])[1], instruction.frame,
         )  # fmt: skip
 
 

@@ -1,0 +1,190 @@
+"""The process that compiles: reads a job from stdin, writes what it found, a JSON line at a time.
+
+A line after the layout, one after each variant: what a compiler that aborts takes along is the variant alone.
+"""
+
+import json
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from kernels_pallas import cards
+from kernels_pallas.attention.xla import tile_size
+from mixcon_jax import config as configs
+from mixcon_jax.models import accounting, pattern
+from mixcon_jax.parallel.mesh import make_mesh
+from mixcon_jax.parallel.placement import LARGE, placement
+from mixcon_jax.planner import programs
+from mixcon_jax.planning import collectives, hlo, memory
+from mixcon_jax.planning.compiling import devices
+from mixcon_jax.planning.estimate import estimate
+from mixcon_jax.planning.hardware import TARGETS
+
+PRODUCTS = {'triton': True, 'cublas': False}  # xla_gpu_enable_triton_gemm
+WITHOUT_TIMING = {'xla_gpu_autotune_level': 0}  # there is no device to time candidates on
+
+
+def main() -> None:
+    """Compiles the job on stdin."""
+    job = json.load(sys.stdin)
+    say = lambda record: print(json.dumps(record), flush=True)
+    plan(configs.from_dict(job.pop('config')), say=say, **job)
+
+
+def plan(
+    config: ml_collections.ConfigDict,
+    *,
+    target: str,
+    hosts: int,
+    per_host: int,
+    what: str,
+    batch: int,
+    context: int,
+    products: list[str],
+    say: Callable[[dict[str, Any]], None],
+) -> None:
+    """Says the layout and the counts of every variant; see `mixcon_jax.planner.plan.plan` for the arguments."""
+    found = devices(target, hosts, per_host)
+    mesh = make_mesh(config.mesh, found)
+    with jax.default_device(found[0]), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        start = time.perf_counter()
+        if what == 'train':
+            lowered, steps = programs.train_step(config, mesh)
+        else:
+            lowered, steps = programs.generation(config, mesh, what, batch, context)
+        state = steps.abstract_state
+        tile = tile_size(config.data.seq_len, config.model.attention.block_size or None)
+        fixed = {
+            'mesh': dict(mesh.shape),
+            'model': counts(config, what, batch, context),
+            'parameters': programs.shard_bytes(state.params),
+            'gradients': programs.shard_bytes(state.params) if what == 'train' else 0,
+            'moments': programs.shard_bytes(state.opt_state) if what == 'train' else 0,
+            'layout': placement(state.params, steps.logical_axes, mesh),
+            'replicated': programs.replicated(steps, 4 * LARGE),
+            'passed_over': sorted({str(one.message) for one in said if ' in place of ' in str(one.message)}),
+            'traced': time.perf_counter() - start,
+        }
+        say(fixed)
+        for name in products:
+            start = time.perf_counter()
+            options = WITHOUT_TIMING | {'xla_gpu_enable_triton_gemm': PRODUCTS[name]}
+            compiled = lowered.compile(compiler_options=options)
+            assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
+            seconds = time.perf_counter() - start
+            rounds = (-(-config.data.seq_len // tile) + 1) / 2
+            say({name: variant(config, compiled, mesh.shape, target, per_host, fixed, rounds) | {'compiled': seconds}})
+
+
+def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: int) -> dict[str, Any]:
+    """Parameters and operations of the whole model, by hand of `models.accounting`."""
+    total = accounting.parameter_count(config.model)
+    parts: dict[str, int] = {}
+    for path, shape, _ in accounting.parameters(config.model):
+        size = 1
+        for length in shape:
+            size *= length
+        key = path.split('/')[3] if path.startswith('blocks/') and path.count('/') > 3 else path.split('/')[0]
+        parts[key] = parts.get(key, 0) + size
+    tokens = (
+        config.train.batch_size * config.data.seq_len
+        if what == 'train'
+        else batch * (context if what == 'prefill' else 1)
+    )
+    length = config.data.seq_len if what == 'train' else context
+    flops = accounting.flops_per_token(config.model, length) / (1 if what == 'train' else 3)
+    return {
+        'total': total.total, 'active': total.active, 'embedding': total.embedding, 'by_part': parts,
+        'tokens': tokens, 'flops_per_token': flops, 'flops': flops * tokens,
+        'exponentials': exponentials(config, length) * tokens * (3 if what == 'train' else 1),
+        'state_bytes': accounting.state_bytes(config.model, context) * batch if what != 'train' else 0,
+    }  # fmt: skip
+
+
+def exponentials(config: ml_collections.ConfigDict, length: int) -> float:
+    """Of one token's forward pass, roughly: the softmax of attention, the decays of scans, and the loss."""
+    model, total = pattern.resolve(config.model), float(config.model.vocab_size)
+    for text in model.pattern:
+        mixer = pattern.parts(model, text).get('mixer')
+        if mixer is None:
+            continue
+        name = mixer.load().__name__.lower()
+        if 'attention' in name:
+            total += model.num_blocks * mixer.model.attention.num_heads * length / 2
+        elif name in ('mamba', 'conba'):
+            total += model.num_blocks * mixer.model.ssm.expand * model.dim * mixer.model.ssm.d_state
+    return total
+
+
+def variant(
+    config: Any,
+    compiled: Any,
+    mesh: Mapping[str, int],
+    target: str,
+    per_host: int,
+    fixed: Mapping[str, Any],
+    rounds: float,
+) -> dict[str, Any]:
+    """What one compiled module says of itself."""
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    found = hlo.kernels(text, rounds)
+    exchanged = collectives.exchanges(found, mesh, per_host)
+    number = 1
+    for size in mesh.values():
+        number *= size
+    kept = memory.kept_by_loops(text, config.model.num_blocks)
+    names = sorted(
+        {
+            one
+            for kernel in found
+            if kernel.kind.startswith('mosaic')
+            for one in re.findall(r'/(\w+)/mpmd', kernel.operation)
+        }
+    )
+    model, device = fixed['model'], TARGETS[target]
+    return {
+        'peak': stats.peak_memory_in_bytes,
+        'arguments': stats.argument_size_in_bytes,
+        'activations': kept,
+        'temporaries': max(0, stats.peak_memory_in_bytes - stats.argument_size_in_bytes - fixed['gradients'] - kept),
+        'largest': [vars(one) for one in memory.largest_arrays(text)],
+        'largest_elements': hlo.largest(text),
+        'exchanges': [vars(one) for one in exchanged],
+        'kernels': sum(kernel.count for kernel in found),
+        'instructions': sum(map(len, hlo.parse(text)[0].values())),
+        'bytes': sum(kernel.total for kernel in found),
+        'flops': sum(kernel.flops * kernel.count for kernel in found),
+        'gpu_kernels': names,
+        'estimate': estimate(
+            found, exchanged, device, flops=model['flops'] / number, exponentials=model['exponentials'] / number,
+            slower=measured(device.capability[0]),
+        ),
+    }  # fmt: skip
+
+
+def measured(major: int) -> dict[str, float]:
+    """By kernel, how many times its floor a call and its gradient took on GPUs of this generation: cards' median."""
+    found = {}
+    for kernel in cards.kernels():
+        ratios = [
+            times['both'] / times['both_floor']
+            for card in cards.shipped(kernel)
+            if card.major == major and card.counts
+            for times in card.times.values()
+            if times.get('both_floor')
+        ]
+        if ratios:
+            found[kernel] = statistics.median(ratios)
+    return found
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,105 @@
+"""The programs that a plan compiles: the train step, and generation's prefill and decode, on absent devices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixcon_jax.inference import generate
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.decoder import create
+from mixcon_jax.parallel import axes
+from mixcon_jax.parallel.rules import on_mesh
+from mixcon_jax.step import Steps, make_steps
+from mixcon_jax.trees import to_state
+
+BATCH = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}
+
+
+def train_step(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Any, Steps]:
+    """The true train step, lowered for CUDA.
+
+    Args:
+      config: resolved.
+      mesh: of absent devices; the first must be JAX's default device.
+    """
+    steps = make_steps(config, mesh)
+    shape = config.train.batch_size, config.data.seq_len
+    batch = {key: jax.ShapeDtypeStruct(shape, kind) for key, kind in BATCH.items()}
+    step: Any = steps.train_step
+    return step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',)), steps
+
+
+def generation(config: ml_collections.ConfigDict, mesh: Mesh, what: str, batch: int, context: int) -> tuple[Any, Steps]:
+    """What `inference.generate` runs, lowered for CUDA: ``context`` tokens at once, or one after them.
+
+    Parameters lie as in training; rows of the state and of the tokens are shared out where the mesh divides them.
+
+    Args:
+      config: resolved.
+      mesh: of absent devices.
+      what: 'prefill' or 'decode'.
+      batch: sequences.
+      context: tokens that the state has room for.
+    """
+    steps = make_steps(config, mesh)
+    model = nnx.eval_shape(lambda: create(config.model, config.seed))
+    graphdef, *both = nnx.split(model, nnx.Param, ...)
+    params, rest = both
+    by_row = axes.BATCH_AXES if batch % axes.rows(mesh.shape) == 0 else None
+    place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    rows = lambda x: place(x, *(by_row if i == _batch_axis(x.shape, batch) else None for i in range(x.ndim)))
+    state = jax.tree.map(rows, nnx.eval_shape(lambda: create(config.model, config.seed).init_state(batch, context)))
+    new = 1 if what == 'decode' else context
+    tokens = rows(jax.ShapeDtypeStruct((batch, new), jnp.int32))
+    keys = place(jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32))))
+    index, rules = place(jax.ShapeDtypeStruct((), jnp.int32)), axes.rules(config.mesh)
+    variables = nnx.merge_state(to_state(steps.abstract_state.params, params), jax.tree.map(place, rest))
+
+    def step(variables, tokens, segment_ids, positions, state, keys, index):
+        with on_mesh(mesh, rules):
+            where = Context(segment_ids=segment_ids, positions=positions)
+            run = generate._step.__wrapped__
+            return run(
+                graphdef, generate.Sampling(), config.model.vocab_size, variables, tokens, where, state, keys, index
+            )
+
+    traced = jax.jit(step, donate_argnums=4).trace(variables, tokens, tokens, tokens, state, keys, index)
+    return traced.lower(lowering_platforms=('cuda',)), steps
+
+
+def _batch_axis(shape: tuple[int, ...], batch: int) -> int:
+    """The dimension of rows: the second of what blocks stack, else the first."""
+    return 1 if len(shape) > 1 and shape[1] == batch else 0 if shape and shape[0] == batch else -1
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on one device, by their shardings."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        size = 1
+        for part in leaf.sharding.shard_shape(leaf.shape):
+            size *= part
+        total += size * leaf.dtype.itemsize
+    return total
+
+
+def replicated(steps: Steps, least: int) -> dict[str, int]:
+    """Parameters that lie whole on every device of a mesh that splits some, with their bytes, if so many at least."""
+    from mixcon_jax.trees import named_leaves
+
+    found: Mapping[str, Any] = named_leaves(steps.abstract_state.params)
+    sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in found.items() if leaf.sharding.is_fully_replicated}
+    return {name: size for name, size in sizes.items() if size >= least and steps.mesh.size > 1}
+
+
+def sharding_of(mesh: Mesh) -> str:
+    """The mesh in words."""
+    return ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
+
+
+__all__ = ['BATCH', 'generation', 'replicated', 'shard_bytes', 'sharding_of', 'train_step']

@@ -12,6 +12,14 @@ def short(number: float) -> str:
     return f'{rounded:g}'
 
 
+def memory(size: float) -> str:
+    """Bytes in three digits or so: 65.5 GiB, 800 MiB."""
+    for unit, factor in (('TiB', 2**40), ('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10)):
+        if size >= factor:
+            return f'{size / factor:.{2 if size < 10 * factor else 1 if size < 100 * factor else 0}f} {unit}'
+    return f'{size:.0f} B'
+
+
 def duration(seconds: float) -> str:
     """Seconds in the two largest units that matter: 42s, 3m 05s, 2h 10m, 4d 03h; a dash if they are not finite."""
     if not math.isfinite(seconds):

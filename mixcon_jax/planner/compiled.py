@@ -20,7 +20,7 @@ from kernels_pallas.attention.xla import tile_size
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting, pattern
 from mixcon_jax.parallel.mesh import make_mesh
-from mixcon_jax.parallel.placement import LARGE, placement
+from mixcon_jax.parallel.placement import placement
 from mixcon_jax.planner import programs
 from mixcon_jax.planning import collectives, hlo, memory
 from mixcon_jax.planning.compiling import devices
@@ -28,6 +28,7 @@ from mixcon_jax.planning.estimate import estimate
 from mixcon_jax.planning.hardware import TARGETS
 
 PRODUCTS = {'triton': True, 'cublas': False}  # xla_gpu_enable_triton_gemm
+REPLICATED = 64 * 2**20  # bytes of an array on every device that are warned of one by one
 WITHOUT_TIMING = {'xla_gpu_autotune_level': 0}  # there is no device to time candidates on
 
 
@@ -69,7 +70,7 @@ def plan(
             'gradients': programs.shard_bytes(state.params) if what == 'train' else 0,
             'moments': programs.shard_bytes(state.opt_state) if what == 'train' else 0,
             'layout': placement(state.params, steps.logical_axes, mesh),
-            'replicated': programs.replicated(steps, 4 * LARGE),
+            'replicated': programs.replicated(steps, REPLICATED),
             'passed_over': sorted({str(one.message) for one in said if ' in place of ' in str(one.message)}),
             'traced': time.perf_counter() - start,
         }

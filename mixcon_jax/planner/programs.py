@@ -15,7 +15,7 @@ from mixcon_jax.models.decoder import create
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.rules import on_mesh
 from mixcon_jax.step import Steps, make_steps
-from mixcon_jax.trees import to_state
+from mixcon_jax.trees import named_leaves, to_state
 
 BATCH = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}
 
@@ -90,16 +90,6 @@ def shard_bytes(tree: Any) -> int:
 
 def replicated(steps: Steps, least: int) -> dict[str, int]:
     """Parameters that lie whole on every device of a mesh that splits some, with their bytes, if so many at least."""
-    from mixcon_jax.trees import named_leaves
-
     found: Mapping[str, Any] = named_leaves(steps.abstract_state.params)
     sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in found.items() if leaf.sharding.is_fully_replicated}
     return {name: size for name, size in sizes.items() if size >= least and steps.mesh.size > 1}
-
-
-def sharding_of(mesh: Mesh) -> str:
-    """The mesh in words."""
-    return ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
-
-
-__all__ = ['BATCH', 'generation', 'replicated', 'shard_bytes', 'sharding_of', 'train_step']

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from mixcon_jax.units import short
-
-GIB = 2**30
+from mixcon_jax.units import memory, short
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -23,7 +21,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for i, line in enumerate(found['layout']):
         yield f'{"" if i else "layout":<10}{line}'
     for name, size in found['replicated'].items():
-        yield f'warning   {name}, {size / GIB:.2f} GiB, is whole on every device'
+        yield f'warning   {name}, {memory(size)}, is whole on every device'
     for line in found['rematerialisations']:
         yield f'warning   {line}'
     kernels = sorted({name for each in found['products'] for name in found[each]['gpu_kernels']})
@@ -34,12 +32,12 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield from _variant(found, name)
     verdict = 'fits' if found['fits'] else 'DOES NOT FIT'
     yield (
-        f'memory    {verdict}: {found["peak"] / GIB:.2f} GiB at the peak of a limit of {found["limit"] / GIB:.2f} GiB,'
-        f' margin {found["margin"] / GIB:.2f} GiB'
+        f'memory    {verdict}: {memory(found["peak"])} at the peak of a limit of {memory(found["limit"])},'
+        f' {memory(abs(found["margin"]))} {"to spare" if found["fits"] else "too many"}'
     )
     compiled = ', '.join(f'{found[name]["compiled"]:.0f} s ({name})' for name in found['products'])
     yield (
-        f'took      {found["seconds"]:.0f} s, {found["compiler_memory"] / GIB:.1f} GiB here: traced in'
+        f'took      {found["seconds"]:.0f} s, {memory(found["compiler_memory"])} here: traced in'
         f' {found["traced"]:.0f} s, compiled in {compiled}'
     )
 
@@ -50,15 +48,16 @@ def _variant(found: dict[str, Any], name: str) -> Iterator[str]:
         'parameters': found['parameters'], 'gradients': found['gradients'], 'moments': found['moments'],
         'activations kept': one['activations'], 'other temporaries': one['temporaries'],
     }  # fmt: skip
-    text = ', '.join(f'{part} {size / GIB:.2f}' for part, size in parts.items() if size)
-    yield f'products by {name}: {one["peak"] / GIB:.2f} GiB a device at the peak: {text}'
+    text = ', '.join(f'{part} {memory(size)}' for part, size in parts.items() if size)
+    yield f'products by {name}: {memory(one["peak"])} a device at the peak: {text}'
     for array in one['largest'][:5]:
-        yield f'          {array["bytes"] / GIB:6.2f} GiB {array["shape"]}, {array["line"] or array["operation"][-70:]}'
+        where = ', '.join(['', *filter(None, [array['line'] or array['operation'][-70:]])])
+        yield f'          {memory(array["bytes"])} {array["shape"]}{where}'
     for exchange in one['exchanges'][:8]:
         where = f'{exchange["hosts"]} hosts' if exchange['hosts'] > 1 else 'inside hosts'
         yield (
             f'          {exchange["kind"]} over {exchange["axes"]} ({where}): {exchange["count"]:,} a step,'
-            f' {exchange["bytes"] / GIB:.2f} GiB'
+            f' {memory(exchange["bytes"])}'
         )
     guess = one['estimate']
     alone = ', '.join(

@@ -69,17 +69,19 @@ def largest_arrays(text: str, most: int = 10) -> list[Large]:
         for attribute in ('calls', 'to_apply')
         if instruction.opcode not in ('call', 'async-start')
     }
-    found: dict[tuple[str, int], list[Instruction]] = {}
+    found: dict[tuple[str, str], list[Instruction]] = {}
     for name, body in computations.items():
         for instruction in body.values() if name not in inside else ():
             if instruction.opcode in NO_KERNEL or instruction.opcode.endswith('-done'):
                 continue
+            line = frames.line(instruction.frame)
             for kind, dims in set(ARRAY.findall(instruction.shape)):
-                found.setdefault((f'{kind}[{dims}]', instruction.frame), []).append(instruction)
+                if kind != 's8':  # what cuBLAS works in
+                    found.setdefault((f'{kind}[{dims}]', line), []).append(instruction)
     ranked = sorted(found.items(), key=lambda item: -array_bytes(item[0][0]))
     return [
-        Large(shape, array_bytes(shape), len(group), frames.line(frame), _operation(group[0]))
-        for (shape, frame), group in ranked[:most]
+        Large(shape, array_bytes(shape), len(group), line, _operation(group[0]))
+        for (shape, line), group in ranked[:most]
     ]
 
 

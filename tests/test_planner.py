@@ -132,7 +132,8 @@ def test_a_plan_agrees_with_arithmetic():
     assert 2 * split <= found['moments'] <= 2 * split + 64  # and the optimizer's counts
     batch = 8 // 4 * 64 * (4 * 4 + 1)
     arguments = found['cublas']['arguments']
-    assert split + found['moments'] + batch <= arguments <= split + found['moments'] + batch + 4096
+    # What the step does not read, positions without RoPE, is no argument.
+    assert split + found['moments'] + batch / 2 <= arguments <= split + found['moments'] + batch + 4096
     assert arguments < found['cublas']['peak'] < 2**27 and found['fits']
     exchanged = {(one['kind'], one['axes'], one['hosts']): one for one in found['cublas']['exchanges']}
     assert {axes for _, axes, _ in exchanged} == {'fsdp'} and {hosts for *_, hosts in exchanged} == {1}

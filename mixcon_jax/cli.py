@@ -101,6 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
         help='what computes matrix products; a GPU chooses one by one (default: both)',
     )  # fmt: skip
     command.add_argument('--json', default='', metavar='FILE', help='write everything there as well')
+    command.add_argument(
+        '--search', type=int, nargs='?', const=8, default=0, metavar='N',
+        help='plan N meshes, recomputations and microbatches in turn, and show which are best (default: 8)',
+    )  # fmt: skip
 
     command = add('report', _report, 'Turn run directories, also unfinished ones, into tables and figures.')
     command.add_argument('folders', nargs='+', metavar='FOLDER', help='run directories, or folders above some')
@@ -258,15 +262,15 @@ def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
 
 def _plan(known: argparse.Namespace, overrides: list[str]) -> int:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing runs: GPUs that may be here are left alone
-    from mixcon_jax.planner.plan import command
+    from mixcon_jax.planner.command import command
 
-    for option, least in (('batch', 1), ('context', 0)):
+    for option, least in (('batch', 1), ('context', 0), ('search', 0)):
         if getattr(known, option) < least:
             raise UserError(f'--{option} {getattr(known, option)} must be at least {least}')
     return command(
         known.config, overrides, known.devices, memory_limit=known.memory_limit, what=known.what, batch=known.batch,
         context=known.context, products=known.products,
-        json_file=known.json,
+        json_file=known.json, most=known.search,
     )  # fmt: skip
 
 

@@ -10,7 +10,9 @@ from mixcon_jax import config as configs
 from mixcon_jax.cli import main
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import accounting
+from mixcon_jax.parallel.axes import AXES
 from mixcon_jax.planner import plan as planner
+from mixcon_jax.planner import search, words
 from mixcon_jax.planning import hardware
 from tests.tiny import ROOT
 
@@ -112,6 +114,36 @@ FOUND = {
         },
     },
 }  # fmt: skip
+
+
+def stub(monkeypatch, small=2**20):
+    """Compiling takes no time: less recomputation is faster and larger, more devices of tensor slower."""
+
+    def compiled(job):
+        config = job['config']
+        kept = {'none': 4, 'selective': 2, 'block': 1}[config['model']['remat']] * config['mesh']['tensor']
+        one = FOUND['cublas'] | {'peak': small * kept, 'estimate': FOUND['cublas']['estimate'] | {'hidden': 1 / kept}}
+        return FOUND | {'cublas': one, 'mesh': config['mesh'], 'products': job['products']}
+
+    monkeypatch.setattr(planner, 'compile_apart', compiled)
+
+
+def test_a_search_plans_what_is_valid_and_finds_what_nothing_beats(monkeypatch):
+    stub(monkeypatch)
+    job = {'target': 'h100', 'hosts': 1, 'per_host': 4, 'what': 'train', 'batch': 1, 'context': 0}
+    config = configs.default()
+    for key, value in SMALL.items():
+        configs.put(config, key, value)
+    said = []
+    found = search.search(config, job, ['cublas'], 3 * 2**20, 1000, said.append)
+    assert found['left'] == 0 and len(said) == len(found['plans']) > 20
+    assert all(math.prod(one['mesh'][axis] for axis in AXES) == 4 for one in found['plans'])
+    assert not [one for one in found['plans'] if one['mesh']['tensor'] > 2], 'two key heads'
+    best = {one['sets'].split('model.')[1].split()[0] for one in found['plans'] if one['best']}
+    assert best == {'remat=block', 'remat=selective'} and found['fits']
+    assert search.search(config, job, ['cublas'], 2**19, 3, said.append)['left'] == len(found['plans']) - 3
+    lines = list(words.table(found))
+    assert len(lines) == len(found['plans']) + 2 and lines[1].startswith('*') and lines[-2].startswith('!')
 
 
 # ----- what is compiled ---------------------------------------------------------------------------------------------

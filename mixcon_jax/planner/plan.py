@@ -1,4 +1,4 @@
-"""``mixcon plan``: what it is asked, the process that compiles, and whether the answer fits. Loads no JAX."""
+"""One plan: what it is asked, the process that compiles, and whether the answer fits. Loads no JAX."""
 
 import importlib.util
 import json
@@ -15,11 +15,9 @@ from typing import Any
 import ml_collections
 
 from mixcon_jax import config as configs
-from mixcon_jax.errors import Exit, UserError
-from mixcon_jax.planner import words
+from mixcon_jax.errors import UserError
 from mixcon_jax.planning.hardware import TARGETS
 
-DOES_NOT_FIT = 3
 TIMEOUT = 1800  # seconds of one compile
 SHARE = 0.9  # of a device's memory, by default: the rest is the driver's, NCCL's, and what fragments
 UNITS = {
@@ -35,39 +33,6 @@ UNITS = {
     'TB': 1e12,
 }
 WHAT = ('train', 'prefill', 'decode')
-
-
-def command(
-    config: str,
-    overrides: Sequence[str],
-    wanted: str,
-    *,
-    memory_limit: str = '',
-    what: str = 'train',
-    batch: int = 1,
-    context: int = 0,
-    products: Sequence[str] = ('triton', 'cublas'),
-    json_file: str = '',
-) -> int:
-    """The command line's ``plan``: prints, and writes JSON.
-
-    Returns:
-      0 if what is planned fits into the memory limit, 3 if it does not.
-
-    Raises:
-      UserError: names the argument or key, or says how the compiler ended.
-    """
-    target, hosts, per_host = read_devices(wanted)
-    limit = read_limit(memory_limit, target)
-    require_extra()
-    loaded = configs.load(config, overrides)
-    job = {'target': target, 'hosts': hosts, 'per_host': per_host, 'what': what, 'batch': batch, 'context': context}
-    found = plan(configs.validate(loaded, hosts * per_host), job, products, limit)
-    for line in words.lines(found):
-        print(line)
-    if json_file:
-        write(json_file, found)
-    return Exit.DONE if found['fits'] else DOES_NOT_FIT
 
 
 def plan(config: ml_collections.ConfigDict, job: dict[str, Any], products: Sequence[str], limit: int) -> dict[str, Any]:

@@ -70,3 +70,15 @@ def _variant(found: dict[str, Any], name: str) -> Iterator[str]:
         f' {guess["exposed"]:.3g} s if none does (MFU at most {most})'
         f'; bound by {guess["bound"]}; seconds alone: {alone}'
     )
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """The lines of a search, the fastest plan first; a star marks those that none beats in both columns."""
+    yield f'{"":2}{"GiB":>8} {"s a step":>10}  options'
+    for one in sorted(found['plans'], key=lambda one: (not one['fits'], one['seconds_a_step'])):
+        mark = '*' if one['best'] else '' if one['fits'] else '!'
+        yield f'{mark:2}{one["peak"] / 2**30:8.2f} {one["seconds_a_step"]:10.3g}  {one["sets"]}'
+    yield (
+        f'* no other that fits is faster and smaller; ! does not fit into {memory(found["limit"])}; seconds are'
+        f' estimates, not measured; {found["left"]} more candidates were left out (--search N plans N)'
+    )

@@ -56,8 +56,18 @@ def mesh(**axes: int):
     return make_mesh(config, jax.devices()[: int(np.prod(list(axes.values())))])
 
 
-@pytest.mark.parametrize('axes', [{'tensor': 2}, {'data': 2, 'tensor': 2}], ids=['tensor', 'rows and tensor'])
-@pytest.mark.parametrize('name', CALLS)
+BOTH, ROWS = {'data': 2, 'tensor': 2}, {'data': 2}
+
+
+def on_axes(axes, broad):
+    """Every call on every mesh, `broad` ones of the later calls slow: rows are shared out alike."""
+    late = lambda name, mesh: [pytest.mark.slow] if name in ('ssd', 'wkv') and mesh == broad else []
+    return [
+        pytest.param(name, mesh, marks=late(name, mesh), id='-'.join((name, *mesh))) for name in CALLS for mesh in axes
+    ]
+
+
+@pytest.mark.parametrize('name, axes', on_axes([{'tensor': 2}, BOTH], BOTH))
 def test_channels_and_heads_are_shared_out_without_communication(name, axes):
     function, on = getattr(kernels, name), mesh(**axes)
     arrays = {key: value for key, value in CALLS[name].items() if isinstance(value, jax.Array)}
@@ -75,8 +85,7 @@ def test_channels_and_heads_are_shared_out_without_communication(name, axes):
     jax.tree.map(close, found, jax.jit(lambda arrays: run(**arrays))(arrays))
 
 
-@pytest.mark.parametrize('axes', [{'tensor': 2}, {'data': 2}, {'context': 2}], ids=['tensor', 'rows', 'tokens'])
-@pytest.mark.parametrize('name', CALLS)
+@pytest.mark.parametrize('name, axes', on_axes([{'tensor': 2}, ROWS, {'context': 2}], ROWS))
 def test_gradients_on_a_mesh_are_those_of_one_device(name, axes):
     """Of every array, those included that are whole on every device; on a shared-out sequence the outputs, too."""
     function, on = getattr(kernels, name), mesh(**axes)

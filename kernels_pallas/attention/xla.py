@@ -129,7 +129,14 @@ def _turns(plan: _Plan, tile: Any, carry: Any) -> Any:
     if len(plan.i) == 1:  # the mask covers a tile that is not wanted
         return tile(0, 0, True, carry)
     i, j, first = map(jnp.asarray, plan[:3])
-    return lax.fori_loop(0, plan.count, lambda p, carry: tile(i[p], j[p], first[p], carry), carry)
+
+    def turn(at):
+        p, carry = at
+        return p + 1, tile(i[p], j[p], first[p], carry)
+
+    # No `fori_loop`: of a count that is a number it makes a scan, out of which JAX's partial evaluation, in a scan over
+    # layers, takes what hangs on no query or key. That is the masks of all tiles at once.
+    return lax.while_loop(lambda at: at[0] < plan.count, turn, (jnp.int32(0), carry))[1]
 
 
 # ------------------------------------------------------------------------------------------------------- the layout

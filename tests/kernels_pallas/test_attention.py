@@ -1,6 +1,7 @@
 """Attention: the other forms equal dense softmax attention, in float64, for any lengths, documents and caches."""
 
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -195,11 +196,14 @@ def test_tiles_of_other_documents_are_not_visited_on_a_cpu():
 
 
 def loops(length, **options):
-    """The loops of a gradient: 'scan' is of a length that the compiler knows, 'while' of one that it does not."""
+    """The loops of a gradient, of a length that the compiler knows, a number, and of one that it does not."""
     qkv = draw(0, length, length)
     gradient = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, **options)), argnums=(0, 1, 2))
     text = str(jax.make_jaxpr(gradient)(*qkv))
-    return text.count('scan['), text.count('while[')
+    conditions = re.findall(r'cond_jaxpr=\{(.*?)\}', text, re.DOTALL)
+    known = [bool(re.search(r'= lt \w+ \d+:', condition)) for condition in conditions]
+    assert 'scan[' not in text and len(known) == text.count('while[')
+    return known.count(True), known.count(False)
 
 
 def test_loops_have_lengths_that_a_gpu_knows(on):

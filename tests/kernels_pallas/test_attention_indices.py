@@ -96,7 +96,9 @@ def loop(operation, given: list[Bounds]) -> list[Bounds]:
     else:
         tests, kept = params['cond_nconsts'], params['cond_nconsts'] + params['body_nconsts']
         body, consts, carry = params['body_jaxpr'], given[tests:kept], given[kept:]
-        scalars = [found for found in (*given[:tests], *carry) if found is not None]
+        compared = (atom for test in params['cond_jaxpr'].jaxpr.eqns for atom in test.invars)
+        numbers = [of_value(atom.val) for atom in compared if isinstance(atom, Literal)]
+        scalars = [found for found in (*given[:tests], *carry, *numbers) if found is not None]
         rounds = max(high for _, high in scalars)  # up to which it may count
     after = follow(body.jaxpr, body.consts, [*consts, *carry])
     grown = [

@@ -1,5 +1,7 @@
 """Windows, capped scores and sinks: every form is softmax written out, in float64, with every gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from kernels_pallas.attention.reference import More
 from tests.kernels_pallas.test_attention import documents, draw
 
 TOLERANCE = {'rtol': 1e-10, 'atol': 1e-11}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 OPTIONS = [{'window': 5}, {'logit_cap': 0.8}, {'sinks': True}, {'window': 9, 'logit_cap': 0.7, 'sinks': True}]
 
 
@@ -38,7 +41,7 @@ def written_out(q, k, v, segments, window=None, logit_cap=None, sinks=None):
     return out
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=lambda options: '+'.join(options))
+@pytest.mark.parametrize('options', [*map(slow, OPTIONS[:3]), OPTIONS[3]], ids='+'.join)
 def test_the_oracle_is_softmax_written_out(options):
     qkv, segments, options = draw(1, 13, 13), documents(1, 13), with_sinks(options)
     got = attention(*qkv, segment_ids=segments, implementation='reference', **options)
@@ -46,7 +49,7 @@ def test_the_oracle_is_softmax_written_out(options):
 
 
 @pytest.mark.parametrize(
-    'options, packed', [(OPTIONS[0], False), (OPTIONS[1], True), (OPTIONS[2], False), (OPTIONS[3], True)]
+    'options, packed', [(OPTIONS[0], False), slow(OPTIONS[1], True), slow(OPTIONS[2], False), (OPTIONS[3], True)]
 )
 def test_blocks_equal_the_oracle(options, packed):
     """Outputs and gradients, sinks included."""
@@ -68,9 +71,10 @@ def test_one_query_equals_the_oracle():
     options = with_sinks(OPTIONS[-1])
     q, k, v = draw(3, 1, 24)
     ids = {'segment_ids': jnp.ones((2, 1), jnp.int32), 'kv_segment_ids': jnp.ones((2, 24), jnp.int32)}
-    run = lambda form: attention(q, k, v, **ids, q_offset=20, implementation=form, **options)
-    np.testing.assert_allclose(run('one_query'), run('reference'), **TOLERANCE)
-    np.testing.assert_allclose(run('blockwise'), run('reference'), **TOLERANCE)
+    every = lambda form: attention(q, k, v, **ids, q_offset=20, implementation=form, **options)
+    one, blocks, oracle = jax.jit(lambda: [every(form) for form in ('one_query', 'blockwise', 'reference')])()
+    np.testing.assert_allclose(one, oracle, **TOLERANCE)
+    np.testing.assert_allclose(blocks, oracle, **TOLERANCE)
 
 
 def test_tiles_outside_the_window_are_not_visited():

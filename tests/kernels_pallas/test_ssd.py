@@ -53,7 +53,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])
-@pytest.mark.parametrize('length, chunk', [(37, 8), (37, 32), slow(1, None), slow(64, None), slow(129, 64), slow(7, 9)])
+@pytest.mark.parametrize('length, chunk', [(37, 32), *map(slow, (37, 1, 64, 129, 7), (8, None, None, 64, 9))])
 def test_chunks_are_the_sequential_loop(by_key, length, chunk):
     """Outputs, final state and the gradient of every array; chunks shorter and longer than a block of pairs."""
     arrays, reset = draw(length, length, by_key)
@@ -78,7 +78,7 @@ def test_the_reference_is_the_written_recurrence(by_key):
     assert_close(ssd(**arrays, reset=reset, implementation='reference'), (y, final))
 
 
-@pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])
+@pytest.mark.parametrize('by_key', [slow(False), True], ids=['by head', 'by key'])
 def test_a_token_that_forgets_all_costs_no_digits_of_what_follows(by_key):
     """In float32, with decays of e^-50 and of e^-0.001 in one chunk; differences of plain sums lose three digits."""
     arrays, _ = draw(4, 64, by_key)

@@ -10,6 +10,7 @@ import pytest
 from kernels_pallas.wkv import wkv
 
 B, D = 2, 5
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def outputs_and_gradients(arrays, reset, mask, implementation, chunk):
     return jax.grad(loss, has_aux=True)(arrays)
 
 
-@pytest.mark.parametrize('length', [1, 21, pytest.param(129, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('length', [slow(1), 21, slow(129)])
 @pytest.mark.parametrize('implementation', ['chunked_stepped', 'chunked_associative'])
 def test_chunks_are_the_sequential_loop(implementation, length):
     arrays, reset, mask = draw(length, length)
@@ -64,7 +65,7 @@ def test_the_loop_is_the_mean_with_its_weights():
         np.testing.assert_allclose(got[b, t], (top + own * v[b, t]) / (bottom + own), rtol=1e-10)
 
 
-@pytest.mark.parametrize('implementation', ['chunked_stepped', 'chunked_associative'])
+@pytest.mark.parametrize('implementation', [slow('chunked_stepped'), 'chunked_associative'])
 def test_large_exponents_do_not_overflow(implementation):
     arrays, reset, mask = draw(6, 17)
     small = {name: value.astype(jnp.float32) for name, value in arrays.items()}

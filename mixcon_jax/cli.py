@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = 'Pretrain hybrid sequence models of attention, Conba and experts.'
 OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon config`).'
+ON_MESH = 'On several devices: --config.mesh.fsdp=2 and the other options of config.mesh.'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> int:
         known, rest = build_parser().parse_known_args(argv)
         command = f'mixcon {" ".join(sys.argv[1:2])}'
-        overrides = parse_overrides(rest, command, takes=hasattr(known, 'config'))
+        overrides = parse_overrides(rest, command, takes=hasattr(known, 'config') or hasattr(known, 'step'))
         require_numbers(known)
         return known.run(known, overrides)
 
@@ -131,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _takes_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument('--workdir', required=True, help='folder of the run')
     command.add_argument('--step', help='checkpoint to use: a step, "best" or "last" (default: last)')
+    command.epilog = ON_MESH
 
 
 # ----- commands -----------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ def _eval(known: argparse.Namespace, overrides: list[str]) -> int:
 
     if known.batch_size < 0:
         raise UserError(f'--batch-size {known.batch_size} must be at least 1')
-    scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size, known.lengths)
+    scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size, known.lengths, overrides)
     print(f'step {scores.step}: {_described(scores)}')
     return Exit.DONE
 
@@ -196,6 +198,7 @@ def _generate(known: argparse.Namespace, overrides: list[str]) -> int:
         sampling=Sampling(known.temperature, known.top_k, known.top_p),
         seed=known.seed,
         step=_step(known.step),
+        mesh=overrides,
     )
     return Exit.DONE
 

@@ -104,6 +104,30 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     return canonical(config)
 
 
+def mesh_of(overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """``config.mesh`` with these overrides, all else of it at its default: for what was trained on another mesh.
+
+    Args:
+      overrides: ``key=value`` as of ``load``, all of them ``mesh.``.
+
+    Raises:
+      ConfigError: one is of something else, or a key or value is wrong.
+    """
+    expected = {key: option for key, option in leaves() if key.startswith('mesh.')}
+    config = default()
+    for key, separator, text in (override.partition('=') for override in overrides):
+        if not key.startswith('mesh.'):
+            raise ConfigError(f'override {key}: a checkpoint has its own options; give those of a mesh, as mesh.fsdp')
+        if not separator:
+            raise ConfigError(f'override {key!r} has no value; write {key}=VALUE')
+        _require(key, expected)
+        try:
+            put(config, key, int(text) if isinstance(expected[key].default, int) else text)
+        except ValueError as error:
+            raise ConfigError(f'{key}={text} must be a whole number') from error
+    return check_each(config).mesh
+
+
 def _split(text: str, option: Option) -> tuple[str, ...]:
     return tuple(part.strip() for part in re.split(option.between, text) if part.strip())
 

@@ -1,5 +1,6 @@
 """Held-out scores: loss, perplexity and bits per byte, of a running training or of any checkpoint."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -16,6 +17,7 @@ from flax import nnx
 
 from mixcon_jax import config as configs
 from mixcon_jax import step as steps
+from mixcon_jax.checks import divides
 from mixcon_jax.data import files
 from mixcon_jax.data.dataset import open_dataset
 from mixcon_jax.data.documents import Document
@@ -23,6 +25,8 @@ from mixcon_jax.data.loader import heldout_from_texts
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference.load import load_model
+from mixcon_jax.parallel import axes
+from mixcon_jax.parallel.layout import place_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,7 @@ def evaluate(
     step: int | str | None = None,
     batch_size: int = 0,
     lengths: Sequence[int] = (),
+    mesh: Sequence[str] = (),
 ) -> Scores:
     """Scores a checkpoint on its run's held-out text or task, on given text files, or on a task's other lengths.
 
@@ -115,14 +120,15 @@ def evaluate(
       step: a checkpoint's step, ``'best'`` or None for the newest.
       batch_size: rows of a batch; 0 means the run's own.
       lengths: tokens of a synthetic task's sequences, in place of the run's ``data.synthetic.eval_lengths``.
+      mesh: overrides of ``load_model``: scores are those of one device, up to rounding.
 
     Raises:
-      UserError: no such checkpoint or file, a tokenizer that is not the store's, or lengths that do not fit.
+      UserError: no such checkpoint or file, a tokenizer that is not the store's, or lengths or a mesh that do not fit.
     """
     if lengths and paths:
         raise UserError('lengths are of a synthetic task; give lengths or files to score, not both')
     paths = files.given(paths)  # first, for loading a model takes a while
-    trained = load_model(workdir, step)
+    trained = load_model(workdir, step, mesh)
     config = trained.config
     if lengths:
         if not is_synthetic(config.data):
@@ -130,7 +136,9 @@ def evaluate(
             raise UserError(f'lengths are of a synthetic task, and {workdir} was trained on {sources}')
         config.data.synthetic.eval_lengths = tuple(lengths)
         config = configs.validate(config)
-    rows = batch_size or config.eval.batch_size
+    rows, place = batch_size or config.eval.batch_size, trained.place
+    if place:
+        divides(axes.ROWS, axes.rows(place.mesh.shape), '--batch-size', rows)
     if paths:
         if is_synthetic(config.data):
             raise UserError(
@@ -152,6 +160,11 @@ def evaluate(
 
     @jax.jit
     def eval_batch(variables: nnx.State, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        return steps.eval_step(config, nnx.merge(graphdef, variables), batch)
+        with place.entered() if place else contextlib.nullcontext():
+            return steps.eval_step(config, nnx.merge(graphdef, variables), batch)
 
-    return score(lambda batch: eval_batch(variables, jax.tree.map(jnp.asarray, dict(batch))), batches, trained.step)
+    def put(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
+        batch = {key: batch[key] for key in steps.BATCH_KEYS}
+        return place_rows(batch, place.mesh) if place else jax.tree.map(jnp.asarray, batch)
+
+    return score(lambda batch: eval_batch(variables, put(batch)), batches, trained.step)

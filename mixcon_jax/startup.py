@@ -1,6 +1,5 @@
 """What a run sets up, requires and says before its first step."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from mixcon_jax import parsing
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
-from mixcon_jax.host.compilation import keep_compiled
+from mixcon_jax.host.compilation import keep_compiled, make_cpu_devices
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
@@ -37,9 +36,7 @@ from mixcon_jax.units import short
 
 def set_up_jax(config: ml_collections.ConfigDict) -> None:
     """What must happen before JAX starts its devices, unless the caller has started them."""
-    if config.mesh.cpu_devices:
-        with contextlib.suppress(RuntimeError):  # they are started; validate() counts them
-            jax.config.update('jax_num_cpu_devices', config.mesh.cpu_devices)
+    make_cpu_devices(config.mesh.cpu_devices)
     keep_compiled(config)
 
 

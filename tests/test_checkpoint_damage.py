@@ -25,15 +25,23 @@ def arrays_of(step: Path) -> list[Path]:
     return sorted(p for p in step.rglob('*') if p.is_file() and p.parent.name == 'd')
 
 
+def index_of(item: Path) -> Path:
+    """The file that every reading of an item begins with: where its arrays lie, small ones with their values.
+
+    How the others are laid out depends on when each part was written: the largest may be of parts that newer ones
+    have replaced, which nobody reads.
+    """
+    (path,) = (item / 'd').iterdir()
+    return path
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 DAMAGE = {
-    'an array file flipped': lambda step: flip(max(arrays_of(step / 'model'), key=lambda p: p.stat().st_size)),
-    'an array file truncated': lambda step: truncate(
-        max(arrays_of(step / 'optimizer'), key=lambda p: p.stat().st_size)
-    ),
+    'an array file flipped': lambda step: flip(index_of(step / 'model')),
+    'an array file truncated': lambda step: truncate(index_of(step / 'optimizer')),
     'all array files missing': lambda step: [path.unlink() for path in arrays_of(step)],
     'an item missing': lambda step: shutil.rmtree(step / 'optimizer'),
     'metadata flipped': lambda step: (step / 'meta' / 'metadata').write_text(

@@ -257,8 +257,10 @@ def check(command: list[str], written: Path, extended: bool) -> None:
     with contextlib.redirect_stderr(sys.stdout):  # argparse says there what is wrong
         known, rest = parser.parse_known_args(arguments)
     config = getattr(known, 'config', None)
-    overrides = parse_overrides(rest, shlex.join(command), takes=config is not None)
-    if config is not None:
+    overrides = parse_overrides(rest, shlex.join(command), takes=config is not None or hasattr(known, 'step'))
+    if config is None:
+        configs.mesh_of(overrides)
+    else:
         folder = written if (written / config.split(':')[0]).exists() else ROOT
         if extended:
             configs.load(str(folder / config))

@@ -1,9 +1,18 @@
-"""Where compiled programs are kept from one start to the next."""
+"""What must be set before JAX starts its devices: their number, and where compiled programs are kept."""
+
+import contextlib
 
 import jax
 import ml_collections
 
 from mixcon_jax.host.paths import expand_path
+
+
+def make_cpu_devices(number: int) -> None:
+    """Has JAX make so many devices of a CPU, unless the caller has started them; 0 leaves its default."""
+    if number:
+        with contextlib.suppress(RuntimeError):  # they are started: who counts them sees to it
+            jax.config.update('jax_num_cpu_devices', number)
 
 
 def keep_compiled(config: ml_collections.ConfigDict) -> None:

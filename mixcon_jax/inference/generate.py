@@ -1,5 +1,6 @@
 """Sampling from a model: prefill a batch of prompts, then decode token by token with state of constant size."""
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -18,7 +19,10 @@ from mixcon_jax.host.paths import foreign
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import Decoder
+from mixcon_jax.models.layers import State
 from mixcon_jax.options import beyond
+from mixcon_jax.parallel import axes, layout
+from mixcon_jax.parallel.rules import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,7 @@ def generate(
     sampling: Sampling,
     seeds: Sequence[int],
     vocab_size: int,
+    place: Place | None = None,
 ) -> Iterator[Int[np.ndarray, 'b']]:
     """Yields one new token of every prompt at a time.
 
@@ -67,6 +72,7 @@ def generate(
       sampling: temperature and filters.
       seeds: one a prompt; a prompt's draws depend on its seed and its own tokens alone.
       vocab_size: ids from here on are padding of the embedding and never drawn.
+      place: the mesh that the model's parameters lie on; rows are shared out if it divides them.
 
     Raises:
       UserError: an empty prompt or an id outside the vocabulary.
@@ -76,11 +82,11 @@ def generate(
     if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
         raise UserError(f'a prompt has token ids outside the vocabulary of {vocab_size}')
     tokens, context = left_padded(prompts)
-    state = model.init_state(len(prompts), tokens.shape[1] + max_new_tokens)
+    state = _on_rows(model.init_state(len(prompts), tokens.shape[1] + max_new_tokens), len(prompts), place)
     graphdef, variables = nnx.split(model)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     position = context.positions[:, -1]
-    step = functools.partial(_step, graphdef, sampling, vocab_size)
+    step = functools.partial(_step, graphdef, sampling, vocab_size, place=place)
     next_token, state = step(variables, jnp.asarray(tokens), context, state, keys, jnp.int32(0))
     for i in range(1, max_new_tokens + 1):
         yield np.asarray(next_token)
@@ -100,6 +106,7 @@ def generate_text(
     seed: int,
     step: int | str | None = None,
     out: TextIO | None = None,
+    mesh: Sequence[str] = (),
 ) -> list[str]:
     """Continues prompts with a run's checkpoint, streaming a single one, or printing several at the end.
 
@@ -114,12 +121,14 @@ def generate_text(
       seed: first seed.
       step: a checkpoint's step, ``'best'`` or None for the newest.
       out: where to write; the terminal by default.
+      mesh: overrides of ``load_model``: tokens are those of one device, but where rounding decides.
 
     Returns:
       The texts, prompt included, sample after sample of each prompt.
 
     Raises:
-      UserError: the seed is out of range, a prompt is not UTF-8, or there is no such checkpoint.
+      UserError: the seed is out of range, a prompt is not UTF-8, there is no such checkpoint, or the mesh does not
+        fit.
     """
     if not 0 <= seed <= 2**32 - num_samples:
         raise UserError(f'seed={seed} must be between 0 and {2**32 - num_samples}')
@@ -127,7 +136,7 @@ def generate_text(
         if (found := foreign(prompt)) is not None:
             raise UserError(f'the prompt {found!r} is not UTF-8; give it in UTF-8')
     out = out or sys.stdout
-    trained = load_model(workdir, step)
+    trained = load_model(workdir, step, mesh)
     tokenizer = trained.tokenizer
     rows = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
     ids = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt, _ in rows]
@@ -143,7 +152,7 @@ def generate_text(
             print(piece, end='', file=out, flush=True)
 
     seeds = [seed + sample for _, sample in rows]
-    for tokens in generate(trained.model, ids, max_new_tokens, sampling, seeds, tokenizer.vocab_size):
+    for tokens in generate(trained.model, ids, max_new_tokens, sampling, seeds, tokenizer.vocab_size, trained.place):
         for row, token in enumerate(tokens.tolist()):
             live[row] = live[row] and token != tokenizer.eot_id
             if live[row]:
@@ -171,12 +180,22 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'
     return tokens, Context(jnp.asarray((positions >= 0).astype(np.int32)), jnp.asarray(positions))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6,))
-def _step(graphdef, sampling, vocab_size, variables, tokens, context, state, keys, index):
+def _on_rows(state: State, rows: int, place: Place | None) -> State:
+    """A state whose arrays `[B, ...]` are shared out over the mesh's rows where these divide ``rows``."""
+    if place is None:
+        return state
+    by_row, whole = layout.batch_sharding(place.mesh), layout.replicated(place.mesh)
+    splits = rows % axes.rows(place.mesh.shape) == 0
+    return jax.tree.map(lambda x: jax.device_put(x, by_row if splits and x.shape[:1] == (rows,) else whole), state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames='place', donate_argnums=(6,))
+def _step(graphdef, sampling, vocab_size, variables, tokens, context, state, keys, index, place=None):
     """Runs the model on new tokens and draws the next one of each row; the old state's buffers are reused."""
     model = nnx.merge(graphdef, variables)
-    hidden, state, _ = model(tokens, context, state)
-    logits = model.logits(hidden[:, -1])[:, :vocab_size]
+    with place.entered() if place else contextlib.nullcontext():
+        hidden, state, _ = model(tokens, context, state)
+        logits = model.logits(hidden[:, -1])[:, :vocab_size]
     draws = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
     return sample(logits, draws, sampling), state
 

@@ -1,21 +1,28 @@
 """A trained model, put together from a run directory, for evaluation and sampling."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import ml_collections
 from flax import nnx
 
 from mixcon_jax import config as configs
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
-from mixcon_jax.host.compilation import keep_compiled
+from mixcon_jax.host.compilation import keep_compiled, make_cpu_devices
 from mixcon_jax.host.paths import expand_folder
-from mixcon_jax.models import decoder
+from mixcon_jax.models import decoder, pattern
 from mixcon_jax.models.layers import Buffer
+from mixcon_jax.parallel import axes, layout
+from mixcon_jax.parallel.mesh import make_mesh
+from mixcon_jax.parallel.rules import Place
+from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.weights import load_params
-from mixcon_jax.trees import named_leaves, to_state
+from mixcon_jax.trees import from_state, logical_axes, named_leaves, to_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +34,29 @@ class TrainedModel:
     config: ml_collections.ConfigDict
     step: int
     data: tuple[str, ...]  # fingerprints of the token stores that it was trained on
+    place: Place | None = None  # the mesh that its parameters are shared out over; None is one device
 
 
-def load_model(workdir: str | Path, step: int | str | None = None) -> TrainedModel:
-    """Loads a run's model onto the first device.
+def load_model(workdir: str | Path, step: int | str | None = None, mesh: Sequence[str] = ()) -> TrainedModel:
+    """Loads a run's model onto the first device, or over the devices of a mesh, each its own part.
 
     Args:
       workdir: a run directory.
       step: a checkpoint's step, ``'best'`` or None for the newest intact one.
+      mesh: overrides such as ``mesh.fsdp=2``, whatever mesh the run had; none is the first device.
 
     Raises:
-      UserError: no such run or checkpoint, or one whose arrays don't fit its configuration.
+      UserError: no such run or checkpoint, one whose arrays don't fit its configuration, or a mesh that does not take
+        all devices or divide what it splits.
     """
     workdir = expand_folder(path_of(workdir))
     if not workdir.is_dir():
         raise UserError(f'workdir {workdir} does not exist; give the folder that `mixcon train --workdir` wrote')
-    trees, meta = load_params(workdir, step)
-    config = configs.resolve(configs.from_dict(meta.config))
+    options = configs.mesh_of(mesh)
+    make_cpu_devices(options.cpu_devices)
+    place = Place(make_mesh(options), tuple(axes.rules(options).items())) if mesh else None
+    trees, meta = load_params(workdir, step, (lambda meta: _shardings(meta, place)) if place else None)
+    config = _config_of(meta, place)
     keep_compiled(config)
     abstract = nnx.eval_shape(lambda: decoder.create(config.model))
     graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)  # type: ignore[misc]
@@ -59,4 +72,33 @@ def load_model(workdir: str | Path, step: int | str | None = None) -> TrainedMod
             )
         states.append(to_state(trees[kind], template))
     tokenizer = tokenizers.from_json(meta.tokenizer, f'the tokenizer of checkpoint {meta.step}')
-    return TrainedModel(nnx.merge(graphdef, *states), tokenizer, config, meta.step, meta.data)
+    return TrainedModel(nnx.merge(graphdef, *states), tokenizer, config, meta.step, meta.data, place)
+
+
+def _config_of(meta: Meta, place: Place | None) -> ml_collections.ConfigDict:
+    """A checkpoint's configuration; on a mesh no token is dropped, so that results are those of one device."""
+    config = configs.resolve(configs.from_dict(meta.config))
+    if place:
+        for options in (config.model.moe, *config.model.get('layers', {}).values()):
+            if 'capacity' in options:
+                options.capacity = 0.0
+            if 'exchange' in options:
+                options.exchange = 'padded'
+    return config
+
+
+def _shardings(meta: Meta, place: Place) -> dict[str, Any]:
+    """Where every array of a checkpoint lies on a mesh, by name.
+
+    Raises:
+      ConfigError: the mesh cannot share out an option of the model.
+    """
+    config = _config_of(meta, place)
+    pattern.check_split(config.model, axes.shards(place.rules, place.mesh.shape))
+    abstract = nnx.eval_shape(lambda: decoder.create(config.model))
+    _, params, buffers = nnx.split(abstract, nnx.Param, Buffer)  # type: ignore[misc]
+    trees = {
+        'params': layout.param_shardings(from_state(params), logical_axes(params), place.mesh, place.rules),
+        'buffers': jax.tree.map(lambda _: layout.replicated(place.mesh), from_state(buffers)),
+    }
+    return named_leaves(trees)

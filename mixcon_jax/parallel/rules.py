@@ -4,6 +4,7 @@ It is part of what JAX traces by, as the mesh is: a function that was traced und
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +19,22 @@ def current() -> Rules:
     """The table of the step that is being traced; elsewhere that of ``axes.RULES``."""
     items = _table.value
     return RULES if items is None else dict(items)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A mesh and its table; hashable, for functions that are compiled for it."""
+
+    mesh: Mesh
+    items: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @property
+    def rules(self) -> Rules:
+        return dict(self.items)
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """What is traced inside is shared out over it."""
+        return on_mesh(self.mesh, self.rules)
 
 
 @contextlib.contextmanager

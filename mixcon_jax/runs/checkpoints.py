@@ -30,6 +30,7 @@ from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
+Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]  # of arrays by name, or what finds them for a Meta
 FULL = ('No space left', 'Disk quota exceeded', 'File too large', 'RESOURCE_EXHAUSTED')
 
 
@@ -260,12 +261,12 @@ class Checkpoints:
             )
         return None
 
-    def load(self, step: int | str | None = None, shardings: Mapping[str, Any] | None = None) -> tuple[Tree, Meta]:
+    def load(self, step: int | str | None = None, shardings: Shardings | None = None) -> tuple[Tree, Meta]:
         """Parameters and buffers alone: ``{'params': nested dicts, 'buffers': nested dicts}``, and the rest.
 
         Args:
           step: a step; ``'best'`` by held-out loss; None for the newest intact one.
-          shardings: of leaves by name (``params/embedding``); those without lie whole on the first device.
+          shardings: see ``weights.load_params``.
 
         Raises:
           UserError: no such checkpoint, or it is damaged.
@@ -296,8 +297,9 @@ class Checkpoints:
         _verify(arrays, contents['checksums'])
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), meta
 
-    def _load(self, step: int, shardings: Mapping[str, Any]) -> tuple[Tree, Meta]:
+    def _load(self, step: int, shardings: Shardings) -> tuple[Tree, Meta]:
         contents, meta = self._meta(step)
+        shardings = shardings(meta) if callable(shardings) else shardings
         whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
             name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings.get(name, whole))

@@ -1,13 +1,11 @@
 """The weights of a run alone: to evaluate, to sample from, or to start another run with."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.runs import mark
-from mixcon_jax.runs.checkpoints import Checkpoints, Meta, Say
+from mixcon_jax.runs.checkpoints import Checkpoints, Meta, Say, Shardings
 from mixcon_jax.runs.run import CHECKPOINTS
 from mixcon_jax.trees import Tree
 
@@ -15,7 +13,7 @@ from mixcon_jax.trees import Tree
 def load_params(
     workdir: str | Path,
     step: int | str | None = None,
-    shardings: Mapping[str, Any] | None = None,
+    shardings: Shardings | None = None,
     say: Say = print,
 ) -> tuple[Tree, Meta]:
     """Parameters of a run, to evaluate, to sample from or to start another run with; changes nothing on disk.
@@ -23,7 +21,8 @@ def load_params(
     Args:
       workdir: a run directory.
       step: a step; ``'best'`` by held-out loss; None for the newest intact one.
-      shardings: of leaves by name (``params/embedding``); those without lie whole on the first device.
+      shardings: of leaves by name (``params/embedding``); those without lie whole on the first device. Or what
+        returns them for the ``Meta`` of the checkpoint that is taken.
       say: takes a line about each damaged checkpoint that was passed over.
 
     Returns:

@@ -240,7 +240,8 @@ class MoE(Layer):
         summed: tuple[str, ...],
     ) -> tuple[Float[Array, 'b t d'], Bool[Array, 'b t k']]:
         """``_grouped`` where this device has its own tokens, and experts of its own."""
-        options, across = self.options, axes_of('experts')
+        options = self.options
+        across = tuple(axis for axis in axes_of('experts') if jax.lax.axis_size(axis) > 1)
         if options.exchange == 'ragged' and (platform.platform() != 'gpu' or len(across) > 1):
             where = f'experts split over {" and ".join(across)}' if len(across) > 1 else platform.platform()
             raise ConfigError(

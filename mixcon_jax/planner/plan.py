@@ -134,5 +134,6 @@ def write(file: str, found: Any) -> None:
     """Writes JSON, a whole file or none."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix('.tmp').write_text(json.dumps(found, indent=1) + '\n')
-    path.with_suffix('.tmp').replace(path)
+    partial = path.with_name(f'{path.name}.tmp')
+    partial.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+    partial.replace(path)

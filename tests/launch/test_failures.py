@@ -156,10 +156,15 @@ def test_one_that_waits_in_vain_ends_in_time(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_without_a_scheduler_it_says_what_to_give(tmp_path):
+    experiment = write_experiment(tmp_path / 'experiment.py', small_config(tmp_path))
+    output = finish(launch('launch.cluster', '--config', experiment, '--workdir', tmp_path / 'run'), code=2)
+    assert output.splitlines()[-1].startswith('error: no scheduler that JAX knows has started this process')
+
+
 @pytest.mark.parametrize(
     'options, message',
     [
-        ((), 'no scheduler that JAX knows has started this process'),
         (('--processes', '2'), '--coordinator, --rank is missing; give all of'),
         (('--coordinator', 'here', '--processes', '2', '--rank', '0'), '--coordinator here must be HOST:PORT'),
         (('--coordinator', 'a:1', '--processes', '2', '--rank', '2'), '--rank 2 must be at least 0 and below'),

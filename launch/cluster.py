@@ -24,8 +24,8 @@ from mixcon_jax.runs.workdir import report_if_finished
 PROGRAM = 'python -m launch.cluster'
 DESCRIPTION = 'Be one of the processes of a training over several machines; all are given the same command.'
 EPILOG = (
-    f'{OVERRIDES} When one process dies or hangs all others end, with {Exit.FAILED} or by an abort of JAX; the same'
-    ' command goes on. Else exit codes are those of `mixcon train`.'
+    f'{OVERRIDES} When one process dies or is stopped all others end, with {Exit.FAILED} or by an abort of JAX; the'
+    ' same command goes on. Else exit codes are those of `mixcon train`.'
 )
 UNKNOWN = (
     'no scheduler that JAX knows has started this process (SLURM, Open MPI, Kubernetes); give --coordinator HOST:PORT,'

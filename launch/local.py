@@ -33,7 +33,7 @@ DESCRIPTION = (
     ' The same command goes on.'
 )
 EPILOG = (
-    f'{OVERRIDES} When one process dies or hangs all others are stopped, and the end of its output is shown.'
+    f'{OVERRIDES} When one process dies or is stopped all others are stopped, and the end of its output is shown.'
     f' Exit codes: those of `mixcon train`, {Exit.FAILED} when a process died and {Exit.INTERRUPTED} when a second'
     ' Ctrl-C killed them.'
 )
@@ -229,7 +229,7 @@ def _train(known: argparse.Namespace, overrides: list[str]) -> int:
     """Trains as one of the processes."""
     config = load(known.config, overrides)
     member.keep_giving_signs(_mark(known.folder, ALIVE, known.rank))
-    import jax  # noqa: F401 (takes seconds: not of the time within which all must join)
+    import jax  # noqa: F401 (takes seconds, before it can be said to have come)
 
     _mark(known.folder, 'came', known.rank).touch()
     member.join(

@@ -2,7 +2,7 @@
 
 Whoever starts it, ``launch.local`` on this machine or a scheduler on many (``launch.cluster``), the processes find one
 another through ``jax.distributed`` and send the first one heartbeats. One that sends none, because it died, its machine
-did or it hangs, ends all the others.
+did or it was stopped, ends all the others.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def join(timeout: int, heartbeat: int, **where: Any) -> None:
 
 
 def keep_giving_signs(mark: Path) -> None:
-    """Touches a file every second, from a thread of Python's: none comes of a process that is stopped or stuck."""
+    """Touches a file every second, from a thread: none comes of a process that is stopped, or holds Python's lock."""
 
     def beat() -> None:
         while True:

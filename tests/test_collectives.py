@@ -32,10 +32,10 @@ def kernel(kind, operand, result, groups, count=1):
 def test_bytes_are_those_of_rings():
     """Four devices of two hosts: a gather sends 3/4 of the whole, a sum twice that; half of a ring's ports lead out."""
     everywhere = 'replica_groups=[1,4]<=[4]'
-    (gather,) = exchanges([kernel('all-gather', 'f32[10]', 'f32[40]', everywhere, 3)], {'fsdp': 4}, 2)
+    (gather,) = exchanges([kernel('all-gather', 'f32[10]', 'f32[40]', everywhere, 3)], {'fsdp': 4}, [0, 0, 1, 1])
     assert (gather.count, gather.bytes, gather.hosts) == (3, 3 * 160, 2)
     assert gather.sent == 3 * 160 * 3 / 4 and gather.across == gather.sent / 2
-    (total,) = exchanges([kernel('all-reduce', 'f32[40]', 'f32[40]', everywhere)], {'fsdp': 4}, 4)
+    (total,) = exchanges([kernel('all-reduce', 'f32[40]', 'f32[40]', everywhere)], {'fsdp': 4}, [0] * 4)
     assert total.sent == 160 * 3 / 4 * 2 and total.across == 0
-    (scatter,) = exchanges([kernel('reduce-scatter', 'f32[40]', 'f32[10]', everywhere)], {'fsdp': 4}, 4)
+    (scatter,) = exchanges([kernel('reduce-scatter', 'f32[40]', 'f32[10]', everywhere)], {'fsdp': 4}, [0] * 4)
     assert scatter.sent == 160 * 3 / 4

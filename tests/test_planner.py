@@ -12,7 +12,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.models import accounting
 from mixcon_jax.parallel.axes import AXES
 from mixcon_jax.planner import plan as planner
-from mixcon_jax.planner import search, words
+from mixcon_jax.planner import programs, search, words
 from mixcon_jax.planning import hardware
 from tests.tiny import ROOT
 
@@ -229,3 +229,15 @@ def test_devices_agree_with_the_peaks_of_mfu(name):
     target = hardware.TARGETS[name]
     assert target.flops == hardware.peak_flops(target.name)
     assert target.network <= target.nvlink < target.bandwidth < target.flops
+
+
+def test_rows_are_split_though_heads_are_as_many():
+    assert programs._batch_axis((16, 16, 64, 128), 16) == 0
+    assert programs._batch_axis((3, 16, 8), 16) == programs._batch_axis((), 1) == -1
+
+
+def test_a_search_of_which_nothing_compiles_says_so(monkeypatch):
+    monkeypatch.setattr(planner.sys, 'executable', '/bin/false')
+    job = {'target': 'h100', 'hosts': 1, 'per_host': 1, 'what': 'train', 'batch': 1, 'context': 0}
+    with pytest.raises(UserError, match='none of 2 candidates could be planned; the last: the compiler ended'):
+        search.search(configs.default(), job, ['cublas'], 2**30, 2, lambda line: None)

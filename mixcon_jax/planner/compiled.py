@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from kernels_pallas import cards
 from kernels_pallas.attention.xla import tile_size
@@ -82,7 +83,7 @@ def plan(
             assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
             seconds = time.perf_counter() - start
             rounds = (-(-config.data.seq_len // tile) + 1) / 2
-            say({name: variant(config, compiled, mesh.shape, target, per_host, fixed, rounds) | {'compiled': seconds}})
+            say({name: variant(config, compiled, mesh, target, fixed, rounds) | {'compiled': seconds}})
 
 
 def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: int) -> dict[str, Any]:
@@ -128,19 +129,16 @@ def exponentials(config: ml_collections.ConfigDict, length: int) -> float:
 def variant(
     config: Any,
     compiled: Any,
-    mesh: Mapping[str, int],
+    mesh: Mesh,
     target: str,
-    per_host: int,
     fixed: Mapping[str, Any],
     rounds: float,
 ) -> dict[str, Any]:
     """What one compiled module says of itself."""
     text, stats = compiled.as_text(), compiled.memory_analysis()
     found = hlo.kernels(text, rounds)
-    exchanged = collectives.exchanges(found, mesh, per_host)
-    number = 1
-    for size in mesh.values():
-        number *= size
+    exchanged = collectives.exchanges(found, mesh.shape, [device.process_index for device in mesh.devices.flat])
+    number = mesh.size
     kept = memory.kept_by_loops(text, config.model.num_blocks)
     names = sorted(
         {

@@ -73,8 +73,8 @@ def generation(config: ml_collections.ConfigDict, mesh: Mesh, what: str, batch: 
 
 
 def _batch_axis(shape: tuple[int, ...], batch: int) -> int:
-    """The dimension of rows: the second of what blocks stack, else the first."""
-    return 1 if len(shape) > 1 and shape[1] == batch else 0 if shape and shape[0] == batch else -1
+    """The dimension of rows, the first of whatever has them; -1 where there is none."""
+    return 0 if shape[:1] == (batch,) else -1
 
 
 def shard_bytes(tree: Any) -> int:

@@ -39,21 +39,25 @@ def search(
       fits is estimated to be as fast with as little memory. ``left``: candidates that were not planned.
 
     Raises:
-      UserError: no mesh of so many devices goes with the configuration.
+      UserError: no mesh of so many devices goes with the configuration, or no candidate could be planned.
     """
     found = list(candidates(config, job['hosts'], job['per_host']))
     if not found:
         raise UserError(f'no mesh of {job["hosts"] * job["per_host"]} devices goes with {config.name or "this file"}')
     plans: list[dict[str, Any]] = []
+    failed: UserError | None = None
     for number, (each, what) in enumerate(found[:most], 1):
         try:
             one = plan(each, job, products, limit)
         except UserError as error:
             say(f'{number} of {min(most, len(found))}: {what}: {error}')
+            failed = error
             continue
         seconds = max(one[name]['estimate']['hidden'] for name in products)
         plans.append({'sets': what, 'seconds_a_step': seconds, **one})
         say(f'{number} of {min(most, len(found))}: {what}: planned in {one["seconds"]:.0f} s')
+    if not plans:
+        raise UserError(f'none of {min(most, len(found))} candidates could be planned; the last: {failed}')
     for one in plans:
         one['best'] = one['fits'] and not any(_beats(other, one) for other in plans if other['fits'])
     return {'plans': plans, 'left': len(found[most:]), 'fits': any(one['fits'] for one in plans), 'limit': limit}

@@ -54,13 +54,13 @@ class Exchange:
     across: float
 
 
-def exchanges(found: Sequence[Kernel], mesh: Mapping[str, int], per_host: int) -> list[Exchange]:
+def exchanges(found: Sequence[Kernel], mesh: Mapping[str, int], host_of: Sequence[int]) -> list[Exchange]:
     """All exchanges of a compiled step, the largest sums of bytes first.
 
     Args:
       found: from `hlo.kernels`.
       mesh: sizes of the mesh's axes, outermost first; devices are numbered along it.
-      per_host: devices of a host, which follow one another.
+      host_of: the host of every device, numbered so.
     """
     sums: dict[tuple[str, str, int], np.ndarray] = {}
     for kernel in found:
@@ -69,7 +69,7 @@ def exchanges(found: Sequence[Kernel], mesh: Mapping[str, int], per_host: int) -
             continue
         groups = groups_of(kernel.groups, math.prod(mesh.values()))
         members = len(groups[0])
-        hosts = max(len({device // per_host for device in group}) for group in groups)
+        hosts = max(len({host_of[device] for device in group}) for group in groups)
         size = payload(kernel, kind)
         sent = size if kind == 'collective-permute' else size * (members - 1) / members * (1 + (kind == 'all-reduce'))
         across = 0.0

@@ -10,11 +10,11 @@ import pytest
 from mixcon_jax import config as configs
 from mixcon_jax.errors import ConfigError
 from mixcon_jax.parallel.mesh import make_mesh
+from mixcon_jax.planner.programs import BATCH
 from mixcon_jax.planning import compiling
 from mixcon_jax.planning.collectives import collectives
 from mixcon_jax.step import make_steps
 from mixcon_jax.xla_flags import DETERMINISTIC, FLAGS, compiler_options, parse
-from tests.benchmarks.compiled_step import BATCH
 from tests.training import step_config
 
 CPU = jax.devices()[0]

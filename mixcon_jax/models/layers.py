@@ -102,6 +102,17 @@ def constant(value: float) -> Initializer:
 zeros, ones = constant(0.0), constant(1.0)
 
 
+def step_sizes(options) -> Initializer:
+    """Biases whose softplus is log-uniform in [dt_min, dt_max] of the options (Gu and Dao, 2023, §3.6)."""
+
+    def init(key, shape):
+        low, high = math.log(options.dt_min), math.log(options.dt_max)
+        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), options.dt_floor)
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return init
+
+
 def output_std(init_std: float, num_layers: int) -> float:
     """Standard deviation of projections back onto the residual stream (two residual steps a layer)."""
     return init_std / math.sqrt(2 * num_layers)

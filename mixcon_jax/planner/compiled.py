@@ -4,6 +4,7 @@ A line after the layout, one after each variant: what a compiler that aborts tak
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -17,7 +18,6 @@ import ml_collections
 from jax.sharding import Mesh
 
 from kernels_pallas import cards
-from kernels_pallas.attention.xla import tile_size
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting, pattern
 from mixcon_jax.parallel.mesh import make_mesh
@@ -27,6 +27,7 @@ from mixcon_jax.planning import collectives, hlo, memory
 from mixcon_jax.planning.compiling import devices
 from mixcon_jax.planning.estimate import estimate
 from mixcon_jax.planning.hardware import TARGETS
+from mixcon_jax.step import make_steps
 
 PRODUCTS = {'triton': True, 'cublas': False}  # xla_gpu_enable_triton_gemm
 REPLICATED = 64 * 2**20  # bytes of an array on every device that are warned of one by one
@@ -58,12 +59,12 @@ def plan(
     with jax.default_device(found[0]), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         start = time.perf_counter()
+        steps = make_steps(config, mesh)
         if what == 'train':
-            lowered, steps = programs.train_step(config, mesh)
+            lowered = programs.train_step(config, steps)
         else:
-            lowered, steps = programs.generation(config, mesh, what, batch, context)
+            lowered = programs.generation(config, steps, what, batch, context)
         state = steps.abstract_state
-        tile = tile_size(config.data.seq_len, config.model.attention.block_size or None)
         fixed = {
             'mesh': dict(mesh.shape),
             'model': counts(config, what, batch, context),
@@ -82,7 +83,7 @@ def plan(
             compiled = lowered.compile(compiler_options=options)
             assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
             seconds = time.perf_counter() - start
-            rounds = (-(-config.data.seq_len // tile) + 1) / 2
+            rounds = programs.unknown_rounds(config)
             say({name: variant(config, compiled, mesh, target, fixed, rounds) | {'compiled': seconds}})
 
 
@@ -91,11 +92,8 @@ def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: in
     total = accounting.parameter_count(config.model)
     parts: dict[str, int] = {}
     for path, shape, _ in accounting.parameters(config.model):
-        size = 1
-        for length in shape:
-            size *= length
         key = path.split('/')[3] if path.startswith('blocks/') and path.count('/') > 3 else path.split('/')[0]
-        parts[key] = parts.get(key, 0) + size
+        parts[key] = parts.get(key, 0) + math.prod(shape)
     tokens = (
         config.train.batch_size * config.data.seq_len
         if what == 'train'

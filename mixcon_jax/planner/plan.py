@@ -32,7 +32,6 @@ UNITS = {
     'GB': 1e9,
     'TB': 1e12,
 }
-WHAT = ('train', 'prefill', 'decode')
 
 
 def plan(config: ml_collections.ConfigDict, job: dict[str, Any], products: Sequence[str], limit: int) -> dict[str, Any]:

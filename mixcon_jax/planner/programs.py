@@ -1,5 +1,6 @@
 """The programs that a plan compiles: the train step, and generation's prefill and decode, on absent devices."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,46 +8,56 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from kernels_pallas.attention.xla import tile_size
 from mixcon_jax.inference import generate
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.rules import on_mesh
-from mixcon_jax.step import Steps, make_steps
+from mixcon_jax.step import Steps
 from mixcon_jax.trees import named_leaves, to_state
 
 BATCH = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}
 
 
-def train_step(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Any, Steps]:
+def train_step(config: ml_collections.ConfigDict, steps: Steps) -> Any:
     """The true train step, lowered for CUDA.
 
     Args:
       config: resolved.
-      mesh: of absent devices; the first must be JAX's default device.
+      steps: of it, on a mesh of absent devices; the first must be JAX's default device.
     """
-    steps = make_steps(config, mesh)
     shape = config.train.batch_size, config.data.seq_len
     batch = {key: jax.ShapeDtypeStruct(shape, kind) for key, kind in BATCH.items()}
     step: Any = steps.train_step
-    return step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',)), steps
+    return step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',))
 
 
-def generation(config: ml_collections.ConfigDict, mesh: Mesh, what: str, batch: int, context: int) -> tuple[Any, Steps]:
+def unknown_rounds(config: ml_collections.ConfigDict) -> float:
+    """Rounds to count of attention's loop where data says how many: a causal triangle's mean.
+
+    JAX's default device is to be the one compiled for, which the size of a tile depends on.
+    """
+    length = config.data.seq_len
+    tile = min(length, tile_size(length, config.model.attention.block_size or None))
+    return (-(-length // tile) + 1) / 2
+
+
+def generation(config: ml_collections.ConfigDict, steps: Steps, what: str, batch: int, context: int) -> Any:
     """What `inference.generate` runs, lowered for CUDA: ``context`` tokens at once, or one after them.
 
     Parameters lie as in training; rows of the state and of the tokens are shared out where the mesh divides them.
 
     Args:
       config: resolved.
-      mesh: of absent devices.
+      steps: of it, on a mesh of absent devices.
       what: 'prefill' or 'decode'.
       batch: sequences.
       context: tokens that the state has room for.
     """
-    steps = make_steps(config, mesh)
+    mesh = steps.mesh
     model = nnx.eval_shape(lambda: create(config.model, config.seed))
     graphdef, *both = nnx.split(model, nnx.Param, ...)
     params, rest = both
@@ -69,7 +80,7 @@ def generation(config: ml_collections.ConfigDict, mesh: Mesh, what: str, batch: 
             )
 
     traced = jax.jit(step, donate_argnums=4).trace(variables, tokens, tokens, tokens, state, keys, index)
-    return traced.lower(lowering_platforms=('cuda',)), steps
+    return traced.lower(lowering_platforms=('cuda',))
 
 
 def _batch_axis(shape: tuple[int, ...], batch: int) -> int:
@@ -79,13 +90,7 @@ def _batch_axis(shape: tuple[int, ...], batch: int) -> int:
 
 def shard_bytes(tree: Any) -> int:
     """Bytes of a tree's arrays on one device, by their shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        size = 1
-        for part in leaf.sharding.shard_shape(leaf.shape):
-            size *= part
-        total += size * leaf.dtype.itemsize
-    return total
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def replicated(steps: Steps, least: int) -> dict[str, int]:

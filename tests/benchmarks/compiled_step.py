@@ -61,9 +61,9 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     """
     import jax
 
-    from kernels_pallas.attention.xla import tile_size
     from mixcon_jax.models.accounting import flops_per_token, parameter_count
     from mixcon_jax.parallel.mesh import make_mesh
+    from mixcon_jax.planner import programs
     from mixcon_jax.planning import hlo
     from mixcon_jax.planning.compiling import devices
     from mixcon_jax.step import make_steps
@@ -71,12 +71,10 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     device = devices(target)[0]
     length, rows = config.data.seq_len, config.train.batch_size
     with jax.default_device(device):  # kernels ask for its architecture
-        tile = min(length, tile_size(length, config.model.attention.block_size or None))
-        rounds = rounds or (-(-length // tile) + 1) / 2
+        rounds = rounds or programs.unknown_rounds(config)
         steps = make_steps(config, make_mesh(config.mesh, [device]))
         start = time.process_time()
-        batch = {key: jax.ShapeDtypeStruct((rows, length), kind) for key, kind in BATCH.items()}
-        lowered = steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',))
+        lowered = programs.train_step(config, steps)
         traced = time.process_time()
         compiled = lowered.compile(compiler_options={'xla_gpu_enable_triton_gemm': products == 'triton'})
     assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
@@ -105,9 +103,6 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
         'traced': seconds[0],
         'compiled': seconds[1],
     }
-
-
-BATCH = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}
 
 
 def kept_bytes(config: Any, device: Any) -> int:

@@ -23,10 +23,6 @@ class SeriesMLP(MLP):
     OPTIONS = {'series_mlp': {'terms': Option(2, 'Activations that the gate sums.', POSITIVE)}}
     PUBLISHED = {}
 
-    @classmethod
-    def flops(cls, model, seq_len: int) -> float:
-        return 0.0
-
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         super().__init__(config, params, num_layers)
         shape, axes = (config.series_mlp.terms, config.mlp.hidden_dim), ('terms', 'mlp')

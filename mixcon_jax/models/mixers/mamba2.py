@@ -1,6 +1,5 @@
 """Mamba-2's mixer: one decay a head and step, so that a chunk of tokens is products of matrices (SSD)."""
 
-import math
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from mixcon_jax.models.layers import (
     output_std,
     project,
     project_halves,
+    step_sizes,
     widened,
 )
 from mixcon_jax.options import POSITIVE, Option, above
@@ -147,17 +147,6 @@ class Mamba2(Layer):
             return (parts.reshape(y.shape) * scale).astype(y.dtype)
 
         return gated(y, u, z, self.D[...], self.norm[...])
-
-
-def step_sizes(options):
-    """Biases whose softplus is log-uniform in [dt_min, dt_max] (Gu and Dao, 2023, §3.6)."""
-
-    def init(key, shape):
-        low, high = math.log(options.dt_min), math.log(options.dt_max)
-        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), options.dt_floor)
-        return dt + jnp.log(-jnp.expm1(-dt))
-
-    return init
 
 
 def _decay_rates(options):

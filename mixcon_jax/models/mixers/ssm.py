@@ -1,9 +1,7 @@
 """The selective state space (S6) that Mamba and Conba share: projections, short convolution, step sizes."""
 
-import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -21,6 +19,7 @@ from mixcon_jax.models.layers import (
     output_std,
     project,
     project_halves,
+    step_sizes,
     uniform,
 )
 from mixcon_jax.models.published import Published, depthwise, linear, same
@@ -123,7 +122,7 @@ class SelectiveSSM(Layer):
         self.conv = ShortConv(options.d_conv, self.inner, params.scope('conv'))
         self.x_proj = params('x_proj', (self.inner, self.dt_rank + 2 * self.d_state), ('inner', 'dt_rank'), init)
         self.dt_proj = params('dt_proj', (self.dt_rank, self.inner), ('dt_rank', 'inner'), uniform(self.dt_rank**-0.5))
-        self.dt_bias = params('dt_bias', (self.inner,), ('inner',), _step_sizes(options))
+        self.dt_bias = params('dt_bias', (self.inner,), ('inner',), step_sizes(options))
         self.A_log = params('A_log', (self.inner, self.d_state), ('inner', 'state'), _state_decays, decay=False)
         self.D = params('D', (self.inner,), ('inner',), ones)
         self.out_proj = params(
@@ -164,17 +163,6 @@ class SelectiveSSM(Layer):
         if not fresh:
             dt = jnp.where(context.mask[..., None], dt, PADDED_DT)
         return ScanInputs(u, z, dt, -jnp.exp(self.A_log[...]), B, C, conv_state)
-
-
-def _step_sizes(options):
-    """Biases whose softplus is log-uniform in [dt_min, dt_max] (Gu and Dao, 2023, §3.6)."""
-
-    def init(key, shape):
-        low, high = math.log(options.dt_min), math.log(options.dt_max)
-        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), options.dt_floor)
-        return dt + jnp.log(-jnp.expm1(-dt))
-
-    return init
 
 
 def _state_decays(key, shape):

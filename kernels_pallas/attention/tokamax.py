@@ -21,6 +21,7 @@ from kernels_pallas.call import KEPT
 MODULE = 'tokamax._src.ops.attention.pallas_mosaic_gpu'
 WIDTHS = (64, 128)  # of heads, that cases try
 TILE = 128  # of queries and keys; the library's own padding is not asked for
+TILES = {'block_q': 64, 'block_kv': 128, 'num_stages': 2}  # of the forward pass: what the library takes by itself
 
 
 def cached(q: Any, k: Any, own_segments: bool, q_offset: Any) -> bool:
@@ -103,12 +104,12 @@ _backward = mosaic_gpu.backward
 def _forward(q, k, v, start, scale) -> tuple[jax.Array, jax.Array]:
     """The output and the logsumexp [B, H, T] of each query, by the library's kernel.
 
-    Its tiles are what it takes by itself; its own choice looks into a file of timings first.
+    Its tiles are written down, since its own choice looks into a file of timings first.
     """
     from tokamax._src.ops.attention import base
     from tokamax._src.ops.attention import pallas_mosaic_gpu as forward
 
-    flash = forward.PallasMosaicGpuFlashAttention(config=forward.ConfigSM90(block_q=64, block_kv=128, num_stages=2))
+    flash = forward.PallasMosaicGpuFlashAttention(config=forward.ConfigSM90(**TILES))
     mask = base.Mask(is_causal=True, k_start=None if start is None else start[:, None, :])
     out, (highest, total) = flash(q, k, v, mask=mask, logits_scale=scale, return_residuals=True)
     return out, highest + jnp.log(total)

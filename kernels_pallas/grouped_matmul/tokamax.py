@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from kernels_pallas import tokamax as library
 
 MODULE = 'tokamax._src.ops.ragged_dot.pallas_mosaic_gpu'
-# What the library takes by itself: tiles of `block_m` rows by `block_n` columns, `block_k` of what is summed at once.
-BLOCKS = {'block_m': 64, 'block_n': 64, 'block_k': 128, 'num_stages': 2, 'split_k': 1}
+# What the library takes by itself: tiles of `block_m` rows by `block_n` columns, `block_k` of what is summed at once; a
+# block a tile, not a multiprocessor, so that several share one.
+BLOCKS = {'block_m': 64, 'block_n': 64, 'block_k': 128, 'num_stages': 2, 'split_k': 1, 'persistent': False}
 TILE = 64  # of rows and columns: a matrix of others would be written beyond its end, and rows are padded
 
 
@@ -63,9 +64,9 @@ def _ragged_dot(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array
       x, w, group_sizes: as in `grouped_matmul`, M a multiple of `TILE`; rows after the last group may come back as
         anything, in the result and in the gradient of x.
     """
-    from tokamax._src.ops.ragged_dot import base, pallas_mosaic_gpu
+    from tokamax._src.ops.ragged_dot import base, pallas_mosaic_gpu, pallas_mosaic_gpu_common
 
-    config = pallas_mosaic_gpu.Config(**BLOCKS)
+    config = pallas_mosaic_gpu.Config(**BLOCKS, grid_minor_dim=pallas_mosaic_gpu_common.MatmulDimension.M)
     product = pallas_mosaic_gpu.PallasMosaicGpuRaggedDot(config=config)
     gradient = functools.partial(base.vjp, dlhs_ragged_dot=product, drhs_ragged_dot=product)
     return product.replace(vjp=gradient)(x, w, group_sizes=group_sizes)

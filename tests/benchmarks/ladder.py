@@ -6,9 +6,9 @@ try the script.
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
+import runpy
 import sys
 import tempfile
 import time
@@ -53,14 +53,29 @@ def at_75m(pattern: tuple[str, ...], preset: str = 'conba') -> ml_collections.Co
     return config
 
 
-def experts() -> ml_collections.ConfigDict:
-    """experiments/mixcon/130m.py at this batch."""
-    spec = importlib.util.spec_from_file_location('mixcon_130m', ROOT / 'experiments' / 'mixcon' / '130m.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    config.train.batch_size = 16
+def experiment(name: str, rows: int) -> ml_collections.ConfigDict:
+    """A file of experiments/mixcon on one device, at a batch of so many rows."""
+    config = runpy.run_path(str(ROOT / 'experiments' / 'mixcon' / f'{name}.py'))['get_config']()
+    config.train.batch_size, config.mesh.fsdp = rows, 1
     return config
+
+
+def billion() -> ml_collections.ConfigDict:
+    """The 1.3B file, keeping what products and kernels give instead of computing each block again."""
+    config = experiment('1_3b', 8)
+    config.model.remat = 'selective'
+    return config
+
+
+def free(rung: Callable[[], ml_collections.ConfigDict]) -> Callable[[], ml_collections.ConfigDict]:
+    """A rung with XLA free to choose its products by timing them, and the embedding's gradient in one order for all that."""
+
+    def made() -> ml_collections.ConfigDict:
+        config = rung()
+        config.train.deterministic, config.model.embedding_gradient = False, 'sorted'
+        return config
+
+    return made
 
 
 RUNGS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
@@ -68,10 +83,17 @@ RUNGS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
     'Mamba': lambda: at_75m(hybrid(0, 8, mixer='mamba')),
     '2:6 Conba': lambda: at_75m(hybrid(2, 6)),
     '2:6 Mamba': lambda: at_75m(hybrid(2, 6, mixer='mamba')),
-    '2:6 Conba, 8 experts': experts,
+    '2:6 Conba, 8 experts': lambda: experiment('130m', 16),
     '2:6 conba_paper': lambda: at_75m(hybrid(2, 6), 'conba_paper'),
     'dense 856M': lambda: dense(16, 2048, 16, 4, 5632, False, 4, 4096),
+    'Mamba-2': lambda: at_75m(hybrid(0, 8, mixer='mamba2')),
+    'RetNet': lambda: at_75m(hybrid(0, 8, mixer='retnet')),
+    'GLA': lambda: at_75m(hybrid(0, 8, mixer='gla')),
+    'RWKV-4': lambda: at_75m(('rwkv4+rwkv_channel_mix',) * 8),
+    '1.3B, 8 experts': billion,
 }
+FREE = ('dense 75M', 'Mamba', '2:6 Conba', '2:6 Conba, 8 experts', 'dense 856M', '1.3B, 8 experts')
+RUNGS |= {f'{name}, free': free(RUNGS[name]) for name in FREE}
 
 
 def shrunk(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -163,7 +185,7 @@ def profiled(step: Callable, state: Any, batch: Any, count: int = 3) -> tuple[An
     for begin, finish in spans:
         busy += max(0.0, finish - max(begin, end))
         end = max(end, finish)
-    most = sorted(by_kernel.items(), key=lambda item: -item[1])[:10]
+    most = sorted(by_kernel.items(), key=lambda item: -item[1])[:40]
     return state, {
         'busy': round(busy / (end - spans[0][0]), 4),
         'busy_ms': round(busy / 1e6 / count, 2),

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         metavar='KIND',
         help='stages whose names begin so: kernel, layers, train, run, speed, times, tiles',
     )
+    parser.add_argument('--skip', nargs='+', metavar='TEXT', default=(), help='not those that have this in their names')
     parser.add_argument('--jobs', type=int, default=max(1, os.cpu_count() or 1), help='processes at once: %(default)s')
     parser.add_argument('--cpu', action='store_true', help='the same stages on the CPU, tiny: tries the script itself')
     parser.add_argument(
@@ -50,13 +51,16 @@ def main(arguments: Sequence[str]) -> int:
     if options.jobs < 1 or options.minutes <= 0:
         parser.error('--jobs and --minutes must be above 0')
     known = stages.in_order(options.cpu)
+    left_out = lambda name: any(text in name for text in options.skip)
     wanted = {
-        kind: [s for s in found if not options.only or s.name.startswith(tuple(options.only))]
+        kind: [
+            s for s in found if (not options.only or s.name.startswith(tuple(options.only))) and not left_out(s.name)
+        ]
         for kind, found in known.items()
     }
     if not any(wanted.values()):
         names = sorted({stage.name.split(':')[0] for found in known.values() for stage in found})
-        parser.error(f'no stage begins with {" or ".join(options.only)}; there are {", ".join(names)}')
+        parser.error(f'no stage is left by --only and --skip; there are {", ".join(names)}')
     run = Runner(options.out.resolve(), options.minutes, ['--cpu'] if options.cpu else [])
     run.facts = {'command': shlex.join([*COMMAND.split(), *arguments])}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
@@ -85,11 +89,11 @@ def accept(run: Runner, wanted: Mapping[str, list[Stage]], jobs: int, cpu: bool)
     kernels = run.together(wanted['kernels'], jobs)
     if not cpu:
         write_cards(run, kernels, facts)
-    begun = run.begin(wanted['ladder'])
+    begun = run.begin([*wanted['ladder'], *wanted['tiles']])
     run.together([*wanted['training'], *wanted['layers']], jobs)
     # From here on one process at a time, as they are timed.
     run.release(begun)
-    for stage in [*wanted['times'], *wanted['tiles']]:
+    for stage in wanted['times']:
         add_times(run, run.run(stage), facts['device'])
     return conclude(run)
 

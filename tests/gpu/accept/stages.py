@@ -18,6 +18,7 @@ LAYERS = (  # of tests/models/cases.py, a process a group
     ('conba', 'conba_diag'),
     ('conba_companion', 'conba_feedback_companion'),
     ('conba_paper',),
+    ('mamba2', 'retnet', 'gla', 'rwkv4', 'attention_window'),
 )
 TINY_LAYERS = (('mamba', 'moe_grouped'),)
 TRAINED = (('conba', 'float32'), ('conba', 'bfloat16'), ('conba_paper', 'float32'), ('conba_code', 'float32'))
@@ -59,8 +60,9 @@ def times(cpu: bool) -> list[Stage]:
 
 
 def tiles(cpu: bool) -> list[Stage]:
-    """Tile sizes of the scan beside those in use: the first to go without when time is short."""
-    return [] if cpu else [Stage('tiles:selective_scan', 180)]
+    """Tile sizes beside those in use: the first to go without when time is short. They wait as the ladder's do."""
+    names = ('grouped_matmul', 'attention', 'selective_scan')  # as accept.tiles.KERNELS, which imports them all
+    return [] if cpu else [Stage(f'tiles:{kernel}', 300) for kernel in names]
 
 
 def in_order(cpu: bool) -> dict[str, list[Stage]]:
@@ -110,7 +112,7 @@ def _times(rest: str, cpu: bool, say: Say) -> None:
 def _tiles(rest: str, cpu: bool, say: Say) -> None:
     from tests.gpu.accept import tiles
 
-    tiles.measure(say)
+    tiles.measure(rest, say, _gate(say))
 
 
 def _layers(rest: str, cpu: bool, say: Say) -> None:
@@ -150,13 +152,19 @@ def _run(rest: str, cpu: bool, say: Say) -> None:
 def _speed(rest: str, cpu: bool, say: Say) -> None:
     from tests.benchmarks import ladder
 
+    found = ladder.measure(rest, tiny=cpu, compiled=_gate(say))
+    say({'rung': rest} | found | ({} if found['finite'] else {'failed': f'{rest}: the loss is not finite'}))
+
+
+def _gate(say: Say) -> Callable[[float], None]:
+    """What a stage calls once it has compiled, with the seconds that took: waits until nothing else is timed."""
+
     def compiled(seconds: float) -> None:
         say({'ready': round(seconds, 1)})
         if not sys.stdin.readline():
             sys.exit('nobody is there to say when to go on')
 
-    found = ladder.measure(rest, tiny=cpu, compiled=compiled)
-    say({'rung': rest} | found | ({} if found['finite'] else {'failed': f'{rest}: the loss is not finite'}))
+    return compiled
 
 
 _STAGES = {

@@ -23,7 +23,8 @@ from collections.abc import Iterable, Sequence
 import jax
 
 PACKAGE = pathlib.Path(__file__).parent
-FILE, ADAPTERS, SUFFIX = 'verified.json', ('tokamax.py', 'cudnn.py'), '_mosaic_gpu.py'
+FILE, SUFFIX = 'verified.json', '_mosaic_gpu.py'
+ADAPTERS, NAMESAKES = ('tokamax.py',), ('cudnn.py',)  # to a library; the variants of the second bear its name
 VERIFIED = 'verified'
 COMMAND = 'python -m kernels_pallas.verify'
 TRUST, FOLDER = 'MIXCON_TRUST_UNVERIFIED', 'MIXCON_CARDS'  # environment variables
@@ -89,7 +90,7 @@ class Card:
 # -------------------------------------------------------------------------------------------------------- sources
 def kernels() -> list[str]:
     """The kernels that have GPU sources, our own or an adapter to a library's, by name."""
-    patterns = ('*/mosaic_gpu*', *(f'*/{adapter}' for adapter in ADAPTERS))
+    patterns = ('*/mosaic_gpu*', *(f'*/{adapter}' for adapter in (*ADAPTERS, *NAMESAKES)))
     found = (path for pattern in patterns for path in PACKAGE.glob(pattern))
     return sorted({path.relative_to(PACKAGE).parts[0] for path in found})
 
@@ -98,7 +99,9 @@ def kernels() -> list[str]:
 def sources(kernel: str, variant: str = '') -> tuple[pathlib.Path, ...]:
     """The files that a variant is built from: its `mosaic_gpu` or adapter, and what those import of this package."""
     patterns = 'mosaic_gpu.py', 'mosaic_gpu/*.py', *ADAPTERS
-    own = [path for path in PACKAGE.glob(f'{kernel}/*{SUFFIX}') if variant.startswith(path.name.removesuffix(SUFFIX))]
+    named = {path: path.name.removesuffix(SUFFIX) for path in PACKAGE.glob(f'{kernel}/*{SUFFIX}')}
+    named |= {path: path.stem for name in NAMESAKES for path in PACKAGE.glob(f'{kernel}/{name}')}
+    own = [path for path, name in named.items() if variant.startswith(name)]
     own = own or [path for pattern in patterns for path in PACKAGE.glob(f'{kernel}/{pattern}')]
     found: dict[pathlib.Path, None] = {}
     waiting = sorted(own)

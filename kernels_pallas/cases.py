@@ -176,8 +176,12 @@ def ceilings() -> tuple[float, float]:
 
 
 def milliseconds(function: Callable, *args: Any, seconds: float = 0.3) -> float:
-    """Median time of a call, queued in batches so that the host does not count."""
-    run = jax.jit(function)
+    """Median time of a call of a function, queued in batches so that the host does not count."""
+    return queued(jax.jit(function), *args, seconds=seconds)
+
+
+def queued(run: Callable, *args: Any, seconds: float = 0.3) -> float:
+    """As `milliseconds`, of what is compiled already."""
     jax.block_until_ready(run(*args))
     start = time.perf_counter()
     jax.block_until_ready(run(*args))

@@ -89,8 +89,8 @@ CASES = [
     case(3, 33, (4, 1), 64, 0.1),
     *(case(2, 512, (4, 2), width, form='cudnn') for width in (64, 96, 128, 192, 256)),
     *(case(1, 1000, (3, 3), width, form='cudnn') for width in (64, 128, 256)),
-    *(case(2, 2048, (8, 2), width, form='cudnn') for width in (64, 128)),
-    *(case(2, 7, (4, 1), width, form='cudnn') for width in (64, 80, 200)),
+    *(case(2, 2048, (8, 2), width, form='cudnn') for width in (64, 128, 256)),
+    *(case(2, 8, (4, 1), width, form='cudnn') for width in (64, 80, 200)),
 ]
 
 

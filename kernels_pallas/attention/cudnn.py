@@ -42,6 +42,8 @@ def unsupported(q: Any, k: Any, v: Any, packed: bool, cached: bool) -> str | Non
     width, widest = q.shape[-1], WIDEST.get(capability[0], WIDEST_ELSEWHERE)
     if width > widest or width % MULTIPLE:
         return f'it takes heads of a multiple of {MULTIPLE} up to {widest}, these have {width}'
+    if q.shape[1] % 2:
+        return f'it takes an even number of tokens, these are {q.shape[1]}'
     if q.size >= MOST:
         return f'q has {q.size} numbers, which indices of 32 bits cannot count'
     return _missing()

@@ -68,7 +68,7 @@ def billion() -> ml_collections.ConfigDict:
 
 
 def free(rung: Callable[[], ml_collections.ConfigDict]) -> Callable[[], ml_collections.ConfigDict]:
-    """A rung with XLA free to choose its products by timing them, and the embedding's gradient in one order for all that."""
+    """A rung with XLA free to choose its products by timing them; the embedding's gradient still has one order."""
 
     def made() -> ml_collections.ConfigDict:
         config = rung()

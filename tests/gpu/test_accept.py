@@ -182,7 +182,8 @@ def test_without_a_gpu_it_points_to_the_trial_run(tmp_path):
 
 def test_bad_arguments_are_refused(capsys):
     for arguments, told in (
-        (['--only', 'kernl'], 'no stage begins with kernl; there are kernel, layers, run, speed, tiles, times, train'),
+        (['--only', 'kernl'], 'no stage is left by --only and --skip; there are kernel, layers, run, speed'),
+        (['--only', 'speed', '--skip', ':'], 'no stage is left'),
         (['--jobs', '0'], '--jobs and --minutes must be above 0'),
         (['--minutes', '-1'], '--jobs and --minutes must be above 0'),
     ):

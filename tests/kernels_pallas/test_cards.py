@@ -68,7 +68,9 @@ def test_the_kernels_and_what_they_are_built_from():
     names = {k: {path.relative_to(cards.PACKAGE).as_posix() for path in cards.sources(k)} for k in KERNELS}
     assert all({'mosaic.py', 'platform.py'} <= names[kernel] for kernel in OURS)
     assert all(names[k] >= {'platform.py', 'tokamax.py', f'{k}/tokamax.py'} for k in ADAPTED)
-    assert {'attention/cudnn.py', 'attention/mosaic_gpu.py', 'mosaic.py'} <= names['attention']
+    assert {'attention/tokamax.py', 'attention/mosaic_gpu.py', 'mosaic.py'} <= names['attention']
+    cudnn = {path.relative_to(cards.PACKAGE).as_posix() for path in cards.sources('attention', 'cudnn_wide')}
+    assert cudnn == {'attention/cudnn.py', 'platform.py'} and 'attention/cudnn.py' not in names['attention']
     assert len(names['grouped_matmul']) == 3
     assert {'selective_scan/mosaic_gpu/backward.py', 'affine.py'} <= names['selective_scan']
     assert names['causal_conv1d'] == {'mosaic.py', 'platform.py', 'causal_conv1d/mosaic_gpu.py'}
@@ -91,7 +93,7 @@ def test_the_kernels_and_what_they_are_built_from():
         ('attention/mosaic_gpu.py', {'attention'}),
         ('tokamax.py', set(ADAPTED)),
         ('attention/tokamax.py', {'attention'}),
-        ('attention/cudnn.py', {'attention'}),
+        ('attention/cudnn.py', set()),
         ('platform.py', set(KERNELS)),
         ('selective_scan/xla.py', set()),
     ],

@@ -88,13 +88,15 @@ def test_refusals(gpu, monkeypatch):
     )
     assert refused() is None
     for width in (8, 96, 128):
-        assert refused(shape(2, 97, 4, width), shape(2, 97, 4, width)) is None
+        assert refused(shape(2, 98, 4, width), shape(2, 98, 4, width)) is None
     assert refused(packed=True) == 'it takes rows of one document, without segment_ids'
     assert 'attends to itself from its start' in refused(cached=True)
     assert refused(v=shape(2, 96, 2, 64, dtype=jnp.float16)) == 'it takes bfloat16, v is float16'
     wide = shape(2, 96, 4, 192)
     assert refused(wide, wide) == 'it takes heads of a multiple of 8 up to 128, these have 192'
     assert 'a multiple of 8' in refused(shape(2, 96, 4, 36), shape(2, 96, 4, 36))
+    odd = shape(2, 97, 4, 64)
+    assert refused(odd, odd) == 'it takes an even number of tokens, these are 97'
     large = shape(64, 65536, 32, 64)
     assert 'indices of 32 bits cannot count' in refused(large, large)
     gpu(9, 0)

@@ -26,6 +26,7 @@ def check(name: str, say: Callable[[dict[str, Any]], None]) -> None:
         worst = max(errors, key=lambda key: errors[key] if np.isfinite(errors[key]) else np.inf)
         found: dict[str, Any] = {'layer': name, 'dtype': dtype, 'worst': worst, 'error': float(f'{errors[worst]:.2g}')}
         if not errors[worst] <= tolerance:
+            found['errors'] = {key: float(f'{error:.2g}') for key, error in errors.items()}
             found['failed'] = f'{name} in {dtype}: {worst} is off by {errors[worst]:.1e}, more than {tolerance}'
         say(found)
 

@@ -126,7 +126,7 @@ def test_only_what_a_card_covers_runs_unasked(gpu, by_xla, monkeypatch):
     assert len(by_xla) == 1
     card = cards.Card(
         'attention', 'cudnn', cards.VERIFIED, 'NVIDIA A100', '8.0', '580.1', jax.__version__, '', '2026-11-26',
-        cards.source_hash('attention'), 'test',
+        cards.source_hash('attention', 'cudnn'), 'test',
     )  # fmt: skip
     monkeypatch.setattr(cards, 'shipped', lambda kernel: [card])
     cards.forget()

@@ -146,9 +146,9 @@ OPTIONS: dict[str, Any] = {
             COUNT,
         ),
         'embedding_gradient': Option(
-            'scatter', 'How the gradient of the embedding adds up its tokens: by XLA\'s scatter, or "sorted", in one order on every device, which'
-            ' no GPU has shown to give the same bits in two processes yet.',
-            one_of('scatter', 'sorted'),
+            'auto', 'How the gradient of the embedding adds up its tokens: by XLA\'s "scatter"; "sorted", in one order on every device; "auto"'
+            ' is sorted on one GPU, where a scatter in one order takes longer, and scatter elsewhere.',
+            one_of('auto', 'scatter', 'sorted'),
         ),
         'layers': {},  # groups of options by the name that a pattern calls them: models/pattern.py
         # Here follow the groups of the layers, each in its layer's file: models/kinds.py.

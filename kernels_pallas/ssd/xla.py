@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import platform
+
 CHUNK = 64
+TOGETHER = 1024  # tokens whose chunks a GPU computes together
 BLOCK = 16  # tokens whose decays by key dimension are written out pair by pair
 FORGOTTEN = -1e30  # a log decay of nothing left; finite, so that no gradient becomes nan
 
 
-class _Chunk(NamedTuple):
-    """Tokens of one chunk, C of them: heads are [G, R], groups and heads a group."""
+class _Tokens(NamedTuple):
+    """Tokens of rows, C of them each: heads are [G, R], groups and heads a group."""
 
     x: Any  # [B, C, G, R, P]
     log_decay: Any  # [B, C, G, R] or [B, C, G, R, N]
@@ -32,35 +35,69 @@ def chunked(x, log_decay, B, C, step, reset, initial_state, chunk):
     """Output and final state of `api.ssd`; shapes as there."""
     (batch, length, heads, width), groups = x.shape, B.shape[2]
     chunk = min(chunk, length)
-    count = -(-length // chunk)
+    together = chunks_together(length, chunk)
     by_group = lambda value: None if value is None else value.reshape(batch, length, groups, -1, *value.shape[3:])
     # A document's number in its row: tokens of one number see one another, and those of 0 the initial state.
     document = None if reset is None else jnp.cumsum(reset, 1, dtype=jnp.int32)
-    tokens = _Chunk(by_group(x), by_group(log_decay), B, C, by_group(step), document)
+    tokens = _Tokens(by_group(x), by_group(log_decay), B, C, by_group(step), document)
     state = initial_state.reshape(batch, groups, heads // groups, width, -1), jnp.zeros(batch, jnp.int32)
-    if count == 1:
-        state, y = _one(state, tokens)
-        y = y[:, None]
+    rounds = -(-length // (chunk * together))
+    behind = (0, rounds * chunk * together - length)
+
+    def split(value):
+        mode = 'edge' if value is document else 'constant'  # padding goes on with the last document
+        padded = jnp.pad(value, ((0, 0), behind) + ((0, 0),) * (value.ndim - 2), mode=mode)
+        return jnp.moveaxis(padded.reshape(batch, rounds, chunk * together, *value.shape[2:]), 1, 0)
+
+    one, given = partial(_round, chunk), jax.tree.map(split, tokens)
+    if rounds == 1:
+        state, y = one(state, jax.tree.map(lambda value: value[0], given))
+        y = y[None]
     else:
-        behind = (0, count * chunk - length)
-
-        def split(value):
-            mode = 'edge' if value is document else 'constant'  # padding goes on with the last document
-            padded = jnp.pad(value, ((0, 0), behind) + ((0, 0),) * (value.ndim - 2), mode=mode)
-            return jnp.moveaxis(padded.reshape(batch, count, chunk, *value.shape[2:]), 1, 0)
-
-        state, y = lax.scan(jax.checkpoint(_one, prevent_cse=False), state, jax.tree.map(split, tokens))
-        y = jnp.moveaxis(y, 0, 1)
-    y = y.reshape(batch, count * chunk, heads, width)[:, :length]
+        state, y = lax.scan(jax.checkpoint(one, prevent_cse=False), state, given)
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, heads, width)[:, :length]
     return y, state[0].reshape(initial_state.shape)
 
 
-def _one(carry, tokens: _Chunk):
-    """One chunk: the state and the number of the document after it, and its outputs."""
+def chunks_together(length: int, chunk: int) -> int:
+    """Chunks of a round: on a GPU many, whose launches would otherwise cost more than their work; elsewhere one."""
+    most = max(1, TOGETHER // chunk) if platform.platform() == 'gpu' else 1
+    return min(most, -(-length // chunk))
+
+
+def _round(chunk, carry, tokens: _Tokens):
+    """Some chunks: the state and the number of the document after them, and their outputs."""
     state, before = carry
-    narrow, wide = tokens.x.dtype, state.dtype
-    product = partial(jnp.einsum, preferred_element_type=wide, precision='highest')
-    sums = _running(tokens.log_decay, product)
+    narrow, wide, (batch, length) = tokens.x.dtype, state.dtype, tokens.x.shape[:2]
+    fold = lambda value: value.reshape(batch * (length // chunk), chunk, *value.shape[2:])
+    unfold = lambda value: jnp.moveaxis(value.reshape(batch, -1, *value.shape[1:]), 1, 0)
+    if tokens.document is None:
+        previous = None
+    else:
+        ends = tokens.document[:, chunk - 1 :: chunk]
+        previous, before = jnp.concatenate([before[:, None], ends[:, :-1]], 1).reshape(-1), ends[:, -1]
+    within, queries, kept, added = _inside(jax.tree.map(fold, tokens), previous, wide)
+    turn = lambda state, change: (change[0] * state + change[1], state)
+    state, entering = lax.scan(turn, state, (unfold(kept), unfold(added)), unroll=True)
+    entering = jnp.moveaxis(entering, 0, 1).reshape(-1, *state.shape[1:])
+    y = within + product('btgrn,bgrpn->btgrp', queries, entering.astype(narrow), wide)
+    return (state, before), y.reshape(batch, length, *y.shape[2:]).astype(narrow)
+
+
+def _inside(tokens: _Tokens, before, wide):
+    """What chunks are without the state that enters them: a chunk a row, C tokens.
+
+    Args:
+      tokens: of the chunks.
+      before: int [rows], the number of the document before each; or None.
+      wide: type of sums.
+
+    Returns:
+      `(y [rows, C, G, R, P], queries [rows, C, G, R, N] to the entering state, the share of it that is kept
+      [rows, G, R, 1, 1 or N], what is added [rows, G, R, P, N])`.
+    """
+    narrow = tokens.x.dtype
+    sums = _running(tokens.log_decay)
     total = jax.tree.map(lambda value: value[:, -1:], sums)
     same = entering = leaving = None
     if tokens.document is not None:
@@ -68,11 +105,11 @@ def _one(carry, tokens: _Chunk):
         entering = tokens.document == before[:, None]
         leaving = tokens.document == tokens.document[:, -1:]
     scores = _scores if tokens.log_decay.ndim == 4 else _scores_by_key
-    weights = scores(tokens, sums, same, product)  # [B, G, R, t, s]
+    weights = scores(tokens, sums, same)  # [rows, G, R, t, s]
     x = tokens.x
     if tokens.step is not None:
         weights = weights * jnp.moveaxis(tokens.step, 1, -1)[..., None, :]
-    within = product('bgrts,bsgrp->btgrp', weights.astype(narrow), x)
+    within = product('bgrts,bsgrp->btgrp', weights.astype(narrow), x, wide)
     # What of the entering state a token sees, and what of each token is left at the end.
     seen, left = _masked(_between(sums, None), entering), _masked(_between(total, sums), leaving)
     if tokens.step is not None:
@@ -81,21 +118,47 @@ def _one(carry, tokens: _Chunk):
         seen, left = seen[..., None], left[..., None]
     queries = (tokens.C[:, :, :, None].astype(wide) * seen).astype(narrow)
     keys = (tokens.B[:, :, :, None].astype(wide) * left).astype(narrow)
-    y = within + product('btgrn,bgrpn->btgrp', queries, state.astype(narrow))
     kept = jnp.exp(total[0] + total[1])[:, 0]
     kept = kept[..., None, None] if kept.ndim == 3 else kept[..., None, :]
     if tokens.document is not None:
         kept = jnp.where(_spread(entering[:, -1], kept.ndim), kept, 0)
-        before = tokens.document[:, -1]
-    state = kept * state + product('bsgrp,bsgrn->bgrpn', x, keys)
-    return (state, before), y.astype(narrow)
+    return within, queries, kept, product('bsgrp,bsgrn->bgrpn', x, keys, wide)
+
+
+# ------------------------------------------------------------------------------------------------------- products
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(spec, a, b, wide):
+    """A product of two arrays of one type by `einsum`, summed and given in `wide`.
+
+    Of arrays of bfloat16, its gradient rounds what comes back to bfloat16 as well: products of float32 with bfloat16
+    are many times slower on a GPU.
+    """
+    if platform.platform() != 'gpu':  # XLA's CPU has no such product for every order of dimensions
+        a, b = a.astype(wide), b.astype(wide)
+    return jnp.einsum(spec, a, b, preferred_element_type=wide, precision='highest')
+
+
+def _product_forward(spec, a, b, wide):
+    return product(spec, a, b, wide), (a, b)
+
+
+def _product_backward(spec, wide, kept, dy):
+    (left, right, out), (a, b) = spec.replace('->', ',').split(','), kept
+    dy = dy.astype(a.dtype)
+    return (
+        product(f'{out},{right}->{left}', dy, b, wide).astype(a.dtype),
+        product(f'{out},{left}->{right}', dy, a, wide).astype(b.dtype),
+    )
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 # ----------------------------------------------------------------------------------------------------- log decays
-def _running(log_decay, product):
+def _running(log_decay):
     """Sums over the tokens from the chunk's start, itself included, each as a pair of numbers to be added."""
     below = jnp.tril(jnp.ones((log_decay.shape[1],) * 2, log_decay.dtype))
-    sums = lambda value: product('ts,bs...->bt...', below, value)
+    sums = lambda value: jnp.einsum('ts,bs...->bt...', below, value, precision='highest')
     rough = lax.stop_gradient(sums(log_decay))
     steps = rough - jnp.pad(rough, ((0, 0), (1, 0)) + ((0, 0),) * (rough.ndim - 2))[:, :-1]
     return rough, sums(log_decay - steps)
@@ -130,19 +193,19 @@ def _pairs(sums, visible):
 
 
 # --------------------------------------------------------------------------------------------------------- scores
-def _scores(tokens: _Chunk, sums, same, product):
+def _scores(tokens: _Tokens, sums, same):
     """C_t B_s times the decay between them, [B, G, R, t, s]: one product a group, as heads share it."""
     decay = _pairs(sums, _visible(tokens.x.shape[1], same))
-    return product('btgn,bsgn->bgts', tokens.C, tokens.B)[:, :, None] * jnp.moveaxis(decay, (1, 2), (3, 4))
+    return product('btgn,bsgn->bgts', tokens.C, tokens.B, decay.dtype)[:, :, None] * jnp.moveaxis(decay, (1, 2), (3, 4))
 
 
-def _scores_by_key(tokens: _Chunk, sums, same, product):
+def _scores_by_key(tokens: _Tokens, sums, same):
     """`sum_n C_tn B_sn exp(decay between them)_n`, [B, G, R, t, s].
 
     Pairs within a block are written out. Between blocks it is a product of queries that have decayed since their
     block's start and keys that have till there, so that no exponent is positive (Yang et al., 2023, §4.3).
     """
-    length, wide = tokens.x.shape[1], sums[0].dtype
+    length, narrow, wide = tokens.x.shape[1], tokens.x.dtype, sums[0].dtype
     visible, rows = _visible(length, same), []
     for start in range(0, length, BLOCK):
         own = slice(start, min(start + BLOCK, length))
@@ -153,10 +216,10 @@ def _scores_by_key(tokens: _Chunk, sums, same, product):
         if start:
             border = tuple(value[:, start - 1 : start] for value in sums)
             before = tuple(value[:, :start] for value in sums)
-            queries = queries * _between(inside, border)
-            keys = tokens.B[:, :start, :, None].astype(wide) * _between(border, before)
-            seen = jnp.where(visible[:, own, :start][:, None, None], product('btgrn,bsgrn->bgrts', queries, keys), 0)
-            row.insert(0, seen)
+            queries = (queries * _between(inside, border)).astype(narrow)
+            keys = (tokens.B[:, :start, :, None].astype(wide) * _between(border, before)).astype(narrow)
+            scores = product('btgrn,bsgrn->bgrts', queries, keys, wide)
+            row.insert(0, jnp.where(visible[:, own, :start][:, None, None], scores, 0))
         behind = jnp.zeros((*row[0].shape[:-1], length - own.stop), wide)
         rows.append(jnp.concatenate([*row, behind], -1))
     return jnp.concatenate(rows, -2)

@@ -37,6 +37,16 @@ def written_out(config) -> int:
     return config.num_blocks if platform.platform() == 'gpu' and layers <= WRITTEN_OUT else 1
 
 
+def embedding_gradient(config) -> str:
+    """What ``config.embedding_gradient`` comes to: 'sorted' or 'scatter'.
+
+    On a mesh all devices' tokens would have to be sorted together.
+    """
+    if config.embedding_gradient != 'auto':
+        return config.embedding_gradient
+    return 'sorted' if platform.platform() == 'gpu' and jax.sharding.get_abstract_mesh().size <= 1 else 'scatter'
+
+
 class Decoder(nnx.Module):
     """Decoder-only model (MixCon, §2 and Figure 2) of ``num_blocks`` repeats of a pattern of layers.
 
@@ -73,7 +83,7 @@ class Decoder(nnx.Module):
         """
         # Gathered as a whole: XLA would otherwise look up columns, and exchange features.
         table = constrain(self.embedding[...], 'vocab', None)
-        x = stream(lookup(table, tokens, self.config.embedding_gradient).astype(self.dtype))
+        x = stream(lookup(table, tokens, embedding_gradient(self.config)).astype(self.dtype))
         graphdef, variables = nnx.split(self.blocks)
 
         def body(x: Array, xs: tuple) -> tuple[Array, Aux]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.ssd import ssd
+from kernels_pallas.ssd import ssd, xla
 
 B, H, P, G, N = 2, 4, 3, 2, 5
 TOLERANCE = {'rtol': 1e-9, 'atol': 1e-10}
@@ -59,6 +59,34 @@ def test_chunks_are_the_sequential_loop(by_key, length, chunk):
     arrays, reset = draw(length, length, by_key)
     got = outputs_and_gradients(arrays, reset, 'chunked', chunk)
     assert_close(got, outputs_and_gradients(arrays, reset, 'reference', None))
+
+
+@pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])
+def test_chunks_computed_together_are_the_sequential_loop(by_key, monkeypatch):
+    """As a GPU takes them: rounds of several chunks, the last of them not full."""
+    monkeypatch.setattr(xla, 'chunks_together', lambda length, chunk: 3)
+    arrays, reset = draw(11, 37, by_key)
+    got = outputs_and_gradients(arrays, reset, 'chunked', 5)
+    assert_close(got, outputs_and_gradients(arrays, reset, 'reference', None))
+
+
+def test_a_gpu_takes_many_chunks_a_round(monkeypatch):
+    assert xla.chunks_together(4096, 64) == 1
+    monkeypatch.setattr(xla.platform, 'platform', lambda: 'gpu')
+    assert [xla.chunks_together(*sizes) for sizes in ((4096, 64), (130, 64), (8192, 2048))] == [16, 3, 1]
+
+
+@pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])
+def test_gradients_of_bfloat16_round_as_their_products_do(by_key):
+    """Within a few roundings of float64's, of the same arguments."""
+    arrays, reset = draw(5, 64, by_key)
+    narrow = {k: v.astype(jnp.bfloat16 if k in ('x', 'B', 'C') else jnp.float32) for k, v in arrays.items()}
+    got = outputs_and_gradients(narrow, reset, 'chunked', 32)[0]
+    want = outputs_and_gradients({k: v.astype(jnp.float64) for k, v in narrow.items()}, reset, 'reference', None)[0]
+    for name in narrow:
+        assert got[name].dtype == narrow[name].dtype
+        error = np.linalg.norm(np.float64(got[name]) - want[name]) / np.linalg.norm(want[name])
+        assert error < 0.03, (name, error)
 
 
 @pytest.mark.parametrize('by_key', [False, True], ids=['by head', 'by key'])

@@ -1,4 +1,4 @@
-"""The ``mixcon`` command: train, eval, generate, plan, report, watch, config, data, doctor; each calls one function."""
+"""The ``mixcon`` command: train, eval, generate, plan, report, ...; each of its commands calls one function."""
 
 import argparse
 import os
@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     command = add('config', _config, "Print an experiment's resolved configuration as JSON.")
     takes_config(command)
     command.add_argument('--help-options', action='store_true', help='print every option with its meaning instead')
+
+    command = add(
+        'presets', _presets, 'List the published models that experiments/presets.py:NAME trains, with their sizes.'
+    )
+    command.add_argument('--json', action='store_true', help='every figure, as JSON')
 
     command = add('plan', _plan, 'Compile a step for GPUs that are not here: memory, exchanges, an estimate of time.')
     takes_config(command)
@@ -261,6 +266,13 @@ def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
     for store in known.stores:
         path_of(store, 'STORE')
     return Exit.FAILED if verify_all(known.stores, print) else Exit.DONE
+
+
+def _presets(known, overrides) -> int:
+    from mixcon_jax.reports import presets
+
+    presets.show(as_json=known.json)
+    return 0
 
 
 def _plan(known: argparse.Namespace, overrides: list[str]) -> int:

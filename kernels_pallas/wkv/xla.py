@@ -8,7 +8,7 @@ from kernels_pallas import platform
 from kernels_pallas.wkv.reference import EMPTY, State, chosen, joined, nothing, of_token, scan
 
 STEPPED_CHUNK = 32
-ASSOCIATIVE_CHUNK = 64
+ASSOCIATIVE_CHUNK = 512  # a launch costs a GPU more than the tree that is deeper
 
 
 def chunked(k, v, decay, bonus, reset, mask, state, chunk=None, inner=None):

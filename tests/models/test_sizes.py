@@ -1,0 +1,65 @@
+"""Published models have their published numbers of parameters, and their experiment is a line."""
+
+import json
+
+import pytest
+
+from mixcon_jax import config as configs
+from mixcon_jax.cli import main
+from mixcon_jax.models.sizes import SIZES
+from mixcon_jax.reports import presets
+from tests.tiny import ROOT
+
+EXACT = sorted(name for name, size in SIZES.items() if size.total)
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_parameters_are_the_published_ones(name):
+    assert presets.figures(SIZES[name])['parameters'] == SIZES[name].total
+
+
+@pytest.mark.parametrize('name', [name for name in SIZES if name.startswith('rwkv4')])
+def test_rwkv4_has_what_its_paper_counts_but_for_its_norms(name):
+    """2 V D + 13 D^2 L + D (11 L + 4) of Peng et al., whose LayerNorms have biases and are one more."""
+    model = SIZES[name].options
+    width, layers, words = model['dim'], model['num_blocks'], model['vocab_size']
+    published = 2 * words * width + 13 * width**2 * layers + width * (11 * layers + 4)
+    assert presets.figures(SIZES[name])['parameters'] == published - width * (2 * layers + 3)
+
+
+@pytest.mark.parametrize('name', [name for name in SIZES if name.startswith('mamba2')])
+def test_mamba2_has_what_its_released_layer_counts(name):
+    model = SIZES[name].options
+    width, states = model['dim'], 128
+    inner, heads = 2 * width, 2 * width // 64
+    mixed = inner + 2 * states
+    layer = width * (inner + mixed + heads) + 5 * mixed + 3 * heads + inner + inner * width + width
+    total = model['num_blocks'] * layer + model['vocab_size'] * width + width
+    assert presets.figures(SIZES[name])['parameters'] == total
+
+
+def test_all_are_listed_with_their_figures(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        main(['presets', '--json'])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == list(SIZES)
+    assert found['mixtral-8x7b']['active'] == 12_879_925_248
+    assert found['llama2-70b']['cache_bytes_per_token'] == pytest.approx(327_680, rel=0.002)  # and the tokens' numbers
+    assert found['mixcon']['cache_bytes_per_token'] == pytest.approx(8192, rel=0.005)
+    assert found['jamba-v0.1']['state_bytes'] == pytest.approx(15.3 * 2**20, rel=0.01)
+    assert found['mamba-130m']['cache_bytes_per_token'] == 0
+    with pytest.raises(SystemExit, match='0'):
+        main(['presets'])
+    printed = capsys.readouterr().out
+    assert all(f'\n{name} ' in printed for name in SIZES) and '51,570,323,328' in printed
+
+
+@pytest.mark.parametrize('name', ['mamba-130m', 'mixtral-8x7b', 'rwkv4-169m', 'pangu-pi-1b'])
+def test_an_experiment_is_a_line(name):
+    config = configs.validate(configs.load(f'{ROOT}/experiments/presets.py:{name}'))
+    assert config.name == name and config.model.dim == SIZES[name].options['dim']
+
+
+def test_an_unknown_name_is_told_the_known():
+    with pytest.raises(Exception, match="unknown preset 'mamba-3b'; choose from mixcon, conba, mamba-130m"):
+        configs.load(f'{ROOT}/experiments/presets.py:mamba-3b')

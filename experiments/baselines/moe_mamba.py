@@ -1,8 +1,8 @@
-"""MoE-Mamba at the nano size: eight layers of Mamba and Switch (Pióro et al., 2024), nano's active parameters within 2 %.
+"""MoE-Mamba at the nano size: eight layers of Mamba and Switch (Pióro et al., 2024), active parameters as nano.
 
-8 experts, of which a token uses one. The argument is ``parallel``, both side by side from one normed input, or
-``inner``, experts in the place of Mamba's gate projection in every other of 15 layers, and no others. 717k tokens;
-expect some minutes on one CPU core, as of the other baselines (not timed).
+8 experts, of which a token uses one; nano's parameters within 2 % are active. The argument is ``parallel``, both side
+by side from one normed input, or ``inner``, experts in the place of Mamba's gate projection in every other of 15
+layers, and no others. 717k tokens; expect some minutes on one CPU core, as of the other baselines (not timed).
 
     mixcon train --config experiments/baselines/moe_mamba.py --workdir runs/moe_mamba
 """

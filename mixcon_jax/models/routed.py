@@ -41,7 +41,7 @@ DIMS = {
 }  # fmt: skip
 MATRICES = ('w_gate', 'w_up', 'w_down')
 
-Matrices = Mapping[str, Array]  # of all experts: w_up, w_down, and of SwiGLU w_gate
+Matrices = dict[str, Array]  # of all experts: w_up, w_down, and of SwiGLU w_gate
 
 
 class Choice(NamedTuple):
@@ -300,12 +300,12 @@ class Routed(Layer):
 
 
 def make_experts(
-    owner: nnx.Module, params: Parameters, options, sizes: tuple[int, int, int], first: Initializer, last: Initializer
+    owner: Any, params: Parameters, options, sizes: tuple[int, int, int], first: Initializer, last: Initializer
 ) -> None:
     """Gives a module the matrices of ``options.num_experts`` experts.
 
     Args:
-      owner: gets ``w_up [E, D, F]``, ``w_down [E, F, O]``, and ``w_gate`` as ``w_up`` where experts are SwiGLUs.
+      owner: a module, which gets ``w_up [E, D, F]``, ``w_down [E, F, O]``, and of SwiGLUs ``w_gate`` as ``w_up``.
       params: makes them.
       options: ``config.model.moe``.
       sizes: D, F and O.
@@ -315,7 +315,7 @@ def make_experts(
     count, (dim, width, out) = options.num_experts, sizes
     for name in MATRICES[:2] if options.expert == 'swiglu' else MATRICES[1:2]:
         setattr(owner, name, params(name, (count, dim, width), ('experts', 'embed', 'mlp'), first))
-    setattr(owner, 'w_down', params('w_down', (count, width, out), ('experts', 'mlp', 'embed'), last))
+    owner.w_down = params('w_down', (count, width, out), ('experts', 'mlp', 'embed'), last)
 
 
 class Experts(nnx.Module):

@@ -1,4 +1,4 @@
-"""Mixture of experts: SwiGLUs, or the two matrices of Switch; softmax router, top-k, all tokens unless room is short."""
+"""Mixture of experts: SwiGLUs, or the two matrices of Switch; softmax router, top-k, no token dropped unless asked."""
 
 import jax
 from jaxtyping import Array, Float

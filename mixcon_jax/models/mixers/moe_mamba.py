@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
 from mixcon_jax.models.mixers.mamba import Mamba
@@ -42,6 +43,10 @@ class MoEMamba(Mamba, Routed):
         }
     }
     PUBLISHED = {}
+
+    @staticmethod
+    def check_split(model, shards) -> None:
+        divides('mesh.tensor', shards['mlp'], 'model.moe_mamba.hidden_dim', model.moe_mamba.hidden_dim)
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.replaced = tuple(config.moe_mamba.projections)

@@ -98,6 +98,11 @@ def between(low: float, high: float) -> Check:
     return Check(lambda value: low <= value <= high, f'between {low} and {high}')
 
 
+def swiglu_width(dim: int) -> int:
+    """The width of a SwiGLU that nobody chose: 8/3 dim, rounded up to a multiple of 16."""
+    return -(-8 * dim // 48) * 16
+
+
 def multiple_of(factor: int) -> Check:
     return Check(lambda value: value >= 0 and value % factor == 0, f'a multiple of {factor}')
 

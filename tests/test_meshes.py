@@ -38,6 +38,14 @@ FAMILY = {
     'model__mamba2__groups': 2,
     'model__mamba2__d_state': 4,
 }
+INNER = {
+    'model__pattern': ('moe_mamba|moe', 'mamba+moe'),
+    'model__moe_mamba__projections': ('conv', 'gate', 'output'),
+    'model__moe_mamba__hidden_dim': 24,
+    'model__moe__expert': 'relu',
+    'model__moe__top_k': 1,
+    'model__moe__expert_capacity': 1.25,
+}
 SIXTEEN = {'model__moe__num_experts': 16}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MESHES = [
@@ -51,6 +59,8 @@ MESHES = [
     slow({'expert': 8}, {}),
     slow({'expert': 8}, SIXTEEN),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, FAMILY),
+    slow({'expert': 4, 'tensor': 2}, INNER),
+    slow({'fsdp': 2, 'context': 2, 'expert': 2}, INNER),
 ]
 
 

@@ -172,7 +172,7 @@ def _of_source(path: str) -> tuple[Declaration, ...]:
     if path == CONTRACT:
         return (_declaration(path, {}),)
     found: dict[str, Declaration] = {}
-    for base in statement.bases:
+    for base in reversed(statement.bases):  # as in the reversed order of resolution
         found |= {part.owner: part for part in _of_source(_path_of(base, tree, module, file))}
     if members := _run(statement, tree, file):
         found[path] = _declaration(path, members)

@@ -33,6 +33,20 @@ CONBA_PRESETS: dict[str, dict] = {
 # Every mechanism off: Jamba's Mamba mixer. It is what a preset's additions are counted against.
 CONBA_OFF = {'state_scaling': 'none', 'delay': 'none', 'control': 'none', 'feedback_iters': 0, 'gate': 'mamba'}
 
+# Published sizes of MoE-Mamba and of what it is compared with (Pióro et al., 2024, tables 1 and 5): layers of
+# experts, Mamba layers or attention layers, the experts of a layer and their width.
+MOE_MAMBA: dict[str, dict] = {
+    'moe-mamba-25m': {'dim': 512, 'num_blocks': 8, 'pattern': ('mamba+moe',), 'experts': 42, 'width': 1536},
+    'moe-mamba-100m': {'dim': 768, 'num_blocks': 16, 'pattern': ('mamba+moe',), 'experts': 42, 'width': 2304},
+    'mamba-25m': {'dim': 512, 'num_blocks': 16, 'pattern': ('mamba',)},
+    'mamba-100m': {'dim': 768, 'num_blocks': 32, 'pattern': ('mamba',)},
+    'transformer-moe-25m': {'dim': 512, 'num_blocks': 8, 'pattern': ('attention+moe',), 'experts': 32, 'width': 2048},
+    'transformer-moe-100m': {'dim': 768, 'num_blocks': 16, 'pattern': ('attention+moe',), 'experts': 32, 'width': 3072},
+}
+
+# Switch's routing and experts (Fedus et al., 2021): one expert a token, of two matrices, with room for an even share.
+SWITCH = {'expert': 'relu', 'top_k': 1, 'expert_capacity': 1.0, 'balance': 'loss', 'balance_coef': 0.01}
+
 
 def conba(preset: str = 'conba') -> dict:
     """Returns the options of a preset, for ``config.model.conba.update(...)``.
@@ -43,6 +57,28 @@ def conba(preset: str = 'conba') -> dict:
     if preset not in CONBA_PRESETS:
         raise ValueError(f'unknown Conba preset {preset!r}; choose from {", ".join(CONBA_PRESETS)}')
     return dict(CONBA_PRESETS[preset])
+
+
+def moe_mamba(name: str) -> dict:
+    """Returns the options of a published size, for ``config.model.update(...)``.
+
+    Attention has heads of 64 and rotary positions, Mamba no norms; the vocabulary is GPT-2's.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in MOE_MAMBA:
+        raise ValueError(f'unknown size {name!r}; choose from {", ".join(MOE_MAMBA)}')
+    size = MOE_MAMBA[name]
+    heads = size['dim'] // 64
+    return {
+        'dim': size['dim'],
+        'num_blocks': size['num_blocks'],
+        'pattern': size['pattern'],
+        'vocab_size': 50257,
+        'attention': {'num_heads': heads, 'num_kv_heads': heads, 'rope': True},
+        'moe': SWITCH | {'num_experts': size.get('experts', 1), 'hidden_dim': size.get('width', 1)},
+    }
 
 
 def hybrid(attention: int, conba: int, moe_every: int = 0, mixer: str = 'conba') -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from mixcon_jax.parallel.experts import Order, combine, dispatch, order
 
 AxisNames = tuple[str, ...]
 Exchange = Callable[[Array], Array]  # rows as they were sent -> rows as they came, or the other way round
-# (rows [M, D], those of one expert together; rows of each expert of this device) -> rows [M, D]
+# (rows [M, D], those of one expert together; rows of each expert of this device) -> rows [M, O]
 Run = Callable[[Array, Array], Array]
 Keep = Callable[[Array], Array]
 
@@ -49,7 +49,7 @@ def run(
     capacity: float = 0.0,
     method: str = 'padded',
     keep: Keep = lambda x: x,
-) -> tuple[Float[Array, 'n d'], Bool[Array, 'n k']]:
+) -> tuple[Float[Array, 'n o'], Bool[Array, 'n k']]:
     """The weighted sum of each token's experts.
 
     Args:
@@ -65,7 +65,7 @@ def run(
       keep: marks what the backward pass should not exchange again.
 
     Returns:
-      `[N, D]`, and `[N, k]` whether each choice was taken: it has an expert, and found room.
+      `[N, O]`, and `[N, k]` whether each choice was taken: it has an expert, and found room.
     """
     shards, (tokens, choices) = lax.axis_size(axes), owner.shape
     local = num_experts // shards

@@ -48,6 +48,12 @@ OTHERS = {
     'moe_dense': ('moe', {'moe.implementation': 'dense'}),
     'moe_grouped': ('moe', {'moe.implementation': 'grouped', 'moe.group_block': 4, 'moe.renormalize': True}),
     'moe_bias': ('moe', {'moe.balance': 'bias'}),
+    'moe_switch': ('moe', {'moe.expert': 'relu', 'moe.top_k': 1, 'moe.expert_capacity': 1.0, 'moe.shared_experts': 1}),
+    'moe_mamba_all': (
+        'moe_mamba',
+        {'moe_mamba.projections': ('conv', 'gate', 'output'), 'moe.expert': 'relu', 'moe.top_k': 1}
+        | {'moe.implementation': 'grouped', 'moe.group_block': 4},
+    ),
 }
 
 

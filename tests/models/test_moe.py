@@ -12,6 +12,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.moe import MoE
 from mixcon_jax.models.layers import Parameters
+from mixcon_jax.models.routed import Choice
 from tests.models.cases import DIM, model_config, packed_context, perturbed
 
 
@@ -22,7 +23,7 @@ def build(seed=0, **options):
 
 def loop(layer, x, context):
     """One token after another, one expert after another, in float64."""
-    options = layer.options
+    options = layer.moe
     router, gate, up, down = (
         np.asarray(w[...], np.float64) for w in (layer.router, layer.w_gate, layer.w_up, layer.w_down)
     )
@@ -58,7 +59,7 @@ def test_outputs_losses_and_statistics_equal_a_loop_over_tokens(implementation, 
     expected, chosen, probabilities = loop(layer, x, context)
     np.testing.assert_allclose(y[:, :11], expected[:, :11], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(y[:, 11:], 0)
-    experts = layer.options.num_experts
+    experts = layer.moe.num_experts
     load = np.bincount(chosen.ravel(), minlength=experts) / chosen.size
     np.testing.assert_allclose(aux['stats']['moe_load'], load, rtol=1e-6)
     np.testing.assert_allclose(
@@ -90,7 +91,9 @@ def test_balance_loss_is_one_when_balanced_and_number_of_experts_when_collapsed(
     even = jnp.log(jnp.eye(4)[jnp.arange(8) % 4] * 1e6 + 1)[None]
     for logits, expected in ((even, 1.0), (even[:, :1].repeat(8, 1), 4.0)):
         probabilities = jax.nn.softmax(logits)
-        aux = layer._aux(logits, probabilities, jnp.argmax(logits, -1)[..., None], context)
+        chosen = jnp.argmax(logits, -1)[..., None]
+        choice = Choice(logits, probabilities, chosen, jnp.ones(chosen.shape), chosen >= 0)
+        aux = layer.report(choice, context, choice.taken)
         np.testing.assert_allclose(aux['losses']['balance'].value, expected, rtol=1e-4)
 
 

@@ -16,7 +16,7 @@ from mixcon_jax.models.layers import (
     swish_product,
 )
 from mixcon_jax.models.published import Published, linear
-from mixcon_jax.options import COUNT, Option
+from mixcon_jax.options import COUNT, Option, swiglu_width
 
 WEIGHTS = {
     'gate_proj.weight': linear('w_gate'),
@@ -34,7 +34,7 @@ class MLP(Layer):
                 0,
                 'Width of the SwiGLU; 0 means 8/3 dim, rounded up to a multiple of 16.',
                 COUNT,
-                derive=lambda model: -(-8 * model.dim // 48) * 16,
+                derive=lambda model: swiglu_width(model.dim),
             )
         }
     }

@@ -12,4 +12,5 @@ MIXERS: dict[str, str | type] = {
     'retnet': 'mixcon_jax.models.mixers.retnet.RetNet',
     'gla': 'mixcon_jax.models.mixers.gla.GLA',
     'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
+    'moe_mamba': 'mixcon_jax.models.mixers.moe_mamba.MoEMamba',
 }

@@ -164,7 +164,7 @@ class Conba(SelectiveSSM):
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
         options, old = self.options, state
-        inputs = self.inputs(x, context, None if old is None else old['conv'])
+        inputs = self.inputs(*self.halves(x), context, None if old is None else old['conv'])
         scans, gains, stats = [], [], {}
         u = inputs.u
         law = self.control.law(x, inputs.u, context) if options.control != 'none' else None

@@ -20,7 +20,14 @@ class Mamba(SelectiveSSM):
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
-        inputs = self.inputs(x, context, None if state is None else state['conv'])
+        y, state = self.scanned(*self.halves(x), context, state)
+        return project(y, self.out_proj), state, {}
+
+    def scanned(
+        self, u: Float[Array, 'b t i'], z: Float[Array, 'b t i'], context: Context, state: State | None
+    ) -> tuple[Float[Array, 'b t i'], State | None]:
+        """What is between the projections: convolution, scan and gate."""
+        inputs = self.inputs(u, z, context, None if state is None else state['conv'])
         y, final = selective_scan(
             inputs.u,
             inputs.dt,
@@ -37,4 +44,4 @@ class Mamba(SelectiveSSM):
         )
         if state is not None:
             state = {'conv': inputs.conv_state, 'scan': final}
-        return project(y, self.out_proj), state, {}
+        return y, state

@@ -118,21 +118,28 @@ class SelectiveSSM(Layer):
         self.keep_every = options.keep_every or None
         self.dtype = jnp.dtype(config.dtype)
         init = normal(config.init_std)
-        self.in_proj = params('in_proj', (config.dim, 2 * self.inner), ('embed', 'inner'), init)
+        self.make_projections(config, params, num_layers)
         self.conv = ShortConv(options.d_conv, self.inner, params.scope('conv'))
         self.x_proj = params('x_proj', (self.inner, self.dt_rank + 2 * self.d_state), ('inner', 'dt_rank'), init)
         self.dt_proj = params('dt_proj', (self.dt_rank, self.inner), ('dt_rank', 'inner'), uniform(self.dt_rank**-0.5))
         self.dt_bias = params('dt_bias', (self.inner,), ('inner',), step_sizes(options))
         self.A_log = params('A_log', (self.inner, self.d_state), ('inner', 'state'), _state_decays, decay=False)
         self.D = params('D', (self.inner,), ('inner',), ones)
-        self.out_proj = params(
-            'out_proj', (self.inner, config.dim), ('inner', 'embed'), normal(output_std(config.init_std, num_layers))
-        )
         self.norms = norms
         if norms:
             self.dt_norm = RMSNorm(self.dt_rank, params.scope('dt_norm'), config.norm_eps)
             self.B_norm = RMSNorm(self.d_state, params.scope('B_norm'), config.norm_eps)
             self.C_norm = RMSNorm(self.d_state, params.scope('C_norm'), config.norm_eps)
+
+    def make_projections(self, config, params: Parameters, num_layers: int) -> None:
+        """Makes the matrices from the layer's width to the inner one, twice, and back."""
+        init, last = normal(config.init_std), normal(output_std(config.init_std, num_layers))
+        self.in_proj = params('in_proj', (config.dim, 2 * self.inner), ('embed', 'inner'), init)
+        self.out_proj = params('out_proj', (self.inner, config.dim), ('inner', 'embed'), last)
+
+    def halves(self, x: Float[Array, 'b t d']) -> tuple[Float[Array, 'b t i'], Float[Array, 'b t i']]:
+        """Projects tokens to what the convolution takes, and to the gate."""
+        return project_halves(x, self.in_proj, 'inner')
 
     @property
     def scan_options(self) -> dict[str, Any]:
@@ -147,14 +154,15 @@ class SelectiveSSM(Layer):
             'scan': jnp.zeros((batch, self.inner, self.d_state), jnp.float32),
         }
 
-    def inputs(self, x: Float[Array, 'b t d'], context: Context, conv_state: Any) -> ScanInputs:
-        """Projects tokens to the scan's inputs.
+    def inputs(
+        self, u: Float[Array, 'b t i'], z: Float[Array, 'b t i'], context: Context, conv_state: Any
+    ) -> ScanInputs:
+        """Makes of ``halves`` the scan's inputs.
 
         A padded token gets step size 0, which leaves the state as it was, where a state comes and goes. Without one
         nobody asks for it: what follows padding begins a document, whose state is its own.
         """
         fresh = conv_state is None
-        u, z = project_halves(x, self.in_proj, 'inner')
         u, conv_state = self.conv(u, context, conv_state, activation='silu')
         dt, B, C = jnp.split(project(u, self.x_proj), [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         if self.norms:

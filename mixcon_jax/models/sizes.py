@@ -6,7 +6,7 @@ values, and RMSNorm where a model has LayerNorm.
 
 from typing import Any, NamedTuple
 
-from mixcon_jax.models.presets import conba, hybrid
+from mixcon_jax.models.presets import MOE_MAMBA, conba, hybrid, moe_mamba
 
 
 class Size(NamedTuple):
@@ -142,7 +142,7 @@ SIZES: dict[str, Size] = {
     'rwkv4-3b': _rwkv4(2560, 32),
     'rwkv4-7b': _rwkv4(4096, 32),
     'rwkv4-14b': _rwkv4(5120, 40),
-}
+} | {name: Size(moe_mamba(name), 'Pióro et al., 2024') for name in MOE_MAMBA if name.startswith('moe-mamba')}
 
 
 def size(name: str) -> Size:

@@ -132,22 +132,15 @@ def relative(actual: jax.Array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(actual, np.float64) - expected)) / (size or 1.0)
 
 
-def measure(case: Timed, copy_rate: float, exponential_rate: float) -> dict[str, float]:
-    """Milliseconds of the forward pass and of both, by kernel and by XLA, with their floors.
+Calls = dict[str, tuple[Callable, tuple]]  # what is compiled, and its arguments, by name
 
-    Args:
-      case: what to time.
-      copy_rate: bytes a second that a copy reads and writes.
-      exponential_rate: exponentials a second.
-    """
+
+def compiled(case: Timed) -> Calls:
+    """The forward pass and both, by the kernel and by XLA, ready to be timed."""
     arrays = case.draw()
     shape = jax.eval_shape(case.kernel, arrays)
     dy = jax.random.normal(jax.random.key(3), shape.shape).astype(shape.dtype)
-    floor = lambda moved, exponentials: 1e3 * max(moved / copy_rate, exponentials / exponential_rate)
-    found = {
-        'forward_floor': floor(case.forward_bytes, case.exponentials),
-        'both_floor': floor(case.both_bytes, 3 * case.exponentials),
-    }
+    found: Calls = {}
     for name, function in (('', case.kernel), ('xla_', case.other)):
         if function is None:
             continue
@@ -156,8 +149,25 @@ def measure(case: Timed, copy_rate: float, exponential_rate: float) -> dict[str,
             y, pull = jax.vjp(function, arrays)
             return y, pull(dy)[0]
 
-        found[f'{name}forward'] = milliseconds(function, arrays)
-        found[f'{name}both'] = milliseconds(both, arrays, dy)
+        found[f'{name}forward'] = jax.jit(function).lower(arrays).compile(), (arrays,)
+        found[f'{name}both'] = jax.jit(both).lower(arrays, dy).compile(), (arrays, dy)
+    return found
+
+
+def measure(case: Timed, calls: Calls, copy_rate: float, exponential_rate: float) -> dict[str, float]:
+    """Milliseconds of each call, with the floors of the kernel's.
+
+    Args:
+      case: what to time.
+      calls: of `compiled`.
+      copy_rate: bytes a second that a copy reads and writes.
+      exponential_rate: exponentials a second.
+    """
+    floor = lambda moved, exponentials: 1e3 * max(moved / copy_rate, exponentials / exponential_rate)
+    found = {
+        'forward_floor': floor(case.forward_bytes, case.exponentials),
+        'both_floor': floor(case.both_bytes, 3 * case.exponentials),
+    } | {name: queued(run, *args) for name, (run, args) in calls.items()}
     return {name: float(f'{value:.4g}') for name, value in found.items()}
 
 

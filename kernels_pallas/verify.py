@@ -71,9 +71,15 @@ def refusal(part: Part) -> str | None:
 
 # -------------------------------------------------------------------------------------------- in a part's own process
 def run_part(
-    part: Part, say: Callable[[dict[str, Any]], None], interpret: Any = None, share: tuple[int, int] = (0, 1)
+    part: Part,
+    say: Callable[[dict[str, Any]], None],
+    interpret: Any = None,
+    share: tuple[int, int] = (0, 1),
+    ready: Callable[[], None] = lambda: None,
 ) -> bool:
     """Runs a part, or the i-th of n shares of its cases; `say` gets every finding. Returns whether all was right.
+
+    What is timed is compiled first; `ready` is called in between.
 
     Raises:
       Exception: whatever a case raised, of which nothing after it is to be trusted: a kernel that goes wrong leaves the
@@ -81,10 +87,12 @@ def run_part(
     """
     say({'sources': cards.source_hash(part.kernel, part.variant)})
     if not part.variant:
+        timed = [(one, cases.compiled(one)) for one in cases.of(part.kernel)[1]]
+        ready()
         ceilings = cases.ceilings()
         say({'copy_bytes_per_second': ceilings[0], 'exponentials_per_second': ceilings[1]})
-        for one in cases.of(part.kernel)[1]:
-            say({'timed': one.name, 'variant': one.variant, 'times': cases.measure(one, *ceilings)})
+        for one, calls in timed:
+            say({'timed': one.name, 'variant': one.variant, 'times': cases.measure(one, calls, *ceilings)})
         return True
     good = True
     for case in chosen(part, small=interpret is not None)[share[0] :: share[1]]:

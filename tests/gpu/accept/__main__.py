@@ -89,12 +89,11 @@ def accept(run: Runner, wanted: Mapping[str, list[Stage]], jobs: int, cpu: bool)
     kernels = run.together(wanted['kernels'], jobs)
     if not cpu:
         write_cards(run, kernels, facts)
-    begun = run.begin([*wanted['ladder'], *wanted['tiles']])
+    begun = run.begin([*wanted['times'], *wanted['ladder'], *wanted['tiles']])
     run.together([*wanted['training'], *wanted['layers']], jobs)
     # From here on one process at a time, as they are timed.
-    run.release(begun)
-    for stage in wanted['times']:
-        add_times(run, run.run(stage), facts['device'])
+    for outcome in run.release(begun):
+        add_times(run, outcome, facts['device'])
     return conclude(run)
 
 

@@ -57,8 +57,8 @@ def ladder(cpu: bool) -> list[Stage]:
 
 
 def times(cpu: bool) -> list[Stage]:
-    """The times of the kernels against their floors."""
-    return [] if cpu else [Stage(f'times:{kernel}', 120) for kernel in cards.kernels()]
+    """The times of the kernels against their floors; they wait as the ladder's do."""
+    return [] if cpu else [Stage(f'times:{kernel}', 400) for kernel in cards.kernels()]
 
 
 def tiles(cpu: bool) -> list[Stage]:
@@ -108,7 +108,8 @@ def _kernel(rest: str, cpu: bool, say: Say) -> None:
 
 
 def _times(rest: str, cpu: bool, say: Say) -> None:
-    verify.run_part(verify.Part(rest, ''), say)
+    gate = _gate(say)
+    verify.run_part(verify.Part(rest, ''), say, ready=lambda: gate(0.0))
 
 
 def _tiles(rest: str, cpu: bool, say: Say) -> None:

@@ -36,11 +36,20 @@ GROUPS = 2  # warpgroups that compute
 ROWS = GROUPS * PART  # of a tile
 COLUMNS = 128  # of a tile, 64 where a matrix has no more
 STEP = 8  # tiles of rows begin at multiples of it
-SLOTS = 4  # parts in flight
-BLOCKS = 132  # multiprocessors of an H100 or H200
 HOPPER = 9  # major compute capability
 MOST = 2**31  # what indices of 32 bits can count
 COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes the speed alone."""
+
+    slots: int = 4  # parts in flight
+    blocks: int = 132  # that share out the tiles of `product`: the multiprocessors of an H100 or H200
+
+
+DEFAULTS = Settings()
 
 
 # ----------------------------------------------------------------------------------------------------------- the call
@@ -71,26 +80,29 @@ def padded(rows: int) -> int:
     return max(rows + -rows % STEP, ROWS)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, interpret: Any = None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, interpret: Any = None, settings: Settings = DEFAULTS
+) -> jax.Array:
     """Arguments and result as in `api.grouped_matmul`.
 
     Args:
       x, w: [M, D] and [E, D, F], bfloat16, D and F multiples of `PART`, any M of at least 1.
       group_sizes: int [E].
       interpret: parameters of Mosaic's interpreter, to run on a CPU; None compiles.
+      settings: for trials.
     """
-    return product(x, w, group_sizes, interpret=interpret)
+    return product(x, w, group_sizes, interpret, settings)
 
 
-def _forward(x: jax.Array, w: jax.Array, group_sizes: jax.Array, interpret: Any) -> Any:
-    return grouped_matmul(x, w, group_sizes, interpret), (x, w, group_sizes)
+def _forward(x: jax.Array, w: jax.Array, group_sizes: jax.Array, interpret: Any, settings: Settings) -> Any:
+    return grouped_matmul(x, w, group_sizes, interpret, settings), (x, w, group_sizes)
 
 
-def _backward(interpret: Any, residuals: Any, dy: jax.Array) -> Any:
+def _backward(interpret: Any, settings: Settings, residuals: Any, dy: jax.Array) -> Any:
     x, w, group_sizes = residuals
-    dx = product(dy, w, group_sizes, turned=True, interpret=interpret)
-    return dx, matrices(x, dy, group_sizes, interpret=interpret), None
+    dx = product(dy, w, group_sizes, interpret, settings, turned=True)
+    return dx, matrices(x, dy, group_sizes, interpret, settings), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -142,26 +154,24 @@ class _Call:
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
-def product(x, w, group_sizes, turned=False, slots=SLOTS, blocks=BLOCKS, interpret=None):
+def product(x, w, group_sizes, interpret=None, settings=DEFAULTS, turned=False):
     """Rows times each group's matrix, [M, F]; rows after the last group are zeros.
 
     Args:
       x: [M, D], bfloat16; [M, F] if `turned`, and the result is [M, D].
       w: [E, D, F], bfloat16.
       group_sizes: int [E].
+      interpret, settings: as in `grouped_matmul`.
       turned: whether the matrices are meant turned round.
-      slots: parts in flight.
-      blocks: that share out the tiles.
-      interpret: as in `grouped_matmul`.
     """
     rows, groups = x.shape[0], w.shape[0]
     depth = w.shape[1]
     width = w.shape[1] if turned else w.shape[2]
-    call = _Call(min(COLUMNS, width), slots, x.dtype, interpret)
+    call = _Call(min(COLUMNS, width), settings.slots, x.dtype, interpret)
     across, parts = -(-width // call.columns), x.shape[1] // PART
     arrays = {'x': _pad(x), 'w': w.reshape(-1, w.shape[2])}
     arrays |= tiles(group_sizes, padded(rows))
-    blocks = min(blocks, arrays['group'].size * across)
+    blocks = min(settings.blocks, arrays['group'].size * across)
 
     def body(ref):
         block = lax.axis_index('block')
@@ -256,17 +266,16 @@ def _send_some(ref, call, group, value, first, low, high, outer, width):
                 mosaic.send(ref.some_.at[group, half, pl.ds(start, size)], ref.y, box)
 
 
-def matrices(x, dy, group_sizes, slots=SLOTS, interpret=None):
+def matrices(x, dy, group_sizes, interpret=None, settings=DEFAULTS):
     """The sum of x_m^T dY_m over each group's rows, [E, D, F].
 
     Args:
       x, dy: [M, D] and [M, F], bfloat16.
       group_sizes: int [E].
-      slots: parts in flight.
-      interpret: as in `grouped_matmul`.
+      interpret, settings: as in `grouped_matmul`.
     """
     depth, width, groups = x.shape[1], dy.shape[1], group_sizes.shape[0]
-    call = _Call(min(COLUMNS, width), slots, x.dtype, interpret)
+    call = _Call(min(COLUMNS, width), settings.slots, x.dtype, interpret)
     down, across = -(-depth // ROWS), -(-width // call.columns)
     sizes = group_sizes.astype(jnp.int32)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)

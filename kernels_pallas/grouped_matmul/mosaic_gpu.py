@@ -29,13 +29,9 @@ from jax.experimental.mosaic.gpu import core as mosaic_core
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic, platform
+from kernels_pallas.grouped_matmul.tiles import COLUMNS, GROUPS, PART, ROWS, STEP, padded, tiles
 from kernels_pallas.mosaic import Index, Span
 
-PART = 64  # rows of a warpgroup's products, and what is summed at a time
-GROUPS = 2  # warpgroups that compute
-ROWS = GROUPS * PART  # of a tile
-COLUMNS = 128  # of a tile, 64 where a matrix has no more
-STEP = 8  # tiles of rows begin at multiples of it
 HOPPER = 9  # major compute capability
 MOST = 2**31  # what indices of 32 bits can count
 COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24
@@ -75,11 +71,6 @@ def variants() -> tuple[str, ...]:
     return ('bfloat16',)
 
 
-def padded(rows: int) -> int:
-    """A number of rows as the kernels take it: of whole steps, and at least a tile."""
-    return max(rows + -rows % STEP, ROWS)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_matmul(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, interpret: Any = None, settings: Settings = DEFAULTS
@@ -106,37 +97,6 @@ def _backward(interpret: Any, settings: Settings, residuals: Any, dy: jax.Array)
 
 
 grouped_matmul.defvjp(_forward, _backward)
-
-
-# ---------------------------------------------------------------------------------------------------------- the tiles
-def most_tiles(rows: int, groups: int) -> int:
-    """Tiles of rows there can be at most, of `padded` rows in all; those after the last group are one more group."""
-    return (rows + (ROWS - 1 + STEP - 1) * (groups + 1)) // ROWS
-
-
-def tiles(group_sizes: jax.Array, rows: int) -> dict[str, jax.Array]:
-    """The tiles of rows of all groups, int32.
-
-    Args:
-      group_sizes: int [E].
-      rows: in all, a multiple of `STEP`.
-
-    Returns:
-      Of each of `most_tiles`: `group`, E after the last; `step`, of which its first row is the `STEP`-fold; `begin` and
-      `end`, the rows that are the group's. `count` [1], how many of them there are.
-    """
-    sizes = group_sizes.astype(jnp.int32)
-    sizes = jnp.append(sizes, rows - jnp.sum(sizes, dtype=jnp.int32))
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    begins = ends - sizes
-    steps = begins // STEP
-    counts = jnp.where(sizes > 0, -(-(ends - steps * STEP) // ROWS), 0)
-    stops = jnp.cumsum(counts, dtype=jnp.int32)
-    index = jnp.arange(most_tiles(rows, group_sizes.shape[0]), dtype=jnp.int32)
-    group = jnp.sum(index[:, None] >= stops, axis=1, dtype=jnp.int32)
-    group = jnp.minimum(group, group_sizes.shape[0])
-    step = steps[group] + (index - (stops - counts)[group]) * (ROWS // STEP)
-    return {'group': group, 'step': step, 'begin': begins[group], 'end': ends[group], 'count': stops[-1:]}
 
 
 def _pad(x: jax.Array) -> jax.Array:
@@ -171,23 +131,25 @@ def product(x, w, group_sizes, interpret=None, settings=DEFAULTS, turned=False):
     across, parts = -(-width // call.columns), x.shape[1] // PART
     arrays = {'x': _pad(x), 'w': w.reshape(-1, w.shape[2])}
     arrays |= tiles(group_sizes, padded(rows))
-    blocks = min(settings.blocks, arrays['group'].size * across)
+    most = arrays['group'].size
+    blocks = min(settings.blocks, most * across)
 
     def body(ref):
         block = lax.axis_index('block')
         jobs = lax.div(ref.count[0] * across - block + (blocks - 1), blocks)
 
         def find(n):
-            """A job's tile, its columns' number, and the parts of its sums."""
+            """The block's job number n: its columns' number, group, parts of its sums, first step, and its rows."""
             job = block + n * blocks
-            tile = lax.div(job, across)
-            return tile, lax.rem(job, across), jnp.where(ref.group[tile] < groups, parts, 0)
+            tile = jnp.minimum(lax.div(job, across), most - 1)  # that of no job, too
+            group = ref.group[tile]
+            count = jnp.where(group < groups, parts, 0)
+            return lax.rem(job, across), group, count, ref.step[tile], ref.begin[tile], ref.end[tile]
 
         def produce():
             def one_job(n, done):
-                tile, column, count = find(n)
-                matrix = Index(ref.group[tile]) * depth
-                first = Index(ref.step[tile]) * STEP
+                column, matrix, count, step, *_ = find(n)
+                corner, first = Index(matrix) * depth, Index(step) * STEP
 
                 def one(part, done):
                     slot = _free(ref, call, done)
@@ -196,9 +158,9 @@ def product(x, w, group_sizes, interpret=None, settings=DEFAULTS, turned=False):
                     halves = [(Span(first + Index(g * PART, PART), PART), inner) for g in range(GROUPS)]
                     copies = [(ref.x, half, ref.x_.at[g]) for g, half in enumerate(halves)]
                     if turned:
-                        box = Span(matrix + outer, call.columns), inner
+                        box = Span(corner + outer, call.columns), inner
                     else:
-                        box = Span(matrix + inner.start, PART), Span(outer, call.columns)
+                        box = Span(corner + inner.start, PART), Span(outer, call.columns)
                     mosaic.fetch([*copies, (ref.w, box, ref.w_)], slot, ref.arrived)
                     return done + 1
 
@@ -207,16 +169,17 @@ def product(x, w, group_sizes, interpret=None, settings=DEFAULTS, turned=False):
             lax.fori_loop(0, jobs, one_job, 0)
 
         def compute(group):
-            def one_job(n, done):
-                tile, column, count = find(n)
+            def one_job(n, carry):
+                done, (column, _, count, step, begin, end) = carry
+                following = find(n + 1)  # on its way from memory meanwhile
 
                 def multiply(sums, slot, part):
                     right = ref.w_.at[slot]
                     plgpu.wgmma(sums, ref.x_.at[group, slot], right.T if turned else right)
 
                 value = _sum(ref, call, count, done, multiply)
-                first = ref.step[tile] * STEP + group * PART
-                low, high = (jnp.clip(bound - first, 0, PART) for bound in (ref.begin[tile], ref.end[tile]))
+                first = step * STEP + group * PART
+                low, high = jnp.clip(begin - first, 0, PART), jnp.clip(end - first, 0, PART)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last job's results have left their places
                 outer = Index(column) * call.columns
 
@@ -224,16 +187,16 @@ def product(x, w, group_sizes, interpret=None, settings=DEFAULTS, turned=False):
                 def _():
                     ref.y_.at[group][...] = value
                     plgpu.commit_smem()
-                    rows = Span((Index(ref.step[tile]) + Index(group) * (PART // STEP)) * STEP, PART)
+                    rows = Span((Index(step) + Index(group) * (PART // STEP)) * STEP, PART)
                     mosaic.send(ref.y_, ref.y, (rows, Span(outer, call.columns)), group)
 
                 @pl.when(high - low < PART)
                 def _():
                     _send_some(ref, call, group, value, first, low, high, outer, width)
 
-                return done + count
+                return done + count, following
 
-            lax.fori_loop(0, jobs, one_job, 0)
+            lax.fori_loop(0, jobs, one_job, (0, find(0)))
             plgpu.wait_smem_to_gmem(0)
 
         _roles(compute, produce)
@@ -383,7 +346,7 @@ def _blank(place: Any, low: Any, high: Any) -> None:
     place[...] = jnp.where((row >= low) & (row < high), value, jnp.zeros((), value.dtype))
 
 
-def _matrix(call: _Call, *shape: int) -> Any:
+def _matrix(call, *shape):
     """Shared memory for matrices as tensor cores take them."""
     return plgpu.SMEM(shape, call.dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas.attention import attention
 from mixcon_jax import config as configs
-from mixcon_jax.parallel import kernels, split
+from mixcon_jax.parallel import kernels
 from mixcon_jax.parallel.layout import batch_sharding
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.planning import compiling

@@ -69,7 +69,12 @@ def test_the_kernels_and_what_they_are_built_from():
     assert all({'mosaic.py', 'platform.py'} <= names[kernel] for kernel in OURS)
     assert all(names[k] >= {'platform.py', 'tokamax.py', f'{k}/tokamax.py'} for k in ADAPTED)
     assert {'attention/cudnn.py', 'attention/mosaic_gpu.py', 'mosaic.py'} <= names['attention']
-    assert names['grouped_matmul'] == {'mosaic.py', 'platform.py', 'grouped_matmul/mosaic_gpu.py'}
+    assert names['grouped_matmul'] == {
+        'mosaic.py',
+        'platform.py',
+        'grouped_matmul/mosaic_gpu.py',
+        'grouped_matmul/tiles.py',
+    }
     assert {'selective_scan/mosaic_gpu/backward.py', 'affine.py'} <= names['selective_scan']
     assert names['causal_conv1d'] == {'mosaic.py', 'platform.py', 'causal_conv1d/mosaic_gpu.py'}
     assert 'adaptive_gain/reference.py' in names['adaptive_gain']  # EPS

@@ -9,6 +9,7 @@ import pytest
 
 from kernels_pallas import cards, dispatch, platform
 from kernels_pallas.grouped_matmul import cases, grouped_matmul, mosaic_gpu, xla
+from kernels_pallas.grouped_matmul import tiles as rows_of
 
 SHAPES = [(65536, 8, 768, 832), (32768, 16, 2048, 5184)]  # rows, groups, width, columns
 ROUTINGS = ['even', 'nearly even', 'skewed', 'one expert', 'a row too many']
@@ -59,16 +60,16 @@ def test_the_portable_form_computes_little_more_than_the_necessary(shape, routin
 @pytest.mark.parametrize('routing', ROUTINGS)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_the_kernels_compute_at_most_15_percent_more_than_the_necessary(shape, routing, seed):
-    """Forward, and both gradients: each group's tiles of rows, whole tiles of columns, whole parts of what is summed."""
+    """Forward, and both gradients: tiles of rows of each group, whole tiles of columns, whole parts of a sum."""
     rows, groups, width, columns = shape
     sizes = drawn(rows, groups, routing, seed)
     ends = np.cumsum(sizes)
-    spans = ends - (ends - sizes) // mosaic_gpu.STEP * mosaic_gpu.STEP  # from where a group's tiles begin
+    spans = ends - (ends - sizes) // rows_of.STEP * rows_of.STEP  # from where a group's tiles begin
     whole = lambda size, tile: -(-size // tile) * tile
-    by_rows = int(mosaic_gpu.tiles(jnp.asarray(sizes), rows)['count'][0]) * mosaic_gpu.ROWS
-    assert by_rows == np.sum(whole(spans, mosaic_gpu.ROWS), where=sizes > 0)
-    summed = int(np.sum(whole(spans, mosaic_gpu.PART), where=sizes > 0))
-    out = lambda size: whole(size, mosaic_gpu.COLUMNS)
+    by_rows = int(rows_of.tiles(jnp.asarray(sizes), rows)['count'][0]) * rows_of.ROWS
+    assert by_rows == np.sum(whole(spans, rows_of.ROWS), where=sizes > 0)
+    summed = int(np.sum(whole(spans, rows_of.PART), where=sizes > 0))
+    out = lambda size: whole(size, rows_of.COLUMNS)
     products = by_rows * width * out(columns), by_rows * columns * out(width), summed * out(width) * out(columns)
     found = [product / (rows * width * columns) for product in products]
     print(*(f'{ratio:.3f}' for ratio in found))
@@ -80,13 +81,13 @@ def test_the_kernels_compute_at_most_15_percent_more_than_the_necessary(shape, r
 )
 def test_every_row_is_in_one_tile_of_its_group(rows, sizes):
     """Those after the last group, too; all tiles begin at steps, and there are no more than the grid allows for."""
-    found = {name: np.asarray(x) for name, x in mosaic_gpu.tiles(jnp.asarray(sizes), rows).items()}
+    found = {name: np.asarray(x) for name, x in rows_of.tiles(jnp.asarray(sizes), rows).items()}
     owner = np.full(rows, -1)
     (count,) = found['count']
-    assert count <= len(found['group']) == mosaic_gpu.most_tiles(rows, len(sizes))
+    assert count <= len(found['group']) == rows_of.most_tiles(rows, len(sizes))
     for group, step, begin, end in zip(*(found[name][:count] for name in ('group', 'step', 'begin', 'end'))):
-        first = step * mosaic_gpu.STEP
-        mine = slice(max(first, begin), min(first + mosaic_gpu.ROWS, end))
+        first = step * rows_of.STEP
+        mine = slice(max(first, begin), min(first + rows_of.ROWS, end))
         assert (owner[mine] == -1).all() and mine.start < mine.stop
         owner[mine] = group
     np.testing.assert_array_equal(owner, np.repeat(np.arange(len(sizes) + 1), [*sizes, rows - sum(sizes)]))
@@ -97,7 +98,7 @@ def test_no_sizes_of_groups_have_more_tiles_than_the_grid_allows_for():
     for groups in (1, 5, 40):
         sizes = [7, *[130] * groups]
         rows = -(-sum(sizes) // 8) * 8
-        assert mosaic_gpu.tiles(jnp.asarray(sizes), rows)['count'][0] <= mosaic_gpu.most_tiles(rows, len(sizes))
+        assert rows_of.tiles(jnp.asarray(sizes), rows)['count'][0] <= rows_of.most_tiles(rows, len(sizes))
 
 
 # ------------------------------------------------------------------------------------------------------ when it runs

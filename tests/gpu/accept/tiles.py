@@ -50,7 +50,6 @@ def products() -> Iterator[Candidate]:
     arrays = grouped.draw(rows, groups, width, columns)
     sizes = jnp.asarray(grouped.sizes(rows, groups, 0.01))
     for changed in ({}, *RAGGED):
-
         settings = ragged.Settings(**changed)
         run = lambda arrays, settings=settings: ragged.grouped_matmul(arrays['x'], arrays['w'], sizes, None, settings)
         yield Candidate(f'grouped_matmul {settings}', run, arrays)

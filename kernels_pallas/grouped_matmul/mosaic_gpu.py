@@ -42,6 +42,7 @@ class Settings:
     """What changes the speed alone."""
 
     slots: int = 4  # parts in flight
+    columns: int = COLUMNS  # of a tile, fewer where there are no more; a multiple of `PART`
     blocks: int = 132  # that share out the tiles of `product`: the multiprocessors of an H100 or H200
 
 
@@ -56,7 +57,7 @@ def unsupported(x: Any, w: Any) -> str | None:
             return f'it takes bfloat16, {name} is {value.dtype.name}'
     if not x.shape[0] or not w.shape[0] or any(not size or size % PART for size in w.shape[1:]):
         return f'it takes rows, and matrices whose sides are multiples of {PART}; x is {x.shape}, w {w.shape}'
-    if max(padded(x.shape[0]) + ROWS, w.shape[0] * (w.shape[1] + COLUMNS)) >= MOST:
+    if max(padded(x.shape[0]) + ROWS, w.shape[0] * w.shape[1] + ROWS) >= MOST:
         return f'indices of 32 bits cannot count the rows of x, {x.shape}, or of w, {w.shape}'
     capability = platform.compute_capability()
     if capability is None:
@@ -127,7 +128,7 @@ def product(x, w, group_sizes, interpret=None, settings=DEFAULTS, turned=False):
     rows, groups = x.shape[0], w.shape[0]
     depth = w.shape[1]
     width = w.shape[1] if turned else w.shape[2]
-    call = _Call(min(COLUMNS, width), settings.slots, x.dtype, interpret)
+    call = _Call(min(settings.columns, width), settings.slots, x.dtype, interpret)
     across, parts = -(-width // call.columns), x.shape[1] // PART
     arrays = {'x': _pad(x), 'w': w.reshape(-1, w.shape[2])}
     arrays |= tiles(group_sizes, padded(rows))
@@ -238,7 +239,7 @@ def matrices(x, dy, group_sizes, interpret=None, settings=DEFAULTS):
       interpret, settings: as in `grouped_matmul`.
     """
     depth, width, groups = x.shape[1], dy.shape[1], group_sizes.shape[0]
-    call = _Call(min(COLUMNS, width), settings.slots, x.dtype, interpret)
+    call = _Call(min(settings.columns, width), settings.slots, x.dtype, interpret)
     down, across = -(-depth // ROWS), -(-width // call.columns)
     sizes = group_sizes.astype(jnp.int32)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)

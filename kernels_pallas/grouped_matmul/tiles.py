@@ -6,7 +6,7 @@ import jax.numpy as jnp
 PART = 64  # rows of a warpgroup's products, and what is summed at a time
 GROUPS = 2  # warpgroups that compute
 ROWS = GROUPS * PART  # of a tile
-COLUMNS = 128  # of a tile, 64 where a matrix has no more
+COLUMNS = 128  # of a tile, 64 where there are no more
 STEP = 8  # tiles of rows begin at multiples of it
 
 

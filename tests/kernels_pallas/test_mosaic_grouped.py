@@ -60,15 +60,19 @@ CASES = [
 ]
 
 
+SETTINGS = [FEW, pytest.param(mosaic_gpu.Settings(3, 192, 3), marks=pytest.mark.slow)]  # the other is for trials
+
+
+@pytest.mark.parametrize('settings', SETTINGS, ids=str)
 @pytest.mark.parametrize('case', CASES, ids=str)
-def test_products_and_gradients_equal_float64(case):
+def test_products_and_gradients_equal_float64(case, settings):
     """Rows after the last group are nan, and count nowhere."""
     sizes, rows, width, columns = case
     x, w, dy = draw(rows, len(sizes), width, columns)
     expected = exact(x, w, dy, sizes)
     rest = (jnp.arange(rows) >= sum(sizes))[:, None]
     poisoned = lambda x: jnp.where(rest, jnp.nan, x).astype(x.dtype)
-    for a, b in zip(interpret(poisoned(x), w, poisoned(dy), sizes), expected):
+    for a, b in zip(interpret(poisoned(x), w, poisoned(dy), sizes, settings), expected):
         close(a, b)
 
 

@@ -20,7 +20,7 @@ from kernels_pallas.selective_scan.mosaic_gpu import tuning
 
 FORWARD = [(16, 2), (32, 1), (32, 4), (64, 2)]  # of the scan: tile, steps written out
 BACKWARD = [(8, 4), (16, 2), (16, 8), (32, 4)]  # tile, steps in registers at once
-RAGGED = [{'slots': 2}, {'slots': 3}, {'slots': 5}, {'blocks': 264}, {'blocks': 1 << 20}]  # the last: a block a tile
+RAGGED = [{'slots': 2}, {'slots': 3}, {'slots': 3, 'columns': 192}, {'slots': 5}, {'blocks': 1 << 20}]  # a block a tile
 FLASH = [(64, 64, 2), (64, 64, 4), (128, 128, 2), (64, 256, 2)]  # queries, keys, stages
 
 

@@ -1,6 +1,7 @@
 """The grouped product for Hopper in Mosaic's interpreter: right against float64, and blind to what is not a group's.
 
-All runs as it is compiled: roles, loops, copies, barriers, products; races are looked for, too.
+All runs as it is compiled: roles, loops, copies, barriers, products. Races with the copy engine are looked for, too;
+what a product reads from shared memory is not among what the interpreter watches.
 """
 
 import jax

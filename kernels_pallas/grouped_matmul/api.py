@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
-from kernels_pallas.grouped_matmul import reference, tokamax, xla
+from kernels_pallas.grouped_matmul import mosaic_gpu, reference, xla
 
 WORDS = {'m': 'rows', 'd': 'width', 'e': 'groups', 'f': 'columns'}
 
@@ -25,9 +25,8 @@ def grouped_matmul(
       group_sizes: `[E]` rows of each group; their sum is at most M, and the rows after it give zeros.
       block: rows of one dense product of ``'blocked'``; at most ``block`` rows a group are wasted. None for what suits
         the platform, the rows a group and their type.
-      implementation: None picks for the platform: ``'tokamax'`` (that library's ragged dot, bfloat16) on NVIDIA GPUs of
-        compute capability 9.x that have verified it, ``'blocked'`` elsewhere. ``'reference'`` is every group on every
-        row.
+      implementation: None picks for the platform: ``'mosaic_gpu'`` (bfloat16) on NVIDIA GPUs of compute capability 9.x
+        that have verified it, ``'blocked'`` elsewhere. ``'reference'`` is every group on every row.
 
     Returns:
       `[M, F]` in x's dtype, accumulated in at least float32.
@@ -43,10 +42,10 @@ def grouped_matmul(
     block = xla.block_rows(rows, w.shape[0], x.dtype) if block is None else min(block, max(rows, 1))
     candidates = (
         Candidate(
-            'tokamax',
-            lambda: tokamax.grouped_matmul(x, w, group_sizes),
-            lambda: tokamax.unsupported(x, w),
-            tokamax.variants,
+            'mosaic_gpu',
+            lambda: mosaic_gpu.grouped_matmul(x, w, group_sizes),
+            lambda: mosaic_gpu.unsupported(x, w),
+            mosaic_gpu.variants,
         ),
         Candidate('blocked', lambda: xla.grouped_matmul(x, w, group_sizes, block)),
         Candidate('reference', lambda: reference.grouped_matmul(x, w, group_sizes), by_name=True),

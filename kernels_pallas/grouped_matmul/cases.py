@@ -1,13 +1,14 @@
 """What the GPU kernels of the grouped product are verified and timed by; the oracle is every matrix on every row."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.cases import Arrays, Case, Outputs, Timed
-from kernels_pallas.grouped_matmul import api, reference, tokamax
+from kernels_pallas.grouped_matmul import api, mosaic_gpu, reference
 
 BF16 = jnp.bfloat16
 
@@ -28,15 +29,19 @@ def sizes(rows: int, groups: int, spread: float, empty: int = 0) -> np.ndarray:
     return found
 
 
-def run(group_sizes: np.ndarray, form: str, arrays: Arrays) -> Outputs:
-    """The same call by tokamax, in blocks, or every matrix on every row."""
+def run(group_sizes: np.ndarray, form: str, arrays: Arrays, interpret: Any = None) -> Outputs:
+    """The same call by our kernels, in blocks, or every matrix on every row."""
     given = arrays['x'], arrays['w'], jnp.asarray(group_sizes)
+    if form == 'mosaic_gpu':
+        return (mosaic_gpu.grouped_matmul(*given, interpret),)
     if form == 'blocked':
         return (api.grouped_matmul(*given, implementation='blocked'),)
-    return ((tokamax.grouped_matmul if form == 'tokamax' else reference.grouped_matmul)(*given),)
+    return (reference.grouped_matmul(*given),)
 
 
-def case(rows: int, groups: int, width: int, columns: int, spread: float = 0.5, empty: int = 0) -> Case:
+def case(
+    rows: int, groups: int, width: int, columns: int, spread: float = 0.5, empty: int = 0, small: bool = False
+) -> Case:
     """Groups of random sizes."""
     call = functools.partial(run, sizes(rows, groups, spread, empty))
     name = f'{rows} rows of {width} to {columns}, {groups} groups, spread {spread:g}' + (
@@ -45,10 +50,10 @@ def case(rows: int, groups: int, width: int, columns: int, spread: float = 0.5, 
     drawn = functools.partial(draw, rows, groups, width, columns)
 
     def refusal() -> str | None:
-        return tokamax.unsupported(**jax.eval_shape(drawn))
+        return mosaic_gpu.unsupported(**jax.eval_shape(drawn))
 
-    kernel = lambda arrays, interpret: call('tokamax', arrays)  # the library's kernels cannot be interpreted
-    return Case('bfloat16', name, drawn, kernel, functools.partial(call, 'reference'), refusal)
+    kernel = functools.partial(call, 'mosaic_gpu')
+    return Case('bfloat16', name, drawn, kernel, functools.partial(call, 'reference'), refusal, small)
 
 
 CASES = [
@@ -56,7 +61,7 @@ CASES = [
     case(1000, 5, 192, 64, empty=2),
     case(4096, 8, 768, 832),
     case(4096, 64, 256, 320, spread=3.0),
-    case(3, 2, 64, 64),
+    case(3, 2, 64, 64, small=True),
     case(777, 1, 256, 128),
     case(2048, 16, 1024, 512, spread=20.0, empty=1),
 ]
@@ -69,7 +74,7 @@ def timed(rows: int, groups: int, width: int, columns: int) -> Timed:
     moved = 2 * (rows * (width + columns) + groups * width * columns)
     name = f'M{rows} E{groups} {width}x{columns} bfloat16'
     drawn = functools.partial(draw, rows, groups, width, columns)
-    return Timed('bfloat16', name, drawn, first('tokamax'), first('blocked'), moved, 3 * moved)
+    return Timed('bfloat16', name, drawn, first('mosaic_gpu'), first('blocked'), moved, 3 * moved)
 
 
-TIMED = [timed(65536, 8, 768, 832), timed(65536, 64, 1024, 1024)]
+TIMED = [timed(65536, 8, 768, 832), timed(65536, 64, 1024, 1024), timed(32768, 16, 2048, 5184)]

@@ -35,7 +35,7 @@ def test_every_kind_of_stage_passes_on_the_cpu(tmp_path, only):
     kinds = {stage['name'].split(':')[0] for stage in found}
     assert kinds == (set(only) or set(stages._STAGES) - {'times', 'tiles'})  # which the CPU cannot run
     interpreted = {part.kernel for part in verify.parts(cards.kernels()) if verify.chosen(part, small=True)}
-    assert interpreted == set(cards.kernels()) - {'attention', 'grouped_matmul'}  # which are a library's
+    assert interpreted == set(cards.kernels()) - {'attention'}  # which is a library's
     assert {stage['name'].split(':')[1] for stage in found if stage['name'].startswith('kernel')} == interpreted
     assert not list((tmp_path / 'cards').glob('*.json')), 'the interpreter is no GPU'
     assert re.search(r'\d+ passed; all figures are in .*results.json', done.stdout)

@@ -13,8 +13,8 @@ import pytest
 from kernels_pallas import cards, cases, dispatch, platform, verify
 from kernels_pallas.cards import Card
 
-OURS = ['adaptive_gain', 'causal_conv1d', 'selective_scan']
-ADAPTED = ['attention', 'grouped_matmul']  # to a library's kernels
+OURS = ['adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'selective_scan']
+ADAPTED = ['attention']  # to a library's kernels
 KERNELS = sorted(OURS + ADAPTED)
 
 
@@ -71,7 +71,12 @@ def test_the_kernels_and_what_they_are_built_from():
     assert {'attention/tokamax.py', 'attention/mosaic_gpu.py', 'mosaic.py'} <= names['attention']
     cudnn = {path.relative_to(cards.PACKAGE).as_posix() for path in cards.sources('attention', 'cudnn_wide')}
     assert cudnn == {'attention/cudnn.py', 'platform.py'} and 'attention/cudnn.py' not in names['attention']
-    assert len(names['grouped_matmul']) == 3
+    assert names['grouped_matmul'] == {
+        'mosaic.py',
+        'platform.py',
+        'grouped_matmul/mosaic_gpu.py',
+        'grouped_matmul/tiles.py',
+    }
     assert {'selective_scan/mosaic_gpu/backward.py', 'affine.py'} <= names['selective_scan']
     assert names['causal_conv1d'] == {'mosaic.py', 'platform.py', 'causal_conv1d/mosaic_gpu.py'}
     assert 'adaptive_gain/reference.py' in names['adaptive_gain']  # EPS

@@ -20,6 +20,7 @@ from kernels_pallas import mosaic
 from kernels_pallas.adaptive_gain import diagonal_mosaic_gpu as diagonal
 from kernels_pallas.adaptive_gain import mosaic_gpu as gain
 from kernels_pallas.causal_conv1d import mosaic_gpu as conv
+from kernels_pallas.grouped_matmul import mosaic_gpu as grouped
 from kernels_pallas.mosaic import Copy, CopyError, Index, Span
 from kernels_pallas.selective_scan import mosaic_gpu as scan
 
@@ -158,6 +159,28 @@ def conv_gradient(batch, length, channels, dtype, lags, past=False, bias=True):
 )  # fmt: skip
 def test_causal_conv1d(batch, length, channels, dtype, lags, past, bias):
     obeys(traced(*conv_gradient(batch, length, channels, dtype, lags, past, bias)))
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=LENGTHS, groups=st.integers(1, 70), width=st.integers(1, 41), columns=st.integers(1, 41),
+    tile=st.sampled_from([64, 128, 192]),
+)  # fmt: skip
+def test_grouped_matmul(rows, groups, width, columns, tile):
+    """Product and gradients. Rows for tensor cores come in pieces of 8, of which a copy takes whole ones."""
+    width, columns = 64 * width, 64 * columns
+    arrays = shape((rows, width), jnp.bfloat16), shape((groups, width, columns), jnp.bfloat16)
+
+    def run(x, w, group_sizes):
+        call = lambda x, w: grouped.grouped_matmul(x, w, group_sizes, None, grouped.Settings(columns=tile))
+        y, pull = jax.vjp(call, x, w)
+        return pull(y)
+
+    copies = traced(run, *arrays, shape((groups,), jnp.int32))
+    obeys(copies)
+    whole = [copy for copy in copies if not copy.store or copy.box[0] == 64]
+    assert {copy.store for copy in whole} == {False, True}
+    assert all(copy.box[0] % 8 == 0 and copy.multiples[0] % 8 == 0 for copy in whole)
 
 
 @settings(deadline=None)

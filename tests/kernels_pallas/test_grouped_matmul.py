@@ -1,12 +1,15 @@
-"""How much more than the necessary the grouped product computes, and the blocks that decide it."""
+"""How much more than the necessary the grouped product computes, the tiles that decide it, and when which form runs."""
 
+import types
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import platform
-from kernels_pallas.grouped_matmul import tokamax as ragged
-from kernels_pallas.grouped_matmul import xla
+from kernels_pallas import cards, dispatch, platform
+from kernels_pallas.grouped_matmul import cases, grouped_matmul, mosaic_gpu, xla
+from kernels_pallas.grouped_matmul import tiles as rows_of
 
 SHAPES = [(65536, 8, 768, 832), (32768, 16, 2048, 5184)]  # rows, groups, width, columns
 ROUTINGS = ['even', 'nearly even', 'skewed', 'one expert', 'a row too many']
@@ -53,35 +56,96 @@ def test_the_portable_form_computes_little_more_than_the_necessary(shape, routin
             assert rows <= int(plan.used) * block <= most * rows, (on, block)
 
 
-def tiles_of(sizes):
-    """How many tiles of rows a product by the library has: a group's first begins at a multiple of 8 rows."""
-    ends = np.cumsum(sizes)
-    starts = (ends - sizes) // 8 * 8
-    return int(np.where(sizes > 0, -(-(ends - starts) // ragged.BLOCKS['block_m']), 0).sum())
-
-
 @pytest.mark.parametrize('seed', range(2))
 @pytest.mark.parametrize('routing', ROUTINGS)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_the_library_computes_at_most_15_percent_more_than_the_necessary(shape, routing, seed):
-    """Forward, and both gradients: each group's tiles of rows, and whole blocks of what is summed."""
+def test_the_kernels_compute_at_most_15_percent_more_than_the_necessary(shape, routing, seed):
+    """Forward, and both gradients: tiles of rows of each group, whole tiles of columns, whole parts of a sum."""
     rows, groups, width, columns = shape
     sizes = drawn(rows, groups, routing, seed)
-    block = ragged.BLOCKS['block_k']
-    whole = lambda size: -(-size // block) * block
     ends = np.cumsum(sizes)
-    summed = np.sum(whole(ends) - (ends - sizes) // block * block, where=sizes > 0)
-    by_rows = tiles_of(sizes) * ragged.BLOCKS['block_m']
-    products = by_rows * whole(width) * columns, by_rows * whole(columns) * width, summed * width * columns
-    assert all(1 <= found / (rows * width * columns) <= 1.15 for found in map(int, products))
+    spans = ends - (ends - sizes) // rows_of.STEP * rows_of.STEP  # from where a group's tiles begin
+    whole = lambda size, tile: -(-size // tile) * tile
+    by_rows = int(rows_of.tiles(jnp.asarray(sizes), rows)['count'][0]) * rows_of.ROWS
+    assert by_rows == np.sum(whole(spans, rows_of.ROWS), where=sizes > 0)
+    summed = int(np.sum(whole(spans, rows_of.PART), where=sizes > 0))
+    out = lambda size: whole(size, rows_of.COLUMNS)
+    products = by_rows * width * out(columns), by_rows * columns * out(width), summed * out(width) * out(columns)
+    found = [product / (rows * width * columns) for product in products]
+    print(*(f'{ratio:.3f}' for ratio in found))
+    assert all(1 <= ratio <= 1.15 for ratio in found)
 
 
-def test_the_tiles_of_rows_are_those_that_the_library_makes():
-    pytest.importorskip('tokamax', reason='tokamax, of the extra "gpu", is not installed')
-    from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_common as common
+@pytest.mark.parametrize(
+    'rows, sizes', [(128, [128]), (152, [0, 0]), (256, [1, 0, 8, 247]), (1000, [7] * 100), (4096, [5, 4000, 0, 91])]
+)
+def test_every_row_is_in_one_tile_of_its_group(rows, sizes):
+    """Those after the last group, too; all tiles begin at steps, and there are no more than the grid allows for."""
+    found = {name: np.asarray(x) for name, x in rows_of.tiles(jnp.asarray(sizes), rows).items()}
+    owner = np.full(rows, -1)
+    (count,) = found['count']
+    assert count <= len(found['group']) == rows_of.most_tiles(rows, len(sizes))
+    for group, step, begin, end in zip(*(found[name][:count] for name in ('group', 'step', 'begin', 'end'))):
+        first = step * rows_of.STEP
+        mine = slice(max(first, begin), min(first + rows_of.ROWS, end))
+        assert (owner[mine] == -1).all() and mine.start < mine.stop
+        owner[mine] = group
+    np.testing.assert_array_equal(owner, np.repeat(np.arange(len(sizes) + 1), [*sizes, rows - sum(sizes)]))
 
-    for routing in ROUTINGS:
-        for rows, groups, *_ in SHAPES:
-            sizes, tile = drawn(rows, groups, routing, 0), ragged.BLOCKS['block_m']
-            made = common.GroupInfo.create_aligned(jnp.asarray(sizes, jnp.int32), tile, rows // tile + groups - 1)
-            assert int((made.actual_size > 0).sum()) == tiles_of(sizes)
+
+def test_no_sizes_of_groups_have_more_tiles_than_the_grid_allows_for():
+    """Groups of a row more than whole tiles, behind one of a row less than a step."""
+    for groups in (1, 5, 40):
+        sizes = [7, *[130] * groups]
+        rows = -(-sum(sizes) // 8) * 8
+        assert rows_of.tiles(jnp.asarray(sizes), rows)['count'][0] <= rows_of.most_tiles(rows, len(sizes))
+
+
+# ------------------------------------------------------------------------------------------------------ when it runs
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """An H100, without any card."""
+    monkeypatch.setattr(platform, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(platform, 'compute_capability', lambda: (9, 0))
+    monkeypatch.setattr(platform, 'device', lambda: types.SimpleNamespace(device_kind='NVIDIA H100'))
+    monkeypatch.delenv(cards.TRUST, raising=False)
+    monkeypatch.setenv(cards.FOLDER, str(tmp_path))
+    monkeypatch.setattr(cards, 'shipped', lambda kernel: [])
+    dispatch.warn_once.cache_clear()
+    cards.forget()
+    yield
+    cards.forget()
+
+
+def test_refusals(hopper, monkeypatch):
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    refused = lambda x, w: mosaic_gpu.unsupported(shape(*x), shape(*w))
+    assert refused((5, 64), (3, 64, 192)) is None and refused((2**20, 2048), (64, 2048, 2**15)) is None
+    assert mosaic_gpu.unsupported(shape(5, 64), shape(3, 64, 192, dtype=jnp.float32)) == (
+        'it takes bfloat16, w is float32'
+    )
+    for x, w in (((5, 32), (3, 32, 64)), ((5, 64), (3, 64, 100)), ((0, 64), (3, 64, 64)), ((5, 64), (0, 64, 64))):
+        assert 'multiples of 64' in refused(x, w)
+    for x, w in (((2**31 - 64, 64), (1, 64, 64)), ((8, 2**16), (2**15, 2**16, 64))):
+        assert 'indices of 32 bits cannot count' in refused(x, w)
+    for case in cases.CASES:
+        assert case.refusal() is None, case.name
+    monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))
+    assert 'capability 9.x, this one has 8.0' in refused((5, 64), (3, 64, 192))
+    monkeypatch.setattr(platform, 'compute_capability', lambda: None)
+    assert refused((5, 64), (3, 64, 192)) == 'it needs an NVIDIA GPU'
+
+
+def test_it_runs_by_its_card(hopper, monkeypatch):
+    ran = []
+    monkeypatch.setattr(mosaic_gpu, 'grouped_matmul', lambda *a: ran.append(a) or a[0])
+    arguments = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.bfloat16), jnp.asarray([3, 5])
+    with pytest.warns(UserWarning, match="'blocked' in place of 'mosaic_gpu'"):
+        grouped_matmul(*arguments)
+    assert not ran
+    facts = cards.VERIFIED, 'NVIDIA H100', '9.0', '580.1', jax.__version__, '', '2026-11-26'
+    card = cards.Card('grouped_matmul', 'bfloat16', *facts, cards.source_hash('grouped_matmul'), 'test')
+    monkeypatch.setattr(cards, 'shipped', lambda kernel: [card])
+    cards.forget()
+    grouped_matmul(*arguments)
+    assert len(ran) == 1

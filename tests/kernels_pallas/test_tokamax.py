@@ -19,10 +19,6 @@ from kernels_pallas import cards, cases, dispatch, platform, tokamax
 from kernels_pallas.attention import attention, cudnn, reference
 from kernels_pallas.attention import cases as attention_cases
 from kernels_pallas.attention import tokamax as flash
-from kernels_pallas.grouped_matmul import cases as grouped_cases
-from kernels_pallas.grouped_matmul import grouped_matmul
-from kernels_pallas.grouped_matmul import reference as grouped_reference
-from kernels_pallas.grouped_matmul import tokamax as ragged
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -43,32 +39,9 @@ def by_first_key(q, k, v, start, scale):
     return jnp.einsum('bhts,bshd->bthd', jax.nn.softmax(scores, -1), v)
 
 
-@jax.custom_vjp
-def of_whole_groups(x, w, group_sizes):
-    """A product of sorted rows, which says nothing of rows after the last group."""
-    assert x.shape[0] % ragged.TILE == 0 and group_sizes.dtype == jnp.int32
-    real = (jnp.arange(x.shape[0]) < group_sizes.sum())[:, None]
-    return jnp.where(real, grouped_reference.grouped_matmul(x, w, group_sizes), jnp.nan)
-
-
-def _forward(x, w, group_sizes):
-    return of_whole_groups(x, w, group_sizes), (x, w, group_sizes)
-
-
-def _backward(residuals, dy):
-    x, w, group_sizes = residuals
-    real = (jnp.arange(x.shape[0]) < group_sizes.sum())[:, None]
-    dx, dw = jax.vjp(lambda x, w: grouped_reference.grouped_matmul(x, w, group_sizes), x, w)[1](dy)
-    return jnp.where(real, dx, jnp.nan), dw, None
-
-
-of_whole_groups.defvjp(_forward, _backward)
-
-
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(flash, '_flash', by_first_key)
-    monkeypatch.setattr(ragged, '_ragged_dot', of_whole_groups)
 
 
 def equal(actual, expected, arrays):
@@ -106,21 +79,9 @@ def test_the_first_key_of_each_query():
     np.testing.assert_array_equal(flash.first_keys(ids), expected)
 
 
-@pytest.mark.parametrize('rows, sizes', [(1, [1, 0]), (64, [30, 34]), (100, [0, 40, 7, 0]), (100, [0, 0, 0])], ids=str)
-def test_grouped_product_equals_every_matrix_on_every_row(stand_in, rows, sizes):
-    """Rows after the last group are zeros, and so are their gradients."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(rows)
-        x, w = jnp.asarray(rng.normal(size=(rows, 64))), jnp.asarray(rng.normal(size=(len(sizes), 64, 128)))
-        group_sizes = jnp.asarray(sizes)
-        adapted = lambda x, w: ragged.grouped_matmul(x, w, group_sizes)
-        equal(adapted, lambda x, w: grouped_reference.grouped_matmul(x, w, group_sizes), (x, w))
-
-
 SMALL = [
     case
-    for module in (attention_cases, grouped_cases)
-    for case in module.CASES
+    for case in attention_cases.CASES
     if sum(x.size for x in jax.eval_shape(case.draw).values()) < 2_000_000 and not case.variant.startswith('cudnn')
 ]
 
@@ -130,15 +91,12 @@ def test_the_librarys_own_xla_form_takes_the_same_masks(case, monkeypatch):
     """Every verification case that a CPU can run, against float64 within the tolerance of the cards."""
     pytest.importorskip('tokamax', reason='tokamax, of the extra "gpu", is not installed')
     from tokamax._src.ops.attention import api, base
-    from tokamax._src.ops.ragged_dot import api as ragged_api
 
     def by_xla(q, k, v, start, scale):
         mask = base.Mask(is_causal=True, k_start=None if start is None else start[:, None, :])
         return api.IMPLEMENTATIONS['xla'](q, k, v, mask=mask, logits_scale=scale)
 
     monkeypatch.setattr(flash, '_flash', by_xla)
-    product = lambda x, w, group_sizes: ragged_api.IMPLEMENTATIONS['xla'](x, w, group_sizes=group_sizes)
-    monkeypatch.setattr(ragged, '_ragged_dot', product)
     cases.check(case)
 
 
@@ -209,20 +167,9 @@ def test_refusals_of_attention(hopper, monkeypatch):
     assert refused() == 'it needs an NVIDIA GPU'
 
 
-def test_refusals_of_the_grouped_product(hopper):
-    assert ragged.unsupported(shape(5, 64), shape(3, 64, 192)) is None
-    assert 'w is float32' in ragged.unsupported(shape(5, 64), shape(3, 64, 192, dtype=jnp.float32))
-    for x, w in (((5, 32), (3, 32, 64)), ((5, 64), (3, 64, 100)), ((0, 64), (3, 64, 64)), ((5, 64), (0, 64, 64))):
-        assert 'multiples of 64' in ragged.unsupported(shape(*x), shape(*w))
-    too_many = (2**20, 2048, 64), (64, 2**16, 2**15), (2**20, 64, 2048), (2**15 - 1, 64, 2**16)  # M, D and F
-    for name, (rows, width, columns) in zip(('x', 'w', 'the product', 'the product'), too_many):
-        found = ragged.unsupported(shape(rows, width), shape(1, width, columns))
-        assert found == f'{name} has {2**31} numbers, which indices of 32 bits cannot count'
-
-
 def test_no_case_is_refused_where_it_is_to_run(hopper, monkeypatch):
     monkeypatch.setattr(cudnn, '_missing', lambda: None)
-    for case in (*attention_cases.CASES, *grouped_cases.CASES):
+    for case in attention_cases.CASES:
         assert case.refusal() is None, case.name
         arrays = jax.eval_shape(case.draw)
         assert jax.eval_shape(case.oracle, arrays)[0].dtype == jnp.bfloat16
@@ -286,18 +233,6 @@ def test_only_what_a_card_covers_runs_unasked(hopper, stand_in, monkeypatch):
     assert len(ran) == 2
 
 
-def test_the_grouped_product_runs_by_its_card(hopper, stand_in, monkeypatch):
-    ran = []
-    monkeypatch.setattr(ragged, 'grouped_matmul', lambda *a: ran.append(a) or a[0])
-    arguments = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.bfloat16), jnp.asarray([3, 5])
-    with pytest.warns(UserWarning, match="'blocked' in place of 'tokamax'"):
-        grouped_matmul(*arguments)
-    monkeypatch.setattr(cards, 'shipped', lambda kernel: [card(kernel, 'bfloat16')])
-    cards.forget()
-    grouped_matmul(*arguments)
-    assert len(ran) == 1
-
-
 def test_a_card_covers_one_version(tmp_path, monkeypatch):
     """The version is a line of code, and so in the hash."""
     import shutil
@@ -312,11 +247,11 @@ def test_a_card_covers_one_version(tmp_path, monkeypatch):
     changed = {kernel for kernel, found in before.items() if cards.source_hash(kernel) != found}
     monkeypatch.undo()
     cards.forget()
-    assert changed == {'attention', 'grouped_matmul'}
+    assert changed == {'attention'}
 
 
 def test_every_variant_has_its_cases():
     found = {case.variant for case in attention_cases.CASES if not case.variant.startswith('cudnn')}
     assert found == {f'{kind}{width}' for kind in ('causal', 'packed') for width in flash.WIDTHS}
-    for case in (*attention_cases.CASES, *grouped_cases.CASES):
+    for case in attention_cases.CASES:
         assert not case.small and 'NVIDIA' in case.refusal()

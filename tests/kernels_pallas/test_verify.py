@@ -14,7 +14,7 @@ from kernels_pallas.cases import Case
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICE = {'device': 'NVIDIA H200', 'compute_capability': '9.0', 'driver': '580.1'}
-LIBRARY = {'attention', 'grouped_matmul'}  # kernels that an adapter takes from a library
+LIBRARY = {'attention'}  # kernels that an adapter takes from a library
 PART = verify.Part('adaptive_gain', 'width32')
 
 
@@ -62,7 +62,7 @@ def test_what_is_for_no_gpu_of_this_kind_is_not_run(monkeypatch):
     )  # where they are not installed
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))
     refusing = {part.kernel for part in verify.parts(cards.kernels()) if verify.refusal(part)}
-    assert refusing == {'adaptive_gain', 'causal_conv1d'} | LIBRARY
+    assert refusing == {'adaptive_gain', 'causal_conv1d', 'grouped_matmul'} | LIBRARY
     assert 'it needs compute capability 9.0 or newer' in verify.refusal(PART)
 
 

@@ -143,7 +143,7 @@ def test_bad_shapes_and_names_are_refused():
         product(x, w[:, :3], sizes)
     with pytest.raises(ValueError, match=r'^grouped_matmul: group_sizes has shape \(1,\), expected \(2,\)$'):
         product(x, w, sizes[:1])
-    with pytest.raises(ValueError, match='available here: tokamax, blocked, reference'):
+    with pytest.raises(ValueError, match='available here: mosaic_gpu, blocked, reference'):
         product(x, w, sizes, implementation='fast')
 
 

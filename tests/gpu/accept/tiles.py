@@ -13,14 +13,14 @@ from kernels_pallas import cases, platform
 from kernels_pallas.attention import cases as attention
 from kernels_pallas.attention import tokamax as flash
 from kernels_pallas.grouped_matmul import cases as grouped
-from kernels_pallas.grouped_matmul import tokamax as ragged
+from kernels_pallas.grouped_matmul import mosaic_gpu as ragged
 from kernels_pallas.selective_scan import mosaic_gpu
 from kernels_pallas.selective_scan.cases import draw
 from kernels_pallas.selective_scan.mosaic_gpu import tuning
 
 FORWARD = [(16, 2), (32, 1), (32, 4), (64, 2)]  # of the scan: tile, steps written out
 BACKWARD = [(8, 4), (16, 2), (16, 8), (32, 4)]  # tile, steps in registers at once
-RAGGED = [(128, 64, 2), (64, 64, 4), (128, 64, 4), (128, 128, 2)]  # rows, of what is summed at once, stages
+RAGGED = [{'slots': 2}, {'slots': 3}, {'slots': 3, 'columns': 192}, {'slots': 5}, {'blocks': 1 << 20}]  # a block a tile
 FLASH = [(64, 64, 2), (64, 64, 4), (128, 128, 2), (64, 256, 2)]  # queries, keys, stages
 
 
@@ -49,13 +49,10 @@ def products() -> Iterator[Candidate]:
     rows, groups, width, columns = 65536, 8, 768, 832
     arrays = grouped.draw(rows, groups, width, columns)
     sizes = jnp.asarray(grouped.sizes(rows, groups, 0.01))
-    for changed in ({}, *({'block_m': m, 'block_k': k, 'num_stages': n} for m, k, n in RAGGED), {'persistent': True}):
-
-        def run(arrays, changed=changed):
-            with mock.patch.dict(ragged.BLOCKS, changed):
-                return ragged.grouped_matmul(arrays['x'], arrays['w'], sizes)
-
-        yield Candidate(f'grouped_matmul {ragged.BLOCKS | changed}', run, arrays)
+    for changed in ({}, *RAGGED):
+        settings = ragged.Settings(**changed)
+        run = lambda arrays, settings=settings: ragged.grouped_matmul(arrays['x'], arrays['w'], sizes, None, settings)
+        yield Candidate(f'grouped_matmul {settings}', run, arrays)
 
 
 def attentions() -> Iterator[Candidate]:

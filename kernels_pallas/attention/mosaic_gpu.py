@@ -5,8 +5,8 @@ With `P = exp(S - logsumexp)` of a tile computed anew and `delta = sum(dO * O)`,
 * dq: `dS = P * (dO V^T - delta)`, `dQ += dS K`. A block of queries goes through the keys from its first query's first
   key to its own end.
 * dk and dv: the same tile lying down, keys by queries, so that weights and dS leave the registers for no product:
-  `dV += P^T dO`, `dK += dS^T Q`. A block of keys goes through the queries from its own to the last that sees its last
-  key, of all query heads that share its head, whose sum stays in registers.
+  `dV += P^T dO`, `dK += dS^T Q`. A block of keys goes through the queries from the last that sees its last key to its
+  own, of all query heads that share its head one after the other, whose sum stays in registers.
 
 Seven products a tile in place of five, but every sum has one owner: no atomics, and the same bits every time. The
 method is FlashAttention's (Dao et al., 2022; Dao, 2023). Documents are given by the first key of each query, which
@@ -36,7 +36,7 @@ from kernels_pallas.mosaic import Index, Span
 TILE = 64  # rows of a warpgroup's products, and what they meet at a time
 GROUPS = 2  # warpgroups that compute
 BLOCK = GROUPS * TILE  # lengths are multiples of it
-SLOTS = 2  # tiles in flight
+SLOTS = 3  # tiles in flight
 WIDTHS = (64, 128)
 LOG2E = math.log2(math.e)
 COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24
@@ -69,6 +69,24 @@ def visited(start: np.ndarray, block: int = BLOCK, tile: int = TILE) -> tuple[in
     queries = (firsts + block) // tile - start[:, firsts] // tile
     keys = -(-end[:, firsts + block - 1] // tile) - firsts // tile
     return int(queries.sum()), int(keys.sum())
+
+
+def order(end: jax.Array | None, batch: int, length: int, kv_heads: int) -> jax.Array:
+    """The blocks of keys [batch * kv_heads * length / BLOCK, 3] as they begin: row, head, block; the longest first.
+
+    They come by the number of their tiles, in classes of a power of two. Within a class they stay as they lie, so that
+    blocks that run at a time are neighbours, which read the same queries.
+
+    Args:
+      end: int32 [batch, length] or flat, of `last_queries`; None for the length.
+      batch, length, kv_heads: of the keys.
+    """
+    blocks = length // BLOCK
+    last = jnp.full((batch, blocks), length) if end is None else end.reshape(batch, blocks, BLOCK)[..., -1]
+    tiles = -(-last // TILE) - jnp.arange(blocks) * GROUPS
+    classes = jnp.broadcast_to(lax.clz(tiles.astype(jnp.int32))[:, None], (batch, kv_heads, blocks))
+    places = jnp.argsort(classes.reshape(-1), stable=True)
+    return jnp.stack(jnp.unravel_index(places, classes.shape), axis=1).astype(jnp.int32)
 
 
 # ------------------------------------------------------------------------------------------------------------ the call
@@ -128,13 +146,13 @@ def _queries(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
         first = 0
         if call.packed:
             first = lax.div(ref.start[row + block * BLOCK], TILE)
-        count = (block + 1) * GROUPS - first
+        count, way = (block + 1) * GROUPS - first, (first, lambda tile: tile + 1)
         own_head = Span(Index(head) * call.width, call.width)
         key_head = Span(Index(lax.div(head, call.shared)) * call.width, call.width)
         rows = lambda tile: Span(Index(batch) * call.length + Index(tile) * TILE, TILE)
 
-        def fetch(turn, slot):
-            keys = rows(first + turn), key_head
+        def fetch(tile, slot):
+            keys = rows(tile), key_head
             mosaic.fetch([(ref.k, keys, ref.k_), (ref.v, keys, ref.v_)], slot, ref.arrived)
 
         def compute(group):
@@ -148,8 +166,8 @@ def _queries(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
             latest = ref.start[row + tile * TILE + TILE - 1] if call.packed else 0
             plgpu.barrier_wait(ref.own.at[group])
 
-            def turn(slot, n, dq):
-                keys = (first + n) * TILE
+            def turn(slot, place, dq):
+                keys = place * TILE
 
                 def products(scores, dp):
                     plgpu.wgmma(scores, ref.q_.at[group], ref.k_.at[slot].T)
@@ -173,7 +191,7 @@ def _queries(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
                 plgpu.wgmma_wait(0)
 
             def whole(dq):
-                _consume(ref, count, lambda slot, n: turn(slot, n, dq))
+                _consume(ref, count, way, lambda slot, place: turn(slot, place, dq))
                 return dq[...]
 
             dq = pl.run_scoped(whole, plgpu.ACC((TILE, call.width), jnp.float32))
@@ -183,7 +201,7 @@ def _queries(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
             mosaic.send(ref.q_, ref.dq, own, group)
             plgpu.wait_smem_to_gmem(0)
 
-        _roles(compute, functools.partial(_produce, ref, count, fetch))
+        _roles(compute, functools.partial(_produce, ref, count, way, fetch))
 
     own, fetched = ('q', 'dout'), {'k': True, 'v': True}
     grid = {'batch': call.batch, 'heads': call.heads, 'blocks': call.length // BLOCK}
@@ -192,19 +210,24 @@ def _queries(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
 
 def _keys(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
     """The gradients of k and v, flat."""
+    grid = {'blocks': call.batch * call.kv_heads * call.length // BLOCK}
+    arrays = {**arrays, 'order': order(arrays.get('end'), call.batch, call.length, call.kv_heads).reshape(-1)}
 
     def body(ref):
-        batch, head, block = lax.axis_index('batch'), lax.axis_index('heads'), lax.axis_index('blocks')
+        batch, head, block = (ref.order[3 * lax.axis_index('blocks') + i] for i in range(3))
         row = batch * call.length
         first, stop = block * GROUPS, call.length // TILE
         if call.packed:
             stop = lax.div(ref.end[row + block * BLOCK + BLOCK - 1] + (TILE - 1), TILE)
         count = (stop - first) * call.shared
         rows = lambda tile: Span(Index(batch) * call.length + Index(tile) * TILE, TILE)
-        query_tile = lambda n: first + lax.div(n, call.shared)
 
-        def fetch(n, slot):
-            tile, query_head = query_tile(n), head * call.shared + lax.rem(n, call.shared)
+        # Head by head, each from the last tile to the first: so blocks side by side read the same tiles at a time.
+        following = lambda at: (jnp.where(at[0] == first, stop, at[0]) - 1, at[1] + (at[0] == first).astype(jnp.int32))
+        way = (jnp.int32(stop - 1), jnp.int32(0)), following
+
+        def fetch(place, slot):
+            tile, query_head = place[0], head * call.shared + place[1]
             queries = rows(tile), Span(Index(query_head) * call.width, call.width)
             one = Span(Index(batch * call.heads + query_head) * call.length + Index(tile) * TILE, TILE)
             copies = [(getattr(ref, name), queries, getattr(ref, f'{name}_')) for name in ('q', 'dout')]
@@ -219,13 +242,17 @@ def _keys(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
             earliest = ref.end[row + tile * TILE] if call.packed else call.length
             plgpu.barrier_wait(ref.own.at[group])
 
-            def turn(slot, n, dk, dv):
-                queries = query_tile(n) * TILE
+            def turn(slot, place, dk, dv):
+                queries = place[0] * TILE
+                # The group, but the compiler cannot know it: it would keep the addresses of every product of keys and
+                # values from turn to turn, for which neither the uniform registers suffice nor the others.
+                own_place = group + lax.shift_right_arithmetic(place[0], 24)
 
-                def compute_weights(scores):
-                    plgpu.wgmma(scores, ref.k_.at[group], ref.q_.at[slot].T)
+                def products(scores, dp):
+                    plgpu.wgmma(scores, ref.k_.at[own_place], ref.q_.at[slot].T)
+                    plgpu.wgmma(dp, ref.v_.at[own_place], ref.dout_.at[slot].T)
                     logsumexp = mosaic.load(ref.logsumexp_.at[slot], BY_COLUMN)
-                    weights = _weights(call, plgpu.wgmma_accumulator_load(scores), _spread(logsumexp, 1))
+                    weights = _weights(call, plgpu.wgmma_accumulator_load(scores, wait_n=1), _spread(logsumexp, 1))
 
                     def masked():
                         # Offsets a row: to add them to the columns' numbers would take as many registers more.
@@ -236,26 +263,21 @@ def _keys(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
                         return jnp.where(seen, weights, 0.0)
 
                     some = (queries < tile * TILE + TILE) | (queries + TILE > earliest)
-                    return lax.cond(some, masked, lambda: weights)
-
-                weights = pl.run_scoped(compute_weights, plgpu.ACC((TILE, TILE), jnp.float32))
-
-                def compute_d_scores(dp):
-                    plgpu.wgmma(dp, ref.v_.at[group], ref.dout_.at[slot].T)
-                    _multiply(ref, group, dv, weights.astype(call.dtype), ref.dout_.at[slot])
+                    weights = lax.cond(some, masked, lambda: weights)
                     delta = mosaic.load(ref.delta_.at[slot], BY_COLUMN)
-                    return weights * (plgpu.wgmma_accumulator_load(dp, wait_n=1) - _spread(delta, 1))
+                    d_scores = weights * (plgpu.wgmma_accumulator_load(dp) - _spread(delta, 1))
+                    return weights.astype(call.dtype), d_scores.astype(call.dtype)
 
-                d_scores = pl.run_scoped(compute_d_scores, plgpu.ACC((TILE, TILE), jnp.float32))
-                _multiply(ref, group, dk, d_scores.astype(call.dtype), ref.q_.at[slot])
+                weights, d_scores = pl.run_scoped(products, *(plgpu.ACC((TILE, TILE), jnp.float32),) * 2)
+                _multiply(ref, group, dv, weights, ref.dout_.at[slot])
+                _multiply(ref, group, dk, d_scores, ref.q_.at[slot])
                 plgpu.wgmma_wait(0)
 
             def whole(dk, dv):
-                _consume(ref, count, lambda slot, n: turn(slot, n, dk, dv))
+                _consume(ref, count, way, lambda slot, place: turn(slot, place, dk, dv))
                 return dk[...], dv[...]
 
-            sums = (plgpu.ACC((TILE, call.width), jnp.float32),) * 2
-            dk, dv = pl.run_scoped(whole, *sums)
+            dk, dv = pl.run_scoped(whole, *(plgpu.ACC((TILE, call.width), jnp.float32),) * 2)
             plgpu.commit_smem()
             ref.k_.at[group][...] = (dk * call.scale).astype(call.dtype)
             ref.v_.at[group][...] = dv.astype(call.dtype)
@@ -264,10 +286,9 @@ def _keys(call: _Call, arrays: Mapping[str, jax.Array]) -> Any:
             mosaic.send(ref.v_, ref.dv, own, group)
             plgpu.wait_smem_to_gmem(0)
 
-        _roles(compute, functools.partial(_produce, ref, count, fetch))
+        _roles(compute, functools.partial(_produce, ref, count, way, fetch))
 
     own, fetched = ('k', 'v'), {'q': True, 'dout': True, 'logsumexp': False, 'delta': False}
-    grid = {'batch': call.batch, 'heads': call.kv_heads, 'blocks': call.length // BLOCK}
     outputs = {'dk': arrays['k'], 'dv': arrays['v']}
     return _launch('dkv', call, body, arrays, outputs, own, fetched, grid)
 
@@ -311,29 +332,38 @@ def _roles(compute: Callable[[Any], None], produce: Callable[[], None]) -> None:
         produce()
 
 
-def _produce(ref: Any, count: Any, fetch: Callable[[Any, Any], None]) -> None:
+def _walk(count: Any, way: tuple[Any, Callable[[Any], Any]], turn: Callable[[Any, Any, Any], None]) -> None:
+    """`turn(n, slot, place)` of so many places; the way is the first, and what follows a place."""
+    first, following = way
+
+    def one(n, carry):
+        slot, place = carry
+        turn(n, slot, place)
+        return jnp.where(slot == SLOTS - 1, 0, slot + 1), following(place)
+
+    lax.fori_loop(0, count, one, (jnp.int32(0), first))
+
+
+def _produce(ref: Any, count: Any, way: Any, fetch: Callable[[Any, Any], None]) -> None:
     """Fetches tile after tile, each into a slot that all who compute have done with."""
 
-    def one(n, _):
-        slot = lax.rem(n, SLOTS)
-
+    def one(n, slot, place):
         @pl.when(n >= SLOTS)
         def _():
             plgpu.barrier_wait(ref.used.at[slot])
 
-        fetch(n, slot)
+        fetch(place, slot)
 
-    lax.fori_loop(0, count, one, None)
+    _walk(count, way, one)
 
 
-def _consume(ref: Any, count: Any, turn: Callable[[Any, Any], None]) -> None:
-    def one(n, _):
-        slot = lax.rem(n, SLOTS)
+def _consume(ref: Any, count: Any, way: Any, turn: Callable[[Any, Any], None]) -> None:
+    def one(n, slot, place):
         plgpu.barrier_wait(ref.arrived.at[slot])
-        turn(slot, n)
+        turn(slot, place)
         plgpu.barrier_arrive(ref.used.at[slot])
 
-    lax.fori_loop(0, count, one, None)
+    _walk(count, way, one)
 
 
 def _launch(name, call, body, arrays, outputs, own, fetched, grid):

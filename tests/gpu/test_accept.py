@@ -35,7 +35,7 @@ def test_every_kind_of_stage_passes_on_the_cpu(tmp_path, only):
     kinds = {stage['name'].split(':')[0] for stage in found}
     assert kinds == (set(only) or set(stages._STAGES) - {'times', 'tiles'})  # which the CPU cannot run
     interpreted = {part.kernel for part in verify.parts(cards.kernels()) if verify.chosen(part, small=True)}
-    assert interpreted == set(cards.kernels()) - {'attention'}  # which is a library's
+    assert interpreted == set(cards.kernels()) - {'attention'}  # whose forward pass is a library's
     assert {stage['name'].split(':')[1] for stage in found if stage['name'].startswith('kernel')} == interpreted
     assert not list((tmp_path / 'cards').glob('*.json')), 'the interpreter is no GPU'
     assert re.search(r'\d+ passed; all figures are in .*results.json', done.stdout)
@@ -111,6 +111,14 @@ def test_one_that_hangs_takes_no_other_along(planted):
     ready = 'say(\'{"ready": 1}\'); sys.stdin.readline(); time.sleep(1.5)'
     begun = planted.begin([Stage(ready, 2.5), Stage('time.sleep(60)', 2), Stage(ready + ' #', 2.5)])
     assert [outcome.state for outcome in planted.release(begun)] == ['passed', 'timed out', 'passed']
+
+
+def test_one_that_compiles_for_long_is_left_behind(planted, monkeypatch):
+    monkeypatch.setattr(runner, 'TIMED', 1)
+    planted.end -= 56
+    begun = planted.begin([Stage('time.sleep(60)', 60), Stage('say(\'{"ready": 1}\'); sys.stdin.readline()', 60)])
+    assert [outcome.state for outcome in planted.release(begun)] == [runner.SKIPPED, 'passed']
+    assert not planted._running
 
 
 def test_what_runs_ends_with_the_script(planted, tmp_path):

@@ -19,6 +19,7 @@ from kernels_pallas.verify import WRONG, last_words, read_findings
 
 PASSED, FAILED, CRASHED, TIMED_OUT, SKIPPED = 'passed', 'failed', 'crashed', 'timed out', 'did not fit the time'
 LEAST = 15  # seconds that a stage is started with
+TIMED = 12  # seconds that a stage takes once it is let go on
 SANITIZER = 'compute-sanitizer'
 
 
@@ -83,14 +84,28 @@ class Runner:
         return [(stage, self._start(stage)) for stage in stages]
 
     def release(self, begun: 'Sequence[tuple[Stage, _Process | None]]') -> list[Outcome]:
-        """Once all have compiled, lets one after the other go on: nothing else runs while it is timed."""
-        while any(process and not process.ready() for _, process in begun):
+        """Once they have compiled, lets one after the other go on: nothing else runs while it is timed.
+
+        Those that still compile when the rest needs the time that is left are ended, so that one slow compilation does
+        not keep all others from being timed.
+        """
+        waiting = lambda: [process for _, process in begun if process and not process.ready()]
+        ready = lambda: sum(bool(process and process.compiled()) for _, process in begun)
+        while waiting() and self.left() > TIMED * (ready() + 1):
             time.sleep(0.1)
+        late = {id(process) for process in waiting()}
+        for _, process in begun:
+            if process and id(process) in late:
+                process.kill()
         found = []
         for stage, process in begun:
-            if process and process.compiled():
+            if process is None or id(process) in late:
+                self._running.discard(process)
+                found.append(self.note(Outcome(stage.name, SKIPPED)))
+                continue
+            if process.compiled():
                 process.extend(min(stage.seconds, self.left()))  # what it waited for the others does not count
-            found.append(self._finish(process) if process else self.note(Outcome(stage.name, SKIPPED)))
+            found.append(self._finish(process))
         return found
 
     def kill(self) -> None:

@@ -95,7 +95,7 @@ def test_verification_is_offered_and_done_if_wanted(hopper, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr('sys.stdin', io.StringIO('y\n'))  # no terminal: nobody is asked
     assert doctor.offer(False, said.append) == 0 and not asked
-    command = '`python -m kernels_pallas.verify adaptive_gain causal_conv1d selective_scan`'
+    command = '`python -m kernels_pallas.verify adaptive_gain causal_conv1d grouped_matmul selective_scan`'
     assert said[0].startswith(f'next       {command} verifies these kernels on this GPU')
     assert doctor.offer(True, said.append) == 0
     assert asked == [(['adaptive_gain', 'causal_conv1d', 'selective_scan'], hopper)]

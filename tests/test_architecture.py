@@ -175,7 +175,8 @@ def test_only_the_command_line_and_launchers_import_train():
 @pytest.mark.parametrize('name', [m for m in MODULES if within(m, 'experiments')])
 def test_experiments_are_data(name: str):
     """An experiment file only describes: reading it must start nothing and load no accelerator."""
-    allowed = {'experiments', 'mixcon_jax.models.presets', 'mixcon_jax.models.accounting', *CONFIGURATION}
+    data = {'mixcon_jax.models.presets', 'mixcon_jax.models.sizes', 'mixcon_jax.models.accounting'}
+    allowed = {'experiments', *data, *CONFIGURATION}
     assert all(any_within(other, allowed) for other in ours(name)), ours(name)
     assert 'mixcon_jax.models.accounting' not in imports(name, lazy=False), 'only sweep() may count parameters'
     assert not {other for other in imports(name) if other.split('.')[0] in ('jax', 'flax', 'optax', 'orbax')}

@@ -98,7 +98,7 @@ def test_verification_is_offered_and_done_if_wanted(hopper, monkeypatch):
     command = '`python -m kernels_pallas.verify adaptive_gain causal_conv1d grouped_matmul selective_scan`'
     assert said[0].startswith(f'next       {command} verifies these kernels on this GPU')
     assert doctor.offer(True, said.append) == 0
-    assert asked == [(['adaptive_gain', 'causal_conv1d', 'selective_scan'], hopper)]
+    assert asked == [(['adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'selective_scan'], hopper)]
     monkeypatch.setattr(verify, 'verify', lambda *args, **kwargs: False)
     assert doctor.offer(True, said.append) == 1
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))

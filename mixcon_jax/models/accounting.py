@@ -111,6 +111,15 @@ def flops_per_token(model, seq_len: int) -> float:
     return 3 * forward
 
 
+def exponentials_per_token(model, seq_len: int) -> tuple[float, float]:
+    """Exponentials of a token, forward and backward: what layers say (``Layer.exponentials``), and the loss's."""
+    forward = backward = float(model.vocab_size)
+    for part in (part for layer in _layers(model) for part in layer.values()):
+        own = part.load().exponentials(part.model, seq_len)
+        forward, backward = forward + model.num_blocks * own[0], backward + model.num_blocks * own[1]
+    return forward, backward
+
+
 def state_bytes(model, max_len: int) -> int:
     """Bytes of decode state of one sequence whose attention caches hold ``max_len`` tokens."""
     state = nnx.eval_shape(lambda: create(model).init_state(1, max_len))

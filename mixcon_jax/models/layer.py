@@ -72,6 +72,17 @@ class Layer(nnx.Module):
         """
 
     @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """Exponentials of one token, forward and backward, beside those of gates and norms: by them a GPU may be bound.
+
+        Args:
+          model: ``config.model``, resolved.
+          seq_len: tokens of a row.
+        """
+        del model, seq_len
+        return 0.0, 0.0
+
+    @classmethod
     def active_share(cls, model, parameter: str) -> float:
         """The share of a parameter that one token uses; ``parameter`` is its name within the layer."""
         del model, parameter

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from kernels_pallas import cards
 from mixcon_jax import config as configs
-from mixcon_jax.models import accounting, pattern
+from mixcon_jax.models import accounting
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.parallel.placement import placement
 from mixcon_jax.planner import programs
@@ -101,27 +101,13 @@ def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: in
     )
     length = config.data.seq_len if what == 'train' else context
     flops = accounting.flops_per_token(config.model, length) / (1 if what == 'train' else 3)
+    exponentials = accounting.exponentials_per_token(config.model, length)
     return {
         'total': total.total, 'active': total.active, 'embedding': total.embedding, 'by_part': parts,
         'tokens': tokens, 'flops_per_token': flops, 'flops': flops * tokens,
-        'exponentials': exponentials(config, length) * tokens * (3 if what == 'train' else 1),
+        'exponentials': sum(exponentials[: 2 if what == 'train' else 1]) * tokens,
         'state_bytes': accounting.state_bytes(config.model, context) * batch if what != 'train' else 0,
     }  # fmt: skip
-
-
-def exponentials(config: ml_collections.ConfigDict, length: int) -> float:
-    """Of one token's forward pass, roughly: the softmax of attention, the decays of scans, and the loss."""
-    model, total = pattern.resolve(config.model), float(config.model.vocab_size)
-    for text in model.pattern:
-        mixer = pattern.parts(model, text).get('mixer')
-        if mixer is None:
-            continue
-        name = mixer.load().__name__.lower()
-        if 'attention' in name:
-            total += model.num_blocks * mixer.model.attention.num_heads * length / 2
-        elif name in ('mamba', 'conba'):
-            total += model.num_blocks * mixer.model.ssm.expand * model.dim * mixer.model.ssm.d_state
-    return total
 
 
 def variant(

@@ -8,9 +8,8 @@ The floors, in milliseconds a step:
 - products: operations by models/accounting, which MFU counts, over the peak of dense bfloat16;
 - bytes: what a step must move (`compiled_step`: parameters, gradients and moments once each, what the backward pass
   keeps twice) over the memory's bandwidth;
-- exponentials over the rate at which an H200 was seen to compute them: a scan's B T inner N forward and twice that
-  backward (kernels_pallas/selective_scan), attention's B H T^2 / 2 and a softmax over the vocabulary, both in either
-  pass.
+- exponentials, as layers count theirs and a softmax over the vocabulary in either pass, over the rate at which an H200
+  was seen to compute them.
 
 A step takes at least the largest of them, and at most their sum if each were at its floor and none overlapped.
 """
@@ -26,28 +25,9 @@ DEVICES = {'h100': (989e12, 3.352e12), 'h200': (989e12, 4.8e12)}
 EXPONENTIALS = 3.22e12  # a second: the floor of `python -m kernels_pallas.verify`, measured beside the scan's card
 
 
-def exponentials(config: Any) -> float:
-    """Exponentials of one train step, without those of gates and norms."""
-    from mixcon_jax.models.mixers.attention import Attention
-    from mixcon_jax.models.mixers.conba import Conba
-    from mixcon_jax.models.mixers.ssm import SelectiveSSM
-    from mixcon_jax.models.pattern import parts
-
-    model, length, batch = config.model, config.data.seq_len, config.train.batch_size
-    tokens, total = batch * length, 2.0 * batch * length * model.vocab_size
-    for text in model.pattern:
-        kind = parts(model, text)['mixer'].load()
-        if issubclass(kind, Attention):
-            total += model.num_blocks * 2 * tokens * model.attention.num_heads * length / 2
-        elif issubclass(kind, SelectiveSSM):
-            passes = 1 + model.conba.feedback_iters * issubclass(kind, Conba)
-            total += model.num_blocks * passes * 3 * tokens * model.ssm.expand * model.dim * model.ssm.d_state
-    return total
-
-
 def floors(config: Any, device: str) -> dict[str, float]:
     """Milliseconds a step at least, by each floor, and the step's tokens."""
-    from mixcon_jax.models.accounting import flops_per_token, parameter_count
+    from mixcon_jax.models.accounting import exponentials_per_token, flops_per_token, parameter_count
     from mixcon_jax.planning.compiling import devices
     from tests.benchmarks.compiled_step import kept_bytes
 
@@ -58,7 +38,7 @@ def floors(config: Any, device: str) -> dict[str, float]:
     return {
         'products': 1e3 * flops_per_token(config.model, config.data.seq_len) * tokens / flops,
         'bytes': 1e3 * moved / bandwidth,
-        'exponentials': 1e3 * exponentials(config) / EXPONENTIALS,
+        'exponentials': 1e3 * sum(exponentials_per_token(config.model, config.data.seq_len)) * tokens / EXPONENTIALS,
         'tokens': tokens,
     }
 

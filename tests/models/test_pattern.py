@@ -11,8 +11,8 @@ import pytest
 from launch.sweep import cases
 from mixcon_jax import config as configs
 from mixcon_jax.errors import ConfigError
-from mixcon_jax.models import kinds, pattern
-from mixcon_jax.models.accounting import flops_per_token, parameter_count, state_bytes
+from mixcon_jax.models import kinds, pattern, presets
+from mixcon_jax.models.accounting import exponentials_per_token, flops_per_token, parameter_count, state_bytes
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
 from mixcon_jax.models.layers import Loss
@@ -229,3 +229,17 @@ def test_experts_as_a_mixer_are_active_in_part(monkeypatch):
         want = 1e-3 * np.sign(0.25 - np.asarray(aux['stats'][f'layer_0/{name}']))
         np.testing.assert_allclose(new['blocks']['layers']['0'][role]['router_bias'], want, rtol=1e-6)
     assert aux['losses']['balance'].weight == 0.0
+
+
+def test_exponentials_are_what_layers_say():
+    """Of a scan a state's, twice more backward; of attention a score's in either pass; and the softmax of the loss."""
+    config = configs.default()
+    config.model.update(dim=32, vocab_size=64, num_blocks=3, pattern=('mamba+mlp', 'attention+mlp', 'conba+mlp', 'mlp'))
+    config.model.conba.update(presets.conba('conba_paper'))
+    model = configs.validate(config).model
+    states, scores = 2 * 32 * model.ssm.d_state, model.attention.num_heads * 128 / 2
+    scans = 1 + 1 + model.conba.feedback_iters
+    assert exponentials_per_token(model, 128) == (
+        64 + 3 * (scans * states + scores),
+        64 + 3 * (2 * scans * states + scores),
+    )

@@ -65,9 +65,19 @@ class Attention(Layer):
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
         """Scores and their sum of values, over ``seq_len / 2`` keys in the mean, or those that a window leaves."""
-        options = model.attention
-        window = min(options.window or seq_len, seq_len)
-        return 4 * options.num_heads * options.head_dim * window * (1 - window / (2 * seq_len))
+        return 4 * model.attention.head_dim * cls._scores(model, seq_len)
+
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """Each score's, computed again by the backward pass."""
+        scores = cls._scores(model, seq_len)
+        return scores, scores
+
+    @staticmethod
+    def _scores(model, seq_len: int) -> float:
+        """Scores of a token, of all heads, in the mean."""
+        window = min(model.attention.window or seq_len, seq_len)
+        return model.attention.num_heads * window * (1 - window / (2 * seq_len))
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.attention

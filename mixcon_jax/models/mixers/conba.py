@@ -116,6 +116,12 @@ class Conba(SelectiveSSM):
         return scans + gain * max(1, conba.feedback_iters) + readout
 
     @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """Those of every scan."""
+        forward, backward = super().exponentials(model, seq_len)
+        return forward * (1 + model.conba.feedback_iters), backward * (1 + model.conba.feedback_iters)
+
+    @classmethod
     def without_additions(cls, model) -> Any:
         """Every mechanism off: Jamba's Mamba mixer, with its norms."""
         values = model.to_dict()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.ssd.xla import BLOCK
 from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -69,6 +70,14 @@ class GLA(Layer):
         options = model.gla
         keys, values = options.key_dim, options.value_dim
         return options.num_heads * (2 * min(options.chunk, seq_len) * (keys + values) + 4 * keys * values)
+
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """A key dimension's decays between the tokens of a block, and to the blocks' borders; again backward."""
+        options = model.gla
+        chunk = min(options.chunk, seq_len)
+        pairs = options.num_heads * options.key_dim * (min(BLOCK, chunk) + chunk / (2 * BLOCK))
+        return pairs, pairs
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options, self.eps = config.gla, config.norm_eps

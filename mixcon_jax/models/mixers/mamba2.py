@@ -74,6 +74,12 @@ class Mamba2(Layer):
         chunk = min(options.chunk, seq_len)
         return 2 * chunk * (options.groups * options.d_state + inner) + 4 * inner * options.d_state
 
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """A head's decays between the tokens of a chunk, computed again by the backward pass."""
+        pairs = model.mamba2.expand * model.dim // model.mamba2.head_dim * float(min(model.mamba2.chunk, seq_len))
+        return pairs, pairs
+
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.mamba2
         self.inner = inner = options.expand * config.dim

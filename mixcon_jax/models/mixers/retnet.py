@@ -69,6 +69,12 @@ class RetNet(Layer):
         keys, values = options.head_dim, options.value_factor * options.head_dim
         return options.num_heads * (2 * min(options.chunk, seq_len) * (keys + values) + 4 * keys * values)
 
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """A head's decays between the tokens of a chunk, computed again by the backward pass."""
+        pairs = model.retnet.num_heads * float(min(model.retnet.chunk, seq_len))
+        return pairs, pairs
+
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options, self.eps = config.retnet, config.norm_eps
         keys = self.options.num_heads * self.options.head_dim

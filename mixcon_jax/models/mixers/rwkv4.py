@@ -58,6 +58,12 @@ class RWKV4(Layer):
         """The updates and the reading of the sums."""
         return OPS_PER_CHANNEL * model.rwkv4.inner_dim
 
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """Four a channel, computed again by the backward pass."""
+        del seq_len
+        return 4.0 * model.rwkv4.inner_dim, 4.0 * model.rwkv4.inner_dim
+
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         dim, inner, init = config.dim, config.rwkv4.inner_dim, normal(config.init_std)
         self.inner, self.chunk, self.dim = inner, config.rwkv4.chunk or None, dim

@@ -109,6 +109,12 @@ class SelectiveSSM(Layer):
         """The scan's updates of its states."""
         return OPS_PER_STATE * model.ssm.expand * model.dim * model.ssm.d_state
 
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """A decay a state, and twice more backward: states are computed again, then their gradients."""
+        states = float(model.ssm.expand * model.dim * model.ssm.d_state)
+        return states, 2 * states
+
     def __init__(self, config, params: Parameters, num_layers: int, norms: bool) -> None:
         options = config.ssm
         self.inner = options.expand * config.dim

@@ -130,7 +130,7 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
 # Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's primitive.
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
-    'moe_switch',
+    'moe_switch', 'large_kernel_merged',
 )  # fmt: skip
 
 

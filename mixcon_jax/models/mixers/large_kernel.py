@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,14 @@ class LargeKernel(Layer):
     def flops(cls, model, seq_len: int) -> float:
         """The convolution's, whose lags are many, and the running mean's."""
         return (2 * model.large_kernel.kernel + (MEAN_OPS if model.large_kernel.squeeze else 0)) * model.dim
+
+    @classmethod
+    def merge(cls, model, weights: Mapping[str, Array]) -> tuple[Mapping[str, Any], Mapping[str, Array]] | None:
+        """The layer with one kernel in the place of the branches."""
+        if model.large_kernel.merged:
+            return None
+        rest = {name: value for name, value in weights.items() if not name.startswith(('kernel', 'branch'))}
+        return {'merged': True}, rest | {'kernel': folded(weights, model.large_kernel)}
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options = options = config.large_kernel

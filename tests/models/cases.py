@@ -45,7 +45,6 @@ OTHERS = {
             'conba.state_scaling': 'readout',
         },
     ),
-    'large_kernel_merged': ('large_kernel', {'large_kernel.merged': True, 'large_kernel.kernel': 5}),
     'moe_dense': ('moe', {'moe.implementation': 'dense'}),
     'moe_grouped': ('moe', {'moe.implementation': 'grouped', 'moe.group_block': 4, 'moe.renormalize': True}),
     'moe_bias': ('moe', {'moe.balance': 'bias'}),

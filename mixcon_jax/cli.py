@@ -1,4 +1,4 @@
-"""The ``mixcon`` command: train, eval, generate, plan, report, ...; each of its commands calls one function."""
+"""The ``mixcon`` command: train, eval, generate, merge, plan, report, ...; each of its commands calls one function."""
 
 import argparse
 import os
@@ -79,6 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         '--top-p', type=float, default=0.95, help='draw from the likeliest p of the mass (default: 0.95)'
     )
     command.add_argument('--seed', type=int, default=0, help='seed of the draws (default: 0)')
+
+    command = add('merge', _merge, 'Fold the branches of large kernels into one kernel, in a new run directory.')
+    command.add_argument('--workdir', required=True, help='folder of the run')
+    command.add_argument('--out', required=True, metavar='DIR', help='new folder for the merged model')
+    command.add_argument('--step', help='checkpoint to use: a step, "best" or "last" (default: last)')
 
     command = add('config', _config, "Print an experiment's resolved configuration as JSON.")
     takes_config(command)
@@ -205,6 +210,15 @@ def _generate(known: argparse.Namespace, overrides: list[str]) -> int:
         step=_step(known.step),
         mesh=overrides,
     )
+    return Exit.DONE
+
+
+def _merge(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.inference.merge import merge
+
+    if overrides:
+        raise UserError(f'unknown argument --config.{overrides[0]}; see `mixcon merge --help`')
+    merge(known.workdir, known.out, _step(known.step))
     return Exit.DONE
 
 

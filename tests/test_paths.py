@@ -81,6 +81,8 @@ DOORS = {
     'data verify': (cli.main, ['data', 'verify', 'PATH']),
     'train.init_from': (cli.main, ['train', *TASK, '--config.train.init_from=PATH']),
     'generate': (cli.main, ['generate', '--workdir', 'PATH']),
+    'merge': (cli.main, ['merge', '--workdir', 'PATH', '--out', 'WORKDIR']),
+    'merge --out': (cli.main, ['merge', '--workdir', 'WORKDIR', '--out', 'PATH']),
     'report': (cli.main, ['report', 'PATH']),
     'report --out': (cli.main, ['report', 'WORKDIR', '--out', 'PATH']),
     'watch': (cli.main, ['watch', 'PATH']),

@@ -93,6 +93,20 @@ class Layer(nnx.Module):
         """``config.model`` of the layer that this one extends, against which its additions are counted; else None."""
         del model
 
+    @classmethod
+    def merge(cls, model, weights: Mapping[str, Array]) -> tuple[Mapping[str, Any], Mapping[str, Array]] | None:
+        """A smaller layer that computes the same, for ``mixcon merge``; None where there is none.
+
+        Args:
+          model: ``config.model``, resolved.
+          weights: the layer's parameters, by their names within it.
+
+        Returns:
+          The options in which it differs, and its parameters.
+        """
+        del model, weights
+        return None
+
     # ----- of the layer -----
     @abc.abstractmethod
     def __init__(self, config, params: Parameters, num_layers: int) -> None:

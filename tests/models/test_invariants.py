@@ -61,9 +61,8 @@ def test_any_split_of_prefill_and_decode_equals_the_whole(name, sizes):
     np.testing.assert_allclose(in_pieces(name, x, sizes), whole(name, x), **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    'name', but_slow('conba_code', 'conba_diag', 'conba_companion', 'moe_mamba_all')
-)  # parts of others
+# Parts of others.
+@pytest.mark.parametrize('name', but_slow('conba_code', 'conba_diag', 'conba_companion', 'moe_mamba_all'))
 def test_packed_documents_equal_separate_ones(name):
     """Outputs and the gradients of inputs and parameters; padding follows the last document."""
     lengths = [5, 1, 9]

@@ -234,7 +234,7 @@ def test_experts_as_a_mixer_are_active_in_part(monkeypatch):
 def test_exponentials_are_what_layers_say():
     """Of a scan a state's, twice more backward; of attention a score's in either pass; and the softmax of the loss."""
     config = configs.default()
-    config.model.update(dim=32, vocab_size=64, num_blocks=3, pattern=('mamba+mlp', 'attention+mlp', 'conba+mlp', 'mlp'))
+    config.model.update(dim=32, vocab_size=64, num_blocks=3, pattern=('mamba+mlp', 'attention', 'conba+mlp'))
     config.model.conba.update(presets.conba('conba_paper'))
     model = configs.validate(config).model
     states, scores = 2 * 32 * model.ssm.d_state, model.attention.num_heads * 128 / 2

@@ -13,4 +13,5 @@ MIXERS: dict[str, str | type] = {
     'gla': 'mixcon_jax.models.mixers.gla.GLA',
     'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
     'moe_mamba': 'mixcon_jax.models.mixers.moe_mamba.MoEMamba',
+    'large_kernel': 'mixcon_jax.models.mixers.large_kernel.LargeKernel',
 }

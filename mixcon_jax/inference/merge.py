@@ -1,0 +1,121 @@
+"""``mixcon merge``: a checkpoint whose layers are smaller and compute the same, as a run directory of its own."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jaxtyping import Array
+
+from mixcon_jax import config as configs
+from mixcon_jax.errors import UserError
+from mixcon_jax.models import decoder
+from mixcon_jax.models.context import Context
+from mixcon_jax.models.layers import Buffer
+from mixcon_jax.models.pattern import named_kinds, parts, resolve
+from mixcon_jax.runs.checkpoints import Checkpoints
+from mixcon_jax.runs.mark import path_of
+from mixcon_jax.runs.weights import load_params
+from mixcon_jax.runs.workdir import Workdir
+from mixcon_jax.trees import Tree, named_leaves, to_state
+
+TOKENS = 64  # on which both models are compared
+
+
+def merge(
+    workdir: str | Path, out: str | Path, step: int | str | None = None, say: Callable[[str], None] = print
+) -> None:
+    """Writes a run directory with one checkpoint, to evaluate, to sample from, or to train on by ``train.init_from``.
+
+    Args:
+      workdir: a run directory.
+      out: the folder to make; it may not hold a run.
+      step: a checkpoint's step, ``'best'`` or None for the newest intact one.
+      say: takes a line about what was merged.
+
+    Raises:
+      UserError: no such run or checkpoint, nothing in it to merge, or ``out`` holds a run.
+    """
+    folder = Workdir(path_of(out, '--out'))
+    if folder.has_progress():
+        raise UserError(f'{folder.path} holds a run; name another folder for the merged model')
+    trees, meta = load_params(workdir, step, say=say)
+    config = configs.resolve(configs.from_dict(meta.config))
+    params, model, count = merged(trees['params'], config.model)
+    if not count:
+        raise UserError(f'no layer of {workdir} has anything to merge')
+    before, after = _logits(trees, config.model), _logits(trees | {'params': params}, model)
+    difference = float(jnp.abs(after - before).max() / jnp.abs(before).max())
+    fewer = sum(leaf.size for leaf in jax.tree.leaves(trees['params'])) - sum(x.size for x in jax.tree.leaves(params))
+    config.model = model
+    with folder.locked():
+        folder.commit(config, meta.tokenizer, {'source': str(workdir), 'step': meta.step})
+        checkpoints = Checkpoints(folder.checkpoints, say=say)
+        try:
+            # The optimizer's state is of the old weights; what is left of it is the number of steps.
+            state = {'params': params, 'buffers': trees['buffers'], 'step': jnp.int32(meta.step)}
+            checkpoints.save(state, dataclasses.replace(meta, config=config.to_dict()))
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
+    say(f'step {meta.step} of {workdir} in {folder.path}: {count} layers merged, {fewer:,} parameters fewer')
+    say(f'logits differ by {difference:.1e} of the largest, in float32, on {TOKENS} tokens')
+
+
+def merged(params: Tree, model: ml_collections.ConfigDict) -> tuple[Tree, ml_collections.ConfigDict, int]:
+    """The parameters and ``config.model`` after every layer's ``merge``, and how many layers of the model it changed.
+
+    Args:
+      params: nested dicts, stacked over blocks.
+      model: ``config.model``.
+    """
+    model = resolve(model)
+    flat, after, count = named_leaves(params), ml_collections.ConfigDict(model.to_dict()), 0
+    for j, text in enumerate(model.pattern):
+        for role, part in parts(model, text).items():
+            prefix = f'blocks/layers/{j}/{role}/'
+            own = {name.removeprefix(prefix): flat[name] for name in flat if name.startswith(prefix)}
+            # Of one block after another: a layer's `merge` knows the shapes that it has by itself.
+            blocks = [_merged(part, own, i) for i in range(model.num_blocks)]
+            found = [block for block in blocks if block is not None]
+            if not found:
+                continue
+            count += len(found)
+            flat = {name: value for name, value in flat.items() if not name.startswith(prefix)}
+            for name in found[0][1]:
+                flat[prefix + name] = jnp.stack([weights[name] for _, weights in found])
+            group = after.layers[part.name] if part.name in named_kinds(model) else None
+            for option, value in found[0][0].items():
+                where = group if group is not None else after[part.describe().group_of(option)]
+                where[option] = value
+    return _nested(flat), after, count
+
+
+def _merged(part: Any, own: Mapping[str, Array], block: int) -> tuple[Mapping[str, Any], Mapping[str, Array]] | None:
+    return part.load().merge(part.model, {name: value[block] for name, value in own.items()})
+
+
+def _nested(flat: Mapping[str, Array]) -> Tree:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split('/')
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def _logits(trees: Mapping[str, Tree], model: ml_collections.ConfigDict) -> Array:
+    """Of a row of random tokens, in float32."""
+    model = ml_collections.ConfigDict(model.to_dict())
+    model.dtype = 'float32'
+    abstract = nnx.eval_shape(lambda: decoder.create(model))
+    graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)  # type: ignore[misc]
+    net = nnx.merge(graphdef, to_state(trees['params'], params), to_state(trees['buffers'], buffers))
+    tokens = jax.random.randint(jax.random.key(0), (1, TOKENS), 0, model.vocab_size)
+    return net.logits(net(tokens, Context.whole(1, TOKENS))[0])

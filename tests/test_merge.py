@@ -64,7 +64,7 @@ def test_the_merged_model_is_the_same_function_with_fewer_parameters(folder):
 
 
 def test_what_cannot_be_merged_is_refused(folder, tmp_path):
-    with pytest.raises(UserError, match='no layer of .*merged has anything to merge'):
+    with pytest.raises(UserError, match=r'no layer of .*merged has anything to merge'):
         merge(folder / 'merged', tmp_path / 'again')
     assert not (tmp_path / 'again').exists()
     with pytest.raises(UserError, match='holds a run; name another folder'):

@@ -11,7 +11,6 @@ import pytest
 from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
-from kernels_pallas.long_conv.context_parallel import CALL as LONG_CONV
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
 from kernels_pallas.ssd.context_parallel import CALL as SSD
 from kernels_pallas.wkv.context_parallel import CALL as WKV
@@ -39,7 +38,6 @@ CALLS = {
     'causal_conv1d': {
         'x': normal(B, T, D), 'weight': normal(3, D), 'bias': normal(D), 'initial_state': normal(B, 2, D),
     },
-    'long_conv': {'x': normal(B, T, D), 'weight': normal(5, D), 'initial_state': normal(B, 4, D)},
     'ssd': {
         'x': normal(B, T, 4, 3), 'log_decay': -(normal(B, T, 4, 5) ** 2), 'B': normal(B, T, 2, 5),
         'C': normal(B, T, 2, 5), 'step': normal(B, T, 4) ** 2, 'initial_state': normal(B, 4, 3, 5),
@@ -63,7 +61,7 @@ BOTH, ROWS = {'data': 2, 'tensor': 2}, {'data': 2}
 
 def on_axes(axes, broad):
     """Every call on every mesh, `broad` ones of the later calls slow: rows are shared out alike."""
-    late = lambda name, mesh: [pytest.mark.slow] if name in ('long_conv', 'ssd', 'wkv') and mesh == broad else []
+    late = lambda name, mesh: [pytest.mark.slow] if name in ('ssd', 'wkv') and mesh == broad else []
     return [
         pytest.param(name, mesh, marks=late(name, mesh), id='-'.join((name, *mesh))) for name in CALLS for mesh in axes
     ]
@@ -93,9 +91,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device(name, axes):
     function, on = getattr(kernels, name), mesh(**axes)
     arrays = {key: value for key, value in CALLS[name].items() if isinstance(value, jax.Array)}
     run = functools.partial(function, **{key: value for key, value in CALLS[name].items() if key not in arrays})
-    stateless = (
-        name in ('causal_conv1d', 'long_conv') and 'context' in axes
-    )  # on shared-out tokens it neither takes nor gives a state
+    stateless = name == 'causal_conv1d' and 'context' in axes  # on shared-out tokens it neither takes nor gives a state
     if stateless:
         del arrays['initial_state']
 
@@ -141,7 +137,7 @@ def test_noise_is_drawn_for_all_rows_at_once():
 
 @pytest.mark.parametrize(
     'call',
-    [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION, LONG_CONV, SSD, WKV],
+    [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION, SSD, WKV],
     ids=lambda c: c.function.__name__,
 )
 def test_a_call_is_declared_whole(call):

@@ -7,11 +7,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.call import sizes
-from kernels_pallas.causal_conv1d import mosaic_gpu, reference, xla
+from kernels_pallas.causal_conv1d import blocked, mosaic_gpu, reference, xla
 from kernels_pallas.dispatch import Candidate, choose
 
 WORDS = {'b': 'batch', 't': 'time >= 1', 'c': 'channels'}
 FAR = 2**30  # further back than any lag
+MANY = 9  # lags that are not written out, if it can be
 
 
 def causal_conv1d(
@@ -49,7 +50,8 @@ def causal_conv1d(
       initial_state: [B, L, C], the last L tokens before this call; zeros if None. Differentiable.
       implementation: None picks for the platform: 'mosaic_gpu' (shifted sums, and their gradient by one kernel) on
         NVIDIA GPUs of compute capability 9.0 and newer that have verified it, with 'silu' and lags of at most 8, 'xla'
-        (shifted sums) elsewhere. 'reference' is sequential.
+        (shifted sums) elsewhere, or from 9 lags on 'blocked' (a loop over blocks of lags, whose memory does not grow
+        with their number), if they are 0, 1, ... in this order and nothing else is asked for. 'reference' is sequential.
 
     Returns:
       `(y [B, T, C], final state [B, L, C])`, the last L real tokens, zero where they belong to an earlier document than
@@ -78,6 +80,13 @@ def causal_conv1d(
             lambda: mosaic_gpu.variants(silu),
             # Without SiLU, XLA fuses the sums with what surrounds them, and a layer moves less without it (README).
             by_name=not silu,
+            silent=True,
+        ),
+        Candidate(
+            'blocked',
+            lambda: blocked.conv(x, weight, reach, initial_state),
+            lambda: blocked.unsupported(lags, bias is not None or silu or residual),
+            by_name=len(lags) < MANY,
             silent=True,
         ),
         Candidate('xla', lambda: shifted(None)),

@@ -26,7 +26,7 @@ from mixcon_jax.models.layers import (
     zeros,
 )
 from mixcon_jax.options import COUNT, POSITIVE, Check, Option
-from mixcon_jax.parallel.kernels import long_conv, wkv
+from mixcon_jax.parallel.kernels import causal_conv1d, wkv
 
 # Published branches by the kernel's size: sizes and dilations (Ding et al., 2024, as in their code).
 BRANCHES = {
@@ -152,9 +152,10 @@ class LargeKernel(Layer):
         weights = {
             name: variable[...] for name, variable in vars(self).items() if name.startswith(('kernel', 'branch'))
         }
-        u, window = long_conv(
+        u, window = causal_conv1d(
             x,
             folded(weights, self.options),
+            lags=range(self.options.kernel),
             positions=context.positions,
             mask=mask,
             initial_state=None if state is None else state['window'],

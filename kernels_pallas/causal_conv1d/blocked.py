@@ -1,15 +1,29 @@
-"""The long causal convolution in plain XLA: a loop over blocks of lags, each a sum of shifted tokens.
+"""The causal convolution of many lags in plain XLA: a loop over blocks of them, each a sum of shifted tokens.
 
 Written out, the sum of K shifted arrays is one fusion, but its gradient stores K arrays of x's size. Here a round of
 the loop adds `BLOCK` lags to a sum in float32, and the written-out gradient goes through the same rounds: no more than
 x, the weights and the two sums of the gradient is ever stored.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 8  # lags a round
+
+
+def unsupported(lags: Sequence[int], others: bool) -> str | None:
+    """Why this cannot take a call, or None.
+
+    Args:
+      lags: as in `api.causal_conv1d`.
+      others: whether a bias, an activation or the residual is asked for.
+    """
+    if tuple(lags) != tuple(range(len(lags))):
+        return 'it takes the lags 0, 1, ... in their order'
+    return 'it has no bias, activation or residual' if others else None
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -37,7 +51,7 @@ def _before(x: jax.Array, past: jax.Array | None, length: int) -> jax.Array:
 
 @jax.custom_vjp
 def conv(x: jax.Array, weight: jax.Array, reach: jax.Array | None, past: jax.Array | None) -> jax.Array:
-    """Output of `api.long_conv` in x's type; reach int [B, T] or None: how far back a token may read."""
+    """Output of `api.causal_conv1d` in x's type; reach int [B, T] or None: how far back a token may read."""
     batch, length, channels = x.shape
     if length == 1:
         return _of_one(x, weight, reach, past)

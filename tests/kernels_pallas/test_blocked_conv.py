@@ -1,12 +1,11 @@
-"""The long convolution against a sum over tokens and lags, in float64, with documents, states and gradients."""
+"""The convolution of many lags against a sum over tokens and lags, in float64, with documents, states and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.causal_conv1d import causal_conv1d
-from kernels_pallas.long_conv import long_conv
+from kernels_pallas.causal_conv1d import blocked, causal_conv1d
 
 CASES = [(1, 1, 1, 1), (2, 7, 13, 3), (1, 40, 13, 2), (2, 21, 33, 3), (1, 5, 64, 2)]  # rows, tokens, lags, channels
 
@@ -39,7 +38,7 @@ def loop(x, weight, positions, past):
 def test_outputs_and_gradients_are_those_of_a_loop_over_lags(case, seed):
     x, weight, positions, past, dy = draw(*case, seed)
     with jax.enable_x64(True):
-        run = lambda x, weight, past: long_conv(x, weight, positions=jnp.asarray(positions), initial_state=past)[0]
+        run = lambda x, weight, past: blocked.conv(x, weight, jnp.asarray(positions), past)
         y, pull = jax.vjp(run, *map(jnp.asarray, (x, weight, past)))
         np.testing.assert_allclose(y, loop(x, weight, positions, past), rtol=1e-10, atol=1e-10)
         # It is linear in x and past together, and in the weights: the gradient is what a loop makes of unit vectors.
@@ -59,15 +58,20 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_lags(case, seed):
         )
 
 
-def test_every_form_and_the_short_convolution_agree_and_leave_the_same_state():
-    x, weight, positions, past, _ = (jnp.asarray(value, jnp.float32) for value in draw(2, 21, 13, 3))
-    positions, mask = positions.astype(jnp.int32), jnp.arange(21)[None] < jnp.array([[21], [14]])
-    given = {'positions': positions, 'mask': mask, 'initial_state': past}
-    want, state = causal_conv1d(x, weight, lags=range(13), **given)
-    for implementation in (None, 'blocked', 'reference'):
-        y, final = long_conv(x, weight, **given, implementation=implementation)
-        np.testing.assert_allclose(jnp.where(mask[..., None], y - want, 0), 0, atol=1e-5)
-        np.testing.assert_array_equal(final, state)
+def test_both_forms_agree_and_many_lags_are_not_written_out():
+    x, weight, positions, past, _ = (jnp.asarray(value, jnp.float32) for value in draw(2, 21, 17, 3))
+    given = {'lags': range(17), 'positions': positions.astype(jnp.int32), 'initial_state': past}
+    (want, state), (got, final) = (
+        causal_conv1d(x, weight, **given, implementation=implementation) for implementation in ('xla', 'blocked')
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(final, state)
+    program = lambda **options: str(jax.make_jaxpr(lambda x, w: causal_conv1d(x, w, **options)[0])(x, weight))
+    assert 'scan' in program(lags=range(17)) and 'scan' not in program()
+    for options in ({'activation': 'silu'}, {'residual': True}, {'bias': weight[0]}):
+        assert 'scan' not in program(lags=range(17), **options)
+    with pytest.raises(ValueError, match='cannot run here: it takes the lags 0, 1, ... in their order'):
+        causal_conv1d(x, weight, implementation='blocked')
 
 
 def test_no_gradient_keeps_an_array_of_xs_size_for_every_lag():
@@ -75,16 +79,14 @@ def test_no_gradient_keeps_an_array_of_xs_size_for_every_lag():
     x, positions = jnp.zeros((1, 2048, 16)), jnp.broadcast_to(jnp.arange(2048), (1, 2048))
 
     def temporaries(lags):
-        loss = lambda x, weight: jnp.sum(jnp.sin(long_conv(x, weight, positions=positions)[0]))
+        loss = lambda x, weight: jnp.sum(jnp.sin(blocked.conv(x, weight, positions, None)))
         program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, jnp.zeros((lags, 16))).compile()
         return program.memory_analysis().temp_size_in_bytes / x.nbytes
 
     assert temporaries(64) < temporaries(8) + 3
 
 
-def test_bfloat16_is_summed_in_float32_and_wrong_shapes_are_refused():
+def test_bfloat16_is_summed_in_float32():
     x = jnp.concatenate([jnp.full((1, 1, 1), 256.0), jnp.ones((1, 31, 1))], 1).astype(jnp.bfloat16)
-    y, _ = long_conv(x, jnp.ones((32, 1)))
+    y, _ = causal_conv1d(x, jnp.ones((32, 1)), lags=range(32))
     assert y[0, -1, 0] == 288  # 287, rounded once to bfloat16; summed in bfloat16 it would stay 256
-    with pytest.raises(ValueError, match=r'^long_conv: initial_state has shape \(1, 3, 1\), expected \(1, 31, 1\)$'):
-        long_conv.__wrapped__(x, jnp.ones((32, 1)), initial_state=jnp.zeros((1, 3, 1)))

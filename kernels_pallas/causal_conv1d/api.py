@@ -51,7 +51,7 @@ def causal_conv1d(
       implementation: None picks for the platform: 'mosaic_gpu' (shifted sums, and their gradient by one kernel) on
         NVIDIA GPUs of compute capability 9.0 and newer that have verified it, with 'silu' and lags of at most 8, 'xla'
         (shifted sums) elsewhere, or from 9 lags on 'blocked' (a loop over blocks of lags, whose memory does not grow
-        with their number), if they are 0, 1, ... in this order and nothing else is asked for. 'reference' is sequential.
+        with their number), if they are 0, 1, ... in order and nothing else is asked for. 'reference' is sequential.
 
     Returns:
       `(y [B, T, C], final state [B, L, C])`, the last L real tokens, zero where they belong to an earlier document than

@@ -70,7 +70,7 @@ def test_both_forms_agree_and_many_lags_are_not_written_out():
     assert 'scan' in program(lags=range(17)) and 'scan' not in program()
     for options in ({'activation': 'silu'}, {'residual': True}, {'bias': weight[0]}):
         assert 'scan' not in program(lags=range(17), **options)
-    with pytest.raises(ValueError, match='cannot run here: it takes the lags 0, 1, ... in their order'):
+    with pytest.raises(ValueError, match='cannot run here: it takes the lags 0, 1'):
         causal_conv1d(x, weight, implementation='blocked')
 
 

@@ -4,7 +4,8 @@ Sizes, and what is said of training, are those of Pióro et al., 2024 (tables 1 
 tokens, 9.8B tokens of C4 with GPT-2's vocabulary, whose embedding and head make it 594M parameters, and a peak
 learning rate of 5e-4 (of Mamba alone 1e-3). These are 3.1e+18 FLOPs: 2.2 hours of one H100 at 40 % MFU, which is an
 assumption and no measurement; parameters, gradients and AdamW's moments take 9.5 GB. Initial values are this
-project's, not the paper's. It wants your own text: set ``data.sources``.
+project's, not the paper's. It wants your own text: set ``data.sources``. Compiled for 8 H100s it takes 11.2 GiB of
+each at the peak (``mixcon plan``); no GPU has run it.
 
     mixcon train --config experiments/moe_mamba/25m.py --workdir runs/moe_mamba_25m
 """

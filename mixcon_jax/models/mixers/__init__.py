@@ -12,4 +12,6 @@ MIXERS: dict[str, str | type] = {
     'retnet': 'mixcon_jax.models.mixers.retnet.RetNet',
     'gla': 'mixcon_jax.models.mixers.gla.GLA',
     'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
+    'hyena': 'mixcon_jax.models.mixers.hyena.Hyena',
+    'hyena_modal': 'mixcon_jax.models.mixers.hyena_modal.HyenaModal',
 }

@@ -21,7 +21,7 @@ from tests.models.cases import DIM, layer, model_config, packed_context
 T = 32
 PRESETS = ('mamba', *presets.CONBA_PRESETS)
 OTHERS = ('conba_diag', 'conba_companion', 'conba_noise', 'attention_rope', 'moe_grouped')
-FAMILY = ('attention_window', 'mamba2', 'retnet', 'gla', 'rwkv4', 'rwkv_channel_mix')
+FAMILY = ('attention_window', 'mamba2', 'retnet', 'gla', 'rwkv4', 'rwkv_channel_mix', 'hyena', 'hyena_modal')
 NOISE = {
     'conba.process_noise': 0.1, 'conba.observation_noise': 0.1, 'conba.control': 'none', 'conba.delay': 'none'
 }  # fmt: skip

@@ -25,9 +25,9 @@ from mixcon_jax.models.layers import (
 class GatedConvolution(Layer):
     """z = v; z = h_i * (x_i z) for i = N-1, ..., 1; out = (x_0 z) W_o + b_o (Poli et al., 2023).
 
-    x_0, ..., x_(N-1) and v are projections with bias, each through a short causal convolution with bias and without activation. The
-    long filters h_1, ..., h_(N-1) are a subclass's. This is the released code's order: N = 2 has one long filter, where
-    the paper's definition would have two.
+    x_0, ..., x_(N-1) and v are projections with bias, each through a short causal convolution with bias and without
+    activation. The long filters h_1, ..., h_(N-1) are a subclass's. This is the released code's order: N = 2 has one
+    long filter, where the paper's definition would have two.
 
     Args:
       config: ``config.model``.

@@ -45,7 +45,9 @@ class Hyena(GatedConvolution):
             'slow_decay': Option(1.5, 'The same of the slowest.', above(0.0)),
             'shift': Option(0.0, 'Added to the windows, below which they then do not fall.', at_least(0.0)),
             'filter_rate': Option(
-                1.0, 'Learning rate of the network as a multiple of that of all else.', at_least(0.0)
+                1.0,
+                'Learning rate of the network that makes filters, as a multiple of that of all else.',
+                at_least(0.0),
             ),
             'implementation': Option(
                 '',
@@ -88,7 +90,7 @@ class Hyena(GatedConvolution):
         self.filter_out = params(
             'filter_out', shape, ('terms', 'filter', 'inner'), uniform(width**-0.5), decay=False, rate=rate
         )
-        self.skip = params('skip', (self.filters, self.dim), ('terms', 'inner'), normal(1.0), decay=False, rate=rate)
+        self.skip = params('skip', (self.filters, self.dim), ('terms', 'inner'), normal(1.0), decay=False)
 
     def taps(self, length: int) -> Float[Array, 'n l d']:
         """The long filters' first values, as many as there are tokens, or ``max_len``; float32."""

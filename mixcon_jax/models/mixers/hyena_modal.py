@@ -23,9 +23,9 @@ class HyenaModal(GatedConvolution):
     """StripedHyena's gated convolution (Together, 2023): h_t = Re sum_n R_n lambda_n^t for t >= 0, and a skip D.
 
     lambda = exp(-softplus(a) + i theta), S of them a channel, so that none grows; the released code leaves them free
-    and does not say how they start. Here |lambda| spreads over [0.9, 0.999] and theta over [0, pi / 10], evenly and not at
-    random; R is normal with the standard deviation sqrt((1 - |lambda|^2) / S), by which every wave has about the same
-    energy; D is 0. The code's branches [x2 | x1 | v] are x_0, x_1 and v here, each with its own matrix.
+    and does not say how they start. Here |lambda| spreads over [0.9, 0.999] and theta over [0, pi / 10], evenly and
+    not at random; R is normal with the standard deviation sqrt((1 - |lambda|^2) / S), by which every wave has about
+    the same energy; D is 0. The code's branches [x2 | x1 | v] are x_0, x_1 and v here, each with its own matrix.
     """
 
     OPTIONS = {

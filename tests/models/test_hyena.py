@@ -90,7 +90,7 @@ def test_what_waves_begin_as():
     module = initial('hyena_modal', 3, d_state=4)
     magnitude = np.exp(-np.log1p(np.exp(weight(module, 'decay'))))
     assert 0.899 < magnitude.min() < 0.91 and 0.99 < magnitude.max() < 0.9995
-    assert 0 <= weight(module, 'angle').min() and weight(module, 'angle').max() < np.pi / 10
+    assert weight(module, 'angle').min() >= 0 and weight(module, 'angle').max() < np.pi / 10
     assert len(np.unique(np.round(magnitude, 4))) > 200
     long = np.arange(20_000)[:, None, None, None]
     poles = magnitude * np.exp(1j * weight(module, 'angle'))

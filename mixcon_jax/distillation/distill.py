@@ -80,18 +80,14 @@ def distill(
             f'layer {fit.layer}, filter {fit.index + 1}: {fit.states} modes a channel, relative error {fit.error:.2e},'
             f' {fit.worst:.2e} of the worst channel'
         )
-    graphdef, *templates = nnx.split(nnx.eval_shape(lambda: decoder.create(modal.model)), nnx.Param, Buffer)
-    states = [to_state(trees[name], template) for name, template in zip(('params', 'buffers'), templates, strict=True)]
-    found = compare(
-        trained.model, nnx.merge(graphdef, *states), itertools.islice(batches, -(-rows // batches.batch_size))
-    )
+    found = compare(trained.model, built(modal, trees), itertools.islice(batches, -(-rows // batches.batch_size)))
     say(
         f'KL {found.kl:.2e} nats a token over {found.tokens:,} tokens; loss {found.before:.4f} before,'
         f' {found.after:.4f} after'
     )
     tokens_seen = saved.contents(expand_folder(path_of(workdir)) / CHECKPOINTS, trained.step)['tokens_seen']
     meta = Meta(trained.step, modal.to_dict(), trained.tokenizer.to_json(), trained.data, tokens_seen)
-    _write(target, modal, meta, _fresh(modal.optim, trees, templates[0], trained.step))
+    write(target, modal, meta, fresh(modal, trees, trained.step))
     before, after = (accounting.state_bytes(each.model, config.data.seq_len) for each in (config, modal))
     say(f'{target.path}: {after:,} bytes of state at {config.data.seq_len} tokens, where there were {before:,}')
     return fits, found
@@ -126,15 +122,26 @@ def compare(before: decoder.Decoder, after: decoder.Decoder, batches: Iterable[M
     return Divergence(float(kl) / count, float(first) / count, float(second) / count, int(tokens))
 
 
-def _fresh(options: ml_collections.ConfigDict, trees: Mapping[str, Tree], template: nnx.State, step: int) -> TrainState:
-    """The state of a run that has made so many steps, but for its optimizer."""
-    optimizer = optim.make_optimizer(options, logical_axes(template), undecayed(template), rates(template))
-    zero = jnp.zeros((), jnp.int32)
-    params = trees['params']
-    return TrainState(jnp.int32(step), params, trees['buffers'], optimizer.init(params), zero, zero)
+def built(config: ml_collections.ConfigDict, trees: Mapping[str, Tree]) -> decoder.Decoder:
+    """The decoder of a whole configuration with the parameters and buffers of ``filters.distilled``."""
+    graphdef, *templates = _split(config)
+    return nnx.merge(graphdef, *(to_state(trees[name], each) for name, each in zip(('params', 'buffers'), templates)))
 
 
-def _write(target: Workdir, config: ml_collections.ConfigDict, meta: Meta, state: TrainState) -> None:
+def _split(config: ml_collections.ConfigDict) -> tuple:
+    return nnx.split(nnx.eval_shape(lambda: decoder.create(config.model)), nnx.Param, Buffer)
+
+
+def fresh(config: ml_collections.ConfigDict, trees: Mapping[str, Tree], step: int) -> TrainState:
+    """The state of a run that has made so many steps, but for its optimizer, which is new."""
+    _, params, _ = _split(config)
+    optimizer = optim.make_optimizer(config.optim, logical_axes(params), undecayed(params), rates(params))
+    state, zero = optimizer.init(trees['params']), jnp.zeros((), jnp.int32)
+    return TrainState(jnp.int32(step), trees['params'], trees['buffers'], state, zero, zero)
+
+
+def write(target: Workdir, config: ml_collections.ConfigDict, meta: Meta, state: TrainState) -> None:
+    """Writes a run with one checkpoint."""
     with target.locked():
         target.commit(config, meta.tokenizer)
         checkpoints = Checkpoints(target.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)

@@ -38,12 +38,7 @@ class GatedConvolution(Layer):
     """
 
     def __init__(self, config, params: Parameters, num_layers: int, order: int, d_conv: int) -> None:
-        self.branches, self.dim, self.dtype = (
-            [f'x{i}' for i in range(order)] + ['v'],
-            config.dim,
-            jnp.dtype(config.dtype),
-        )
-        self.filters = order - 1
+        self.dim, self.dtype, self.filters = config.dim, jnp.dtype(config.dtype), order - 1
         for name in self.branches:
             weight = params(f'{name}_proj', (self.dim, self.dim), ('embed', 'inner'), normal(config.init_std))
             setattr(self, f'{name}_proj', weight)
@@ -53,6 +48,11 @@ class GatedConvolution(Layer):
             'o_proj', (self.dim, self.dim), ('inner', 'embed'), normal(output_std(config.init_std, num_layers))
         )
         self.o_bias = params('o_bias', (self.dim,), ('embed',), zeros)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """x0, ..., x(N-1) and v."""
+        return (*(f'x{i}' for i in range(self.filters + 1)), 'v')
 
     @abc.abstractmethod
     def filter_states(self, batch: int, max_len: int) -> list[Any]:

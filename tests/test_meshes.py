@@ -38,6 +38,12 @@ FAMILY = {
     'model__mamba2__groups': 2,
     'model__mamba2__d_state': 4,
 }
+CONVOLUTIONS = {
+    'model__pattern': ('hyena+mlp', 'hyena_modal'),
+    'model__hyena__max_len': LENGTH,
+    'model__hyena__filter_width': 8,
+    'model__hyena__features': 5,
+}
 SIXTEEN = {'model__moe__num_experts': 16}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MESHES = [
@@ -51,6 +57,7 @@ MESHES = [
     slow({'expert': 8}, {}),
     slow({'expert': 8}, SIXTEEN),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, FAMILY),
+    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, CONVOLUTIONS),
 ]
 
 

@@ -7,29 +7,54 @@ frequency domain, short ones as it is.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-BLOCK = 8  # tokens whose lags are added one by one
+BLOCK = 4  # tokens whose lags are added one by one
 PRODUCT_UP_TO = 64  # tokens of a half that is multiplied by its matrix
 
 
-def halves(v, taps, positions, past, block=None, product_up_to=None):
+def halves(v, taps, positions, past, block=None):
     """Output of `api.long_conv` [B, T, D], all in one type, without skip."""
     length, half = v.shape[1], block or BLOCK
-    product_up_to = PRODUCT_UP_TO if product_up_to is None else product_up_to
-    y = _block(v, taps, positions, half)
-    by_channel, filters = jnp.moveaxis(v, 2, 0), jnp.swapaxes(taps, 0, 1)
-    sums = []
+    parts = [partial(_block, block=half)]
     while half < length:
-        add = _product if half <= product_up_to else _spectral
-        # Else the backward pass keeps what lies between for every level.
-        sums.append(jax.checkpoint(_level, static_argnums=(3, 4))(by_channel, filters, positions, half, add))
+        parts.append(partial(_level, half=half, add=_product if half <= PRODUCT_UP_TO else _spectral))
         half *= 2
-    if sums:
-        y = y + jnp.moveaxis(sum(sums), 0, 2)
+    by_channel = _summed(jnp.moveaxis(v, 2, 0), jnp.swapaxes(taps, 0, 1), positions, tuple(parts))
+    y = jnp.moveaxis(by_channel, 0, 2)
     return y if past is None else y + _from_past(past, taps, positions, length)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(v, taps, positions, parts):
+    """The sum of `part(v, taps, positions)`, one after another: left alone, XLA would have all of them at once.
+
+    The gradient computes each part again, since what lies between, such as spectra, is larger than all else.
+    """
+    y = jnp.zeros_like(v)
+    for part in parts:
+        y, v = lax.optimization_barrier((y + part(v, taps, positions), v))
+    return y
+
+
+def _summed_forward(v, taps, positions, parts):
+    return _summed(v, taps, positions, parts), (v, taps, positions)
+
+
+def _summed_backward(parts, kept, dy):
+    v, taps, positions = kept
+    total = jnp.zeros_like(v), jnp.zeros_like(taps)
+    for part in parts:
+        _, transpose = jax.vjp(lambda v, taps, part=part: part(v, taps, positions), v, taps)
+        total, v, dy = lax.optimization_barrier((jax.tree.map(jnp.add, total, transpose(dy)), v, dy))
+    return *total, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
 
 
 def fft(v, taps, positions, past, mask=None, block=None):
@@ -47,7 +72,7 @@ def fft(v, taps, positions, past, mask=None, block=None):
     if positions is None:
         return together(v, taps)
     whole = positions == jnp.arange(length)
-    return jax.lax.cond(jnp.all(whole if mask is None else whole | ~mask), together, apart, v, taps)
+    return lax.cond(jnp.all(whole if mask is None else whole | ~mask), together, apart, v, taps)
 
 
 def operations(length, block=None):
@@ -62,19 +87,15 @@ def operations(length, block=None):
 
 
 def _block(v, taps, positions, block):
-    """What tokens of the same block of `block` tokens add: one lag after another."""
-    length = v.shape[1]
+    """What tokens of the same block of `block` tokens add, one lag after another: v [D, B, T], taps [D, L]."""
+    length = v.shape[2]
     inside = jnp.arange(length) % block
-    reach = jnp.broadcast_to(inside, v.shape[:2]) if positions is None else jnp.minimum(positions, inside)
-
-    def add(v, taps):
-        y = taps[0] * v
-        for lag in range(1, min(block, length, taps.shape[0])):
-            earlier = jnp.pad(v, ((0, 0), (lag, 0), (0, 0)))[:, :length]
-            y = y + taps[lag] * jnp.where((reach >= lag)[..., None], earlier, 0)
-        return y
-
-    return jax.checkpoint(add)(v, taps)
+    reach = jnp.broadcast_to(inside, v.shape[1:]) if positions is None else jnp.minimum(positions, inside)
+    y = taps[:, 0, None, None] * v
+    for lag in range(1, min(block, length, taps.shape[1])):
+        earlier = jnp.pad(v, ((0, 0), (0, 0), (lag, 0)))[:, :, :length]
+        y = y + taps[:, lag, None, None] * jnp.where(reach >= lag, earlier, 0)
+    return y
 
 
 def _level(v, taps, positions, half, add):
@@ -120,5 +141,5 @@ def _from_past(past, taps, positions, length):
 
 def _fitted(x, length, axis):
     """x with zeros behind it, or cut, so that it has this length along an axis."""
-    x = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
+    x = lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
     return jnp.pad(x, [(0, length - x.shape[i]) if i == axis else (0, 0) for i in range(x.ndim)])

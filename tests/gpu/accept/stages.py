@@ -19,6 +19,7 @@ LAYERS = (  # of tests/models/cases.py, a process a group
     ('conba_companion', 'conba_feedback_companion'),
     ('conba_paper',),
     ('mamba2', 'retnet', 'gla', 'rwkv4', 'attention_window'),
+    ('hyena', 'hyena_modal'),
 )
 TINY_LAYERS = (('mamba', 'moe_grouped'),)
 TRAINED = (('conba', 'float32'), ('conba', 'bfloat16'), ('conba_paper', 'float32'), ('conba_code', 'float32'))

@@ -19,14 +19,19 @@ PRODUCT_UP_TO = 64  # tokens of a half that is multiplied by its matrix
 
 def halves(v, taps, positions, past, block=None):
     """Output of `api.long_conv` [B, T, D], all in one type, without skip."""
-    length, half = v.shape[1], block or BLOCK
+    y = within(v, taps, positions, v.shape[1], block)
+    return y if past is None else y + _from_past(past, taps, positions, v.shape[1])
+
+
+def within(v, taps, positions, span, block=None):
+    """What tokens of the same piece of `span` tokens add to each other, `block` times a power of two if not all."""
+    half = block or BLOCK
     parts = [partial(_block, block=half)]
-    while half < length:
+    while half < min(span, v.shape[1]):
         parts.append(partial(_level, half=half, add=_product if half <= PRODUCT_UP_TO else _spectral))
         half *= 2
     by_channel = _summed(jnp.moveaxis(v, 2, 0), jnp.swapaxes(taps, 0, 1), positions, tuple(parts))
-    y = jnp.moveaxis(by_channel, 0, 2)
-    return y if past is None else y + _from_past(past, taps, positions, length)
+    return jnp.moveaxis(by_channel, 0, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

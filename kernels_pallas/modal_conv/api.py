@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kernels_pallas import platform
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
 from kernels_pallas.modal_conv import reference, xla
@@ -36,9 +37,10 @@ def modal_conv(
       reset: bool [B, T]; no token sees what is before one where it is True (the start of a document).
       mask: bool [B, T], the real tokens; the others leave the state as it is, and their y is arbitrary.
       initial_state: [B, 2, S, D], real and imaginary part; zeros if None. Differentiable.
-      implementation: None or 'chunked' (chunks that the backward pass computes again: memory is linear in T; a chunk is
-        stepped on CPU, an associative scan elsewhere; 'chunked_stepped' and 'chunked_associative' say which);
-        'reference' is sequential.
+      implementation: None picks. 'chunked': chunks that the backward pass computes again, so that memory is linear in
+        T; a chunk is stepped on CPU, an associative scan elsewhere, as 'chunked_stepped' and 'chunked_associative' say.
+        'parallel': all chunks at once, by products; without a mask, first where there is no CPU, and its chunk is 4
+        times a power of two. 'reference' is sequential.
       chunk: tokens a chunk; None picks for the platform.
 
     Returns:
@@ -55,7 +57,12 @@ def modal_conv(
     shape = (found['b'], 2, found['s'], found['d'])
     state = jnp.zeros(shape, wide) if initial_state is None else initial_state.astype(wide)
     given = (values, reference.poles(rate, angle), residue, reset, mask, state)
+    given_now = (values, rate, angle, residue, reset, None if initial_state is None else state, chunk)
+    refused = 'a mask and single tokens need one chunk after another' if mask is not None or found['t'] == 1 else None
+    if chunk is not None and not xla.doubled(chunk):
+        refused = f'its chunk is {xla.SHORTEST} times a power of two, got {chunk}'
     candidates = (
+        Candidate('parallel', lambda: xla.parallel(*given_now), lambda: refused, by_name=platform.platform() == 'cpu'),
         Candidate('chunked', lambda: xla.chunked(*given, chunk)),
         Candidate('chunked_associative', lambda: xla.chunked(*given, chunk, 'associative'), by_name=True),
         Candidate('chunked_stepped', lambda: xla.chunked(*given, chunk, 'stepped'), by_name=True),

@@ -61,6 +61,32 @@ def outputs_and_gradients(arrays, reset, mask, function=modal_conv, **options):
     return jax.grad(loss, has_aux=True)(arrays)
 
 
+@pytest.mark.parametrize(
+    'length, chunk, given',
+    [(21, 8, True), slow(21, 8, False), slow(2, 8, True), slow(64, 16, True), slow(129, None, True)],
+)
+def test_all_chunks_at_once_are_the_sum_over_the_past(length, chunk, given):
+    arrays, reset, mask = draw(length, length)
+    everyone = jnp.ones_like(mask)
+    if not given:
+        arrays['initial_state'] = jnp.zeros_like(arrays['initial_state'])
+    want = outputs_and_gradients(arrays, reset, everyone, function=direct)
+    options = {'implementation': 'parallel', 'chunk': chunk}
+    got = outputs_and_gradients(arrays, reset, everyone, function=unmasked if given else stateless, **options)
+    if not given:
+        for gradients in (got[0], want[0]):
+            del gradients['initial_state']
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, want)
+
+
+def unmasked(mask, **arrays):
+    return modal_conv(**arrays)
+
+
+def stateless(mask, initial_state, **arrays):
+    return modal_conv(**arrays)
+
+
 CASES = [('reference', None, 9), ('chunked_stepped', 4, 21), ('chunked_associative', 4, 21)]
 LATE = [(name, chunk, length) for name, chunk, _ in CASES for length in (1, 64, 129)]
 
@@ -85,7 +111,14 @@ def test_a_mode_is_a_damped_wave():
     np.testing.assert_allclose(y[0], want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize('bad, message', [({'residue': jnp.ones((3, S, D))}, 'residue'), ({'chunk': 0}, 'chunk')])
+@pytest.mark.parametrize(
+    'bad, message',
+    [
+        ({'residue': jnp.ones((3, S, D))}, 'residue'),
+        ({'chunk': 0}, 'chunk'),
+        ({'chunk': 24, 'implementation': 'parallel'}, '4 times a power of two'),
+    ],
+)
 def test_what_does_not_fit_is_refused(bad, message):
     arrays, _, _ = draw(0, 2)
     with pytest.raises(ValueError, match=message):

@@ -136,7 +136,7 @@ def _from_past(past, taps, positions, length):
     behind = past.shape[1]
     if length == 1:
         lags = _fitted(taps, behind + 1, 0)[:0:-1]
-        y = jnp.einsum('bpd,pd->bd', past, lags)[:, None]
+        y = jnp.einsum('bpd,pd->bd', past, lags, precision='highest')[:, None]
     else:
         size = 1 << (behind + length - 1).bit_length()
         spectrum = jnp.fft.rfft(past, size, 1) * jnp.fft.rfft(_fitted(taps, behind + length, 0), size, 0)

@@ -127,6 +127,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--once', action='store_true', help='print one snapshot; so does output that is no terminal')
     command.add_argument('--interval', type=float, default=2.0, help='seconds between two looks (default: 2)')
 
+    command = add(
+        'distill-filters', _distill, "Turn a run's Hyena layers into modal ones, which decode with a constant state."
+    )
+    _takes_checkpoint(command)
+    command.epilog = None
+    command.add_argument('--out', required=True, metavar='DIR', help='folder of the new run; nothing may be there')
+    command.add_argument('--order', type=int, default=0, help='modes a channel; 0: as --tolerance asks for (default)')
+    command.add_argument(
+        '--tolerance', type=float, default=0.01, help="share of a filter's singular values to leave out (default: 0.01)"
+    )
+    command.add_argument('--rows', type=int, default=64, help='rows of text to compare the two on (default: 64)')
+    command.add_argument('files', nargs='*', help='text files to compare on; none: held-out text')
+
     command = add('doctor', _doctor, 'Say what works on this machine: devices, versions, kernels, a few steps.')
     command.add_argument('--verify', action='store_true', help='verify the GPU kernels that need it, without asking')
 
@@ -246,6 +259,23 @@ def _doctor(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.doctor import doctor
 
     return doctor(known.verify)
+
+
+def _distill(known: argparse.Namespace, overrides: list[str]) -> int:
+    if overrides:
+        raise UserError(f'distill-filters takes no --config.{overrides[0].split("=")[0]}')
+    for option, least in (('order', 0), ('rows', 1)):
+        if getattr(known, option) < least:
+            raise UserError(f'--{option} {getattr(known, option)} must be at least {least}')
+    if not 0 < known.tolerance < 1:
+        raise UserError(f'--tolerance {known.tolerance} must be between 0 and 1, exclusive')
+    from mixcon_jax.distillation.distill import distill
+
+    distill(
+        known.workdir, known.out, step=_step(known.step), order=known.order, tolerance=known.tolerance,
+        paths=known.files, rows=known.rows,
+    )  # fmt: skip
+    return Exit.DONE
 
 
 def _prepare(known: argparse.Namespace, overrides: list[str]) -> int:

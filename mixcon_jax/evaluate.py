@@ -24,7 +24,7 @@ from mixcon_jax.data.documents import Document
 from mixcon_jax.data.loader import heldout_from_texts
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
-from mixcon_jax.inference.load import load_model
+from mixcon_jax.inference.load import TrainedModel, load_model
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.layout import place_rows
 
@@ -104,6 +104,36 @@ def _documents(paths: Sequence[str], config: ml_collections.ConfigDict) -> list[
     return documents
 
 
+def batches_of(trained: TrainedModel, workdir: str | Path, paths: Sequence[str], rows: int) -> Any:
+    """Batches of text or of a task to score a checkpoint on.
+
+    Args:
+      trained: of ``load_model``.
+      workdir: its run directory, for errors.
+      paths: files; none means the held-out split of its data.
+      rows: of a batch.
+
+    Raises:
+      UserError: the run is not of text, or its data has become another.
+    """
+    config = trained.config
+    if paths:
+        if is_synthetic(config.data):
+            raise UserError(
+                f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files,'
+                ' or give --lengths'
+            )
+        return heldout_from_texts(_documents(paths, config), trained.tokenizer, config, rows)
+    dataset = open_dataset(config, trained.data)
+    dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
+    if trained.data != dataset.identity:
+        raise UserError(
+            f'the data of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
+            ' restore it, or name files to score'
+        )
+    return dataset.heldout_batches(rows)
+
+
 def evaluate(
     workdir: str | Path,
     paths: Sequence[str] = (),
@@ -139,23 +169,7 @@ def evaluate(
     rows, place = batch_size or config.eval.batch_size, trained.place
     if place:
         divides(axes.ROWS, axes.rows(place.mesh.shape), '--batch-size', rows)
-    if paths:
-        if is_synthetic(config.data):
-            raise UserError(
-                f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files,'
-                ' or give --lengths'
-            )
-        documents = _documents(paths, config)
-        batches = heldout_from_texts(documents, trained.tokenizer, config, rows)
-    else:
-        dataset = open_dataset(config, trained.data)
-        dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
-        if trained.data != dataset.identity:
-            raise UserError(
-                f'the data of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
-                ' restore it, or name files to score'
-            )
-        batches = dataset.heldout_batches(rows)
+    batches = batches_of(dataclasses.replace(trained, config=config), workdir, paths, rows)
     graphdef, variables = nnx.split(trained.model)
 
     @jax.jit

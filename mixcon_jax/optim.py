@@ -167,6 +167,7 @@ def make_optimizer(
     config: ml_collections.ConfigDict,
     logical_axes: Mapping[str, tuple[str | None, ...]],
     undecayed: Collection[str] = (),
+    rates: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer at its peak learning rate; the step multiplies its updates by the schedule's fraction.
 
@@ -178,7 +179,19 @@ def make_optimizer(
       config: ``config.optim``.
       logical_axes: axis names of every parameter.
       undecayed: names of those that must not decay.
+      rates: learning rates of some parameters as multiples of the others', as ``trees.rates`` gives them.
     """
+    optimizer = _at_one_rate(config, logical_axes, undecayed)
+    if not rates:
+        return optimizer
+    scaled = optax.stateless(lambda updates, _: map_named(lambda name, u: rates.get(name, 1.0) * u, updates))
+    return optax.chain(optimizer, scaled)
+
+
+def _at_one_rate(
+    config: ml_collections.ConfigDict, logical_axes: Mapping[str, tuple[str | None, ...]], undecayed: Collection[str]
+) -> optax.GradientTransformation:
+    """``make_optimizer`` without rates of single parameters."""
     groups = describe_groups(config.name, logical_axes, undecayed)
     decay = optax.add_decayed_weights(
         config.weight_decay, mask=lambda params: map_named(lambda name, _: groups[name].decayed, params)

@@ -25,7 +25,7 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.parallel import axes, layout
 from mixcon_jax.parallel.rules import on_mesh
-from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, to_state, undecayed
+from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, rates, to_state, undecayed
 from mixcon_jax.xla_flags import compiler_options
 
 BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
@@ -99,7 +99,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     graphdef, *templates = nnx.split(abstract_model, nnx.Param, Buffer)
     param_template, buffer_template = templates
     names, kept = logical_axes(param_template), undecayed(param_template)
-    optimizer = optim.make_optimizer(config.optim, names, kept)
+    optimizer = optim.make_optimizer(config.optim, names, kept, rates(param_template))
 
     def build(params: Tree, buffers: Tree) -> Model:
         return nnx.merge(graphdef, to_state(params, param_template), to_state(buffers, buffer_template))

@@ -56,6 +56,12 @@ def undecayed(state: State) -> frozenset[str]:
     )
 
 
+def rates(state: State) -> dict[str, float]:
+    """The learning rates, as multiples of the optimizer's, of the variables that ask for another, by name."""
+    flat = {'/'.join(map(str, path)): v.get_metadata().get('rate', 1.0) for path, v in nnx.to_flat_state(state)}
+    return {name: float(rate) for name, rate in flat.items() if rate != 1.0}
+
+
 def logical_axes(state: State) -> dict[str, tuple[str | None, ...]]:
     """Each variable's logical axis names by its name.
 

@@ -46,6 +46,12 @@ INNER = {
     'model__moe__top_k': 1,
     'model__moe__expert_capacity': 1.25,
 }
+CONVOLUTIONS = {
+    'model__pattern': ('hyena+mlp', 'hyena_modal'),
+    'model__hyena__max_len': LENGTH,
+    'model__hyena__filter_width': 8,
+    'model__hyena__features': 5,
+}
 SIXTEEN = {'model__moe__num_experts': 16}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MESHES = [
@@ -61,6 +67,7 @@ MESHES = [
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, FAMILY),
     slow({'expert': 4, 'tensor': 2}, INNER),
     slow({'fsdp': 2, 'context': 2, 'expert': 2}, INNER),
+    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, CONVOLUTIONS),
 ]
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from mixcon_jax import config as configs
 from mixcon_jax import optim
 from mixcon_jax.models import decoder
-from mixcon_jax.trees import logical_axes, undecayed
+from mixcon_jax.trees import logical_axes, rates, undecayed
 
 OPTIMIZERS = ['adamw', 'muon', 'lion', 'adafactor']
 
@@ -141,6 +141,31 @@ def test_each_parameter_has_its_group_and_decay(variant, optimizer):
 def test_the_table_has_no_stale_entries():
     names = {name for variant in VARIANTS for name in axes_of(variant)[0]}
     assert not {end for end in EXPECTED if not any(ends_in(name, end) for name in names)}
+
+
+def test_what_makes_a_filter_neither_decays_nor_learns_as_fast_as_the_rest():
+    config = configs.default().model
+    config.pattern, config.hyena.filter_rate = ('hyena+mlp', 'hyena_modal'), 0.25
+    state = nnx.state(nnx.eval_shape(lambda: decoder.create(config, 0)), nnx.Param)
+    groups = optim.describe_groups('muon', logical_axes(state), undecayed(state))
+    slow = {name for name in groups if 'filter' in name or name.endswith('frequency')}
+    assert rates(state) == dict.fromkeys(slow, 0.25) and len(slow) == 8
+    modes = {name for name in groups if name.rsplit('/')[-1] in ('decay', 'angle', 'residue', 'skip')}
+    assert len(modes) == 5 and {groups[name] for name in slow | modes} == {('adamw', False)}
+    assert {groups[name] for name in groups if name.endswith('_proj')} == {('muon', True)}
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_a_rate_scales_the_updates_of_its_parameter_alone(optimizer):
+    rng = np.random.default_rng(13)
+    axes = {'a': ('embed', 'mlp'), 'b': ('embed', 'mlp')}
+    config = configs.default().optim
+    config.name = optimizer
+    params, grads = ({name: jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for name in axes} for _ in range(2))
+    plain, scaled = (optim.make_optimizer(config, axes, (), rates) for rates in (None, {'b': 0.25}))
+    want, got = (each.update(grads, each.init(params), params)[0] for each in (plain, scaled))
+    np.testing.assert_array_equal(got['a'], want['a'])
+    np.testing.assert_allclose(got['b'], 0.25 * want['b'], rtol=1e-6)
 
 
 def test_a_tied_embedding_is_an_embedding():

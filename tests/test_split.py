@@ -11,6 +11,8 @@ import pytest
 from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
+from kernels_pallas.long_conv.context_parallel import CALL as LONG_CONV
+from kernels_pallas.modal_conv.context_parallel import CALL as MODAL_CONV
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
 from kernels_pallas.ssd.context_parallel import CALL as SSD
 from kernels_pallas.wkv.context_parallel import CALL as WKV
@@ -46,6 +48,13 @@ CALLS = {
         'k': normal(B, T, D), 'v': normal(B, T, D), 'decay': normal(D) ** 2, 'bonus': normal(D),
         'initial_state': jnp.abs(normal(B, 3, D)),
     },
+    'modal_conv': {
+        'v': normal(B, T, D), 'rate': normal(3, D) ** 2, 'angle': normal(3, D), 'residue': normal(2, 3, D),
+        'skip': normal(D), 'initial_state': normal(B, 2, 3, D),
+    },
+    'long_conv': {
+        'v': normal(B, T, D), 'taps': normal(T, D), 'skip': normal(D), 'initial_state': normal(B, 3, D), 'block': 2,
+    },
     'attention': {'q': normal(B, T, 4, 8), 'k': normal(B, T, 2, 8), 'v': normal(B, T, 2, 8)},
 }  # fmt: skip
 
@@ -56,12 +65,13 @@ def mesh(**axes: int):
     return make_mesh(config, jax.devices()[: int(np.prod(list(axes.values())))])
 
 
+CONVOLUTIONS = ('long_conv', 'modal_conv')
 BOTH, ROWS = {'data': 2, 'tensor': 2}, {'data': 2}
 
 
 def on_axes(axes, broad):
     """Every call on every mesh, `broad` ones of the later calls slow: rows are shared out alike."""
-    late = lambda name, mesh: [pytest.mark.slow] if name in ('ssd', 'wkv') and mesh == broad else []
+    late = lambda name, mesh: [pytest.mark.slow] if name in ('ssd', 'wkv', *CONVOLUTIONS) and mesh == broad else []
     return [
         pytest.param(name, mesh, marks=late(name, mesh), id='-'.join((name, *mesh))) for name in CALLS for mesh in axes
     ]
@@ -91,7 +101,9 @@ def test_gradients_on_a_mesh_are_those_of_one_device(name, axes):
     function, on = getattr(kernels, name), mesh(**axes)
     arrays = {key: value for key, value in CALLS[name].items() if isinstance(value, jax.Array)}
     run = functools.partial(function, **{key: value for key, value in CALLS[name].items() if key not in arrays})
-    stateless = name == 'causal_conv1d' and 'context' in axes  # on shared-out tokens it neither takes nor gives a state
+    stateless = (
+        name in ('causal_conv1d', 'long_conv') and 'context' in axes
+    )  # on shared-out tokens it neither takes nor gives a state
     if stateless:
         del arrays['initial_state']
 
@@ -137,7 +149,7 @@ def test_noise_is_drawn_for_all_rows_at_once():
 
 @pytest.mark.parametrize(
     'call',
-    [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION, SSD, WKV],
+    [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION, SSD, WKV, LONG_CONV, MODAL_CONV],
     ids=lambda c: c.function.__name__,
 )
 def test_a_call_is_declared_whole(call):

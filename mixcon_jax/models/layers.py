@@ -70,7 +70,15 @@ class Parameters:
         """Returns the maker for one layer of the whole model; its index may be traced."""
         return Parameters(self._key, f'{self._path}layer/', index)
 
-    def __call__(self, name: str, shape: Sequence[int], axes: Axes, init: Initializer, decay: bool = True) -> nnx.Param:
+    def __call__(
+        self,
+        name: str,
+        shape: Sequence[int],
+        axes: Axes,
+        init: Initializer,
+        decay: bool = True,
+        rate: float = 1.0,
+    ) -> nnx.Param:
         """Returns a float32 parameter.
 
         Args:
@@ -79,12 +87,14 @@ class Parameters:
           axes: names of its dimensions, for sharding and optimizer groups.
           init: makes the initial values.
           decay: whether it shrinks by weight decay if it is a matrix, as nothing else does.
+          rate: its learning rate, as a multiple of the optimizer's.
         """
         if len(shape) != len(axes):
             raise ValueError(f'parameter {name} has shape {tuple(shape)} but axes {axes}; name every dimension')
         # One fold for name and index together: a fold each would dominate the compile time of a small model.
         data = jnp.uint32(zlib.crc32((self._path + name).encode())) + jnp.uint32(self._index) * jnp.uint32(0x9E3779B1)
-        return nnx.Param(init(jax.random.fold_in(self._key, data), tuple(shape)), logical_axes=axes, decay=decay)
+        value = init(jax.random.fold_in(self._key, data), tuple(shape))
+        return nnx.Param(value, logical_axes=axes, decay=decay, rate=rate)
 
 
 def normal(std: float) -> Initializer:

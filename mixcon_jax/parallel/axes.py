@@ -32,13 +32,14 @@ RULES: dict[str, tuple[str, ...]] = {
     'norm': (),
     'narrow': (),
     'terms': (),
+    'filter': (),
     'conv': (),
     'dt_rank': (),
     'state': (),
 }
 # What `mesh.rules` may say. Rows and tokens are shared out as they are loaded; what is split inside a layer must not be
 # along an axis that splits its tokens; experts are met by exchanging tokens between devices that hold different ones.
-_PARAMETERS_ONLY = ('embed', 'norm', 'narrow', 'terms', 'conv', 'dt_rank', 'state')
+_PARAMETERS_ONLY = ('embed', 'norm', 'narrow', 'terms', 'filter', 'conv', 'dt_rank', 'state')
 ALLOWED: dict[str, tuple[str, ...]] = {
     name: AXES if name in _PARAMETERS_ONLY else BATCH_AXES if name == 'experts' else ('tensor',)
     for name in RULES.keys() - {'batch', 'sequence', 'shards'}

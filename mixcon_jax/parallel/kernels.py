@@ -1,11 +1,13 @@
 """The kernels as layers call them: each device computes its own rows, tokens and heads of what the mesh shares out.
 
-Where a sequence is shared out, ``causal_conv1d`` returns None for the state after it.
+Where a sequence is shared out, ``causal_conv1d`` and ``long_conv`` return None for the state after it.
 """
 
 from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
+from kernels_pallas.long_conv.context_parallel import CALL as LONG_CONV
+from kernels_pallas.modal_conv.context_parallel import CALL as MODAL_CONV
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
 from kernels_pallas.ssd.context_parallel import CALL as SSD
 from kernels_pallas.wkv.context_parallel import CALL as WKV
@@ -14,7 +16,9 @@ from mixcon_jax.parallel.split import split
 attention = split(ATTENTION)
 causal_conv1d = split(CAUSAL_CONV1D)
 diagonal_gain = split(DIAGONAL)
+long_conv = split(LONG_CONV)
 matrix_gain = split(MATRIX)
+modal_conv = split(MODAL_CONV)
 selective_scan = split(SELECTIVE_SCAN)
 ssd = split(SSD)
 wkv = split(WKV)

@@ -67,6 +67,8 @@ def model_config(options=(), dtype='float32'):
     config.model.mamba2.update(d_state=8, head_dim=16, groups=2, chunk=4)
     config.model.retnet.update(chunk=8)
     config.model.gla.update(chunk=8)
+    config.model.hyena.update(max_len=24, features=5, filter_width=8, block=8)
+    config.model.hyena_modal.update(chunk=8)
     config.model.mlp.hidden_dim = 48
     for key, value in dict(options).items():
         configs.put(config, f'model.{key}', value)

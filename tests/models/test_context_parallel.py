@@ -31,6 +31,8 @@ FAMILY = (
     'moe_switch',
     'moe_mamba_all',
     'large_kernel',
+    'hyena',
+    'hyena_modal',
 )
 NOISE = {
     'conba.process_noise': 0.1, 'conba.observation_noise': 0.1, 'conba.control': 'none', 'conba.delay': 'none'

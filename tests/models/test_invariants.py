@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
-from tests.models.cases import CASES, DIM, layer, packed_context, runner
+from tests.models.cases import CASES, DIM, layer, model_config, of_every_kind, packed_context, runner
 
 T = 18
 NAMES = list(CASES)
@@ -126,10 +127,17 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
     assert types[0] == types[1]
 
 
+@pytest.mark.parametrize('name', of_every_kind())
+def test_a_models_structure_may_be_a_static_argument(name):
+    """As `mixcon generate` has it: a list among a layer's attributes could not be hashed."""
+    model = nnx.eval_shape(lambda: decoder.create(model_config(of_every_kind()[name][1])))
+    assert isinstance(hash(nnx.split(model)[0]), int)
+
+
 # Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's primitive.
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
-    'moe_switch',
+    'moe_switch', 'hyena_modal',
 )  # fmt: skip
 
 

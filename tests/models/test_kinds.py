@@ -50,7 +50,7 @@ def test_a_mixers_options_are_its_bases_and_its_own():
     assert list(kinds.describe('conba').options) == ['ssm', 'conba']
     assert list(kinds.groups()) == [
         'attention', 'ssm', 'mamba', 'conba', 'mamba2', 'retnet', 'gla', 'rwkv4', 'moe', 'moe_mamba', 'large_kernel',
-        'mlp', 'rwkv_channel_mix', 'series_mlp',
+        'hyena', 'hyena_modal', 'mlp', 'rwkv_channel_mix', 'series_mlp',
     ]  # fmt: skip
 
 

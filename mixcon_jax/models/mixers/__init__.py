@@ -14,4 +14,6 @@ MIXERS: dict[str, str | type] = {
     'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
     'moe_mamba': 'mixcon_jax.models.mixers.moe_mamba.MoEMamba',
     'large_kernel': 'mixcon_jax.models.mixers.large_kernel.LargeKernel',
+    'hyena': 'mixcon_jax.models.mixers.hyena.Hyena',
+    'hyena_modal': 'mixcon_jax.models.mixers.hyena_modal.HyenaModal',
 }

@@ -131,6 +131,16 @@ SIZES: dict[str, Size] = {
     ),
     'llama2-7b': Size(_llama(4096, 32, 32, 32, 11008), 'Touvron et al., 2023', 6_738_415_616),
     'llama2-70b': Size(_llama(8192, 80, 64, 8, 28672), 'Touvron et al., 2023', 68_976_648_192),
+    'striped-hyena-7b': Size(
+        _llama(4096, 32, 32, 8, 14336)
+        | {
+            'num_blocks': 16,
+            'pattern': ('hyena_modal+mlp', 'attention+mlp'),
+            'attention': {'num_heads': 32, 'num_kv_heads': 8, 'rope': True, 'rope_theta': 5e5},
+            'hyena_modal': {'d_state': 2},
+        },
+        'Together, 2023',
+    ),
     'pangu-pi-1b': _pangu_pi(2048, 12, 16, 5504),
     'pangu-pi-7b': _pangu_pi(4096, 29, 32, 11008),
     'retnet-1.3b': _retnet(2048, 24),

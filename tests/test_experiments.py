@@ -9,7 +9,7 @@ import pytest
 
 from launch.sweep import cases
 from mixcon_jax import config as configs
-from mixcon_jax.models import accounting
+from mixcon_jax.models import accounting, kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / 'experiments').rglob('*.py') if path.name != '__init__.py')
@@ -77,6 +77,15 @@ def test_the_arms_of_conba_parts_and_the_baselines_have_nanos_parameters():
     for path in (folder / 'baselines').glob('*.py'):
         counts = accounting.parameter_count(configs.load(str(path)).model)
         assert abs(counts.active / nano - 1) < 0.02, path
+
+
+def test_the_arms_of_the_family_have_equal_parameters():
+    cases = load_cases(f'{ROOT}/experiments/ablations/family.py')[:12]
+    counts = {case.name: accounting.parameter_count(case.config.model).total for case in cases}
+    assert max(counts.values()) / min(counts.values()) < 1.01, counts
+    mixers = {layer.partition('+')[0] for case in cases for layer in case.config.model.pattern}
+    kinds_left_out = {'moe_mamba'}  # experts, which have no equal of as many parameters
+    assert mixers >= set(kinds.names('mixer')) - kinds_left_out
 
 
 def test_the_arms_of_moe_have_equal_active_parameters():

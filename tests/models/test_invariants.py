@@ -127,10 +127,11 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
     assert types[0] == types[1]
 
 
-# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's primitive.
+# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's
+# primitive, RWKV-6 is on gla's.
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
-    'moe_switch',
+    'moe_switch', 'rwkv6',
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Retention and gated linear attention are the loops that their papers write, one token and head at a time."""
+"""Retention, gated linear attention and RWKV-6 are the loops that their papers write, one token and head at a time."""
 
 import jax
 import numpy as np
@@ -61,7 +61,26 @@ def gla(x, w):
     return out.reshape(T, -1) @ w['o_proj']
 
 
-@pytest.mark.parametrize('name, loop', [('retnet', retnet), ('gla', gla)])
+def rwkv6(x, w):
+    before = np.concatenate([np.zeros((1, DIM)), x[:-1]])
+    low = np.tanh((x + (before - x) * w['mix_x']) @ w['mix_down']).reshape(T, 5, -1)
+    streams = [x + (before - x) * (w['mix'][i] + low[:, i] @ w['mix_up'][i]) for i in range(5)]
+    k, v, r = (heads(streams[i] @ w[f'{name}_proj']) for i, name in ((1, 'k'), (2, 'v'), (3, 'r')))
+    decay = heads(np.exp(-np.exp(w['decay'] + np.tanh(streams[0] @ w['decay_down']) @ w['decay_up'])))
+    gate, u = streams[4] @ w['g_proj'], w['bonus'].reshape(HEADS, -1)
+    out = np.zeros_like(v)
+    for h in range(HEADS):
+        state = np.zeros((k.shape[-1], v.shape[-1]))
+        for t in range(T):
+            own = np.outer(k[t, h], v[t, h])
+            o = r[t, h] @ (state + u[h][:, None] * own)
+            state = decay[t, h][:, None] * state + own
+            out[t, h] = (o - o.mean()) / np.sqrt(o.var() + 64e-5)
+    out = out.reshape(T, -1) * w['norm'] + w['norm_bias']
+    return (gate * sigmoid(gate) * out) @ w['o_proj']
+
+
+@pytest.mark.parametrize('name, loop', [('retnet', retnet), ('gla', gla), ('rwkv6', rwkv6)])
 def test_a_layer_is_the_papers_loop(name, loop):
     module, x, w = weights(name)
     y, _, _ = module(x, Context.whole(1, T), None)

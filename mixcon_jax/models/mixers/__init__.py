@@ -12,5 +12,6 @@ MIXERS: dict[str, str | type] = {
     'retnet': 'mixcon_jax.models.mixers.retnet.RetNet',
     'gla': 'mixcon_jax.models.mixers.gla.GLA',
     'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
+    'rwkv6': 'mixcon_jax.models.mixers.rwkv6.RWKV6',
     'moe_mamba': 'mixcon_jax.models.mixers.moe_mamba.MoEMamba',
 }

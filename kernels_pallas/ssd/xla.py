@@ -212,7 +212,7 @@ def scores_by_key(C, B, narrow, sums, read, mask):
     block's start and keys that have till there, so that no exponent is positive (Yang et al., 2023, §4.3).
     """
     length, wide = C.shape[1], sums[0].dtype
-    rows: list[jax.Array] = []
+    rows = []
     for start in range(0, length, BLOCK):
         own = slice(start, min(start + BLOCK, length))
         queries, keys = (value[:, own, :, None].astype(wide) for value in (C, B))

@@ -6,6 +6,7 @@ Where a sequence is shared out, ``causal_conv1d`` returns None for the state aft
 from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
+from kernels_pallas.delta_rule.context_parallel import CALL as DELTA_RULE
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
 from kernels_pallas.ssd.context_parallel import CALL as SSD
 from kernels_pallas.wkv.context_parallel import CALL as WKV
@@ -13,6 +14,7 @@ from mixcon_jax.parallel.split import split
 
 attention = split(ATTENTION)
 causal_conv1d = split(CAUSAL_CONV1D)
+delta_rule = split(DELTA_RULE)
 diagonal_gain = split(DIAGONAL)
 matrix_gain = split(MATRIX)
 selective_scan = split(SELECTIVE_SCAN)

@@ -22,7 +22,7 @@ T = 32
 PRESETS = ('mamba', *presets.CONBA_PRESETS)
 OTHERS = ('conba_diag', 'conba_companion', 'conba_noise', 'attention_rope', 'moe_grouped')
 FAMILY = ('attention_window', 'mamba2', 'retnet', 'gla', 'rwkv4', 'rwkv_channel_mix', 'moe_switch', 'moe_mamba_all')
-FAMILY += ('rwkv6',)
+FAMILY += ('rwkv6', 'rwkv7')
 NOISE = {
     'conba.process_noise': 0.1, 'conba.observation_noise': 0.1, 'conba.control': 'none', 'conba.delay': 'none'
 }  # fmt: skip

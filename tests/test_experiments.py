@@ -80,7 +80,7 @@ def test_the_arms_of_conba_parts_and_the_baselines_have_nanos_parameters():
 
 
 def test_the_arms_of_the_family_have_equal_parameters():
-    cases = load_cases(f'{ROOT}/experiments/ablations/family.py')[:12]
+    cases = load_cases(f'{ROOT}/experiments/ablations/family.py')[:14]
     counts = {case.name: accounting.parameter_count(case.config.model).total for case in cases}
     assert max(counts.values()) / min(counts.values()) < 1.01, counts
     mixers = {layer.partition('+')[0] for case in cases for layer in case.config.model.pattern}

@@ -33,7 +33,7 @@ OPTIONS = {
     'optim__clip_norm': 0.0,
 }
 FAMILY = {
-    'model__pattern': ('mamba2+rwkv_channel_mix', 'retnet+mlp', 'gla', 'rwkv4', 'large_kernel'),
+    'model__pattern': ('mamba2+rwkv_channel_mix', 'retnet+mlp', 'gla', 'rwkv4', 'large_kernel', 'rwkv6', 'rwkv7'),
     'model__mamba2__head_dim': 8,
     'model__mamba2__groups': 2,
     'model__mamba2__d_state': 4,

@@ -11,6 +11,7 @@ import pytest
 from kernels_pallas.adaptive_gain.context_parallel import DIAGONAL, MATRIX
 from kernels_pallas.attention.context_parallel import CALL as ATTENTION
 from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
+from kernels_pallas.delta_rule.context_parallel import CALL as DELTA_RULE
 from kernels_pallas.long_conv.context_parallel import CALL as LONG_CONV
 from kernels_pallas.modal_conv.context_parallel import CALL as MODAL_CONV
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
@@ -44,6 +45,11 @@ CALLS = {
         'x': normal(B, T, 4, 3), 'log_decay': -(normal(B, T, 4, 5) ** 2), 'B': normal(B, T, 2, 5),
         'C': normal(B, T, 2, 5), 'step': normal(B, T, 4) ** 2, 'initial_state': normal(B, 4, 3, 5),
     },
+    'delta_rule': {
+        'x': normal(B, T, 4, 3), 'log_decay': -(normal(B, T, 4, 5) ** 2), 'B': normal(B, T, 4, 5),
+        'C': normal(B, T, 4, 5), 'removed': 0.4 * normal(B, T, 4, 5), 'rewritten': 0.3 * normal(B, T, 4, 5),
+        'initial_state': normal(B, 4, 3, 5),
+    },
     'wkv': {
         'k': normal(B, T, D), 'v': normal(B, T, D), 'decay': normal(D) ** 2, 'bonus': normal(D),
         'initial_state': jnp.abs(normal(B, 3, D)),
@@ -69,9 +75,12 @@ CONVOLUTIONS = ('long_conv', 'modal_conv')
 BOTH, ROWS = {'data': 2, 'tensor': 2}, {'data': 2}
 
 
+LATE = ('ssd', 'delta_rule', 'wkv', *CONVOLUTIONS)
+
+
 def on_axes(axes, broad):
     """Every call on every mesh, `broad` ones of the later calls slow: rows are shared out alike."""
-    late = lambda name, mesh: [pytest.mark.slow] if name in ('ssd', 'wkv', *CONVOLUTIONS) and mesh == broad else []
+    late = lambda name, mesh: [pytest.mark.slow] if name in LATE and mesh == broad else []
     return [
         pytest.param(name, mesh, marks=late(name, mesh), id='-'.join((name, *mesh))) for name in CALLS for mesh in axes
     ]
@@ -149,7 +158,7 @@ def test_noise_is_drawn_for_all_rows_at_once():
 
 @pytest.mark.parametrize(
     'call',
-    [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION, SSD, WKV, LONG_CONV, MODAL_CONV],
+    [SELECTIVE_SCAN, MATRIX, DIAGONAL, CAUSAL_CONV1D, ATTENTION, SSD, WKV, DELTA_RULE, LONG_CONV, MODAL_CONV],
     ids=lambda c: c.function.__name__,
 )
 def test_a_call_is_declared_whole(call):

@@ -1,12 +1,12 @@
 """Every mixer of the family, at equal parameters, equal tokens and paired seeds, each as its own baseline file has it.
 
-Attention with RoPE, Mamba, Mamba-2, Conba, MixCon 2:6, RetNet, GLA, RWKV-4, Hyena, StripedHyena, large kernels and
-PanGu-π at the nano size, without experts. An arm is its file of experiments/baselines but for the width of its FFNs,
-which makes up for the mixers' different sizes, so that every arm has the parameters of 2:6 within 1 %. For one seed,
-data order is the same, and so are initial values wherever two arms have a parameter of one name and shape. All arms
-share one learning rate, which was found on a hybrid.
+Attention with RoPE, Mamba, Mamba-2, Conba, MixCon 2:6, RetNet, GLA, RWKV-4, 6 and 7, Hyena, StripedHyena, large
+kernels and PanGu-π at the nano size, without experts. An arm is its file of experiments/baselines but for the width of
+its FFNs, which makes up for the mixers' different sizes, so that every arm has the parameters of 2:6 within 1 %. For
+one seed, data order is the same, and so are initial values wherever two arms have a parameter of one name and shape.
+All arms share one learning rate, which was found on a hybrid.
 
-36 runs of 717k tokens, 3 seeds of 12 arms: about two hours on 2 CPU cores, judged by single runs; the whole was not
+42 runs of 717k tokens, 3 seeds of 14 arms: about three hours on 2 CPU cores, judged by single runs; the whole was not
 run yet.
 
     python -m launch.sweep --config experiments/ablations/family.py --workdir runs/family --jobs 2
@@ -27,6 +27,8 @@ ARMS = {  # name: file of experiments/baselines, its argument, and the width tha
     'RetNet': ('retnet', None, MLP),
     'GLA': ('gla', None, MLP),
     'RWKV-4': ('rwkv4', None, 'rwkv_channel_mix.hidden_dim'),
+    'RWKV-6': ('rwkv6', None, 'rwkv_channel_mix.hidden_dim'),
+    'RWKV-7': ('rwkv7', None, 'rwkv_channel_mix.hidden_dim'),
     'Hyena': ('hyena', None, MLP),
     'StripedHyena': ('striped_hyena', None, MLP),
     'large kernel': ('large_kernel', None, MLP),

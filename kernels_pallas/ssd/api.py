@@ -21,6 +21,7 @@ def ssd(
     step: Float[Array, 'b t h'] | None = None,
     reset: Bool[Array, 'b t'] | None = None,
     initial_state: Float[Array, 'b h p n'] | None = None,
+    exclusive: bool = False,
     implementation: str | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, 'b t h p'], Float[Array, 'b h p n']]:
@@ -39,6 +40,7 @@ def ssd(
       step: [B, T, H], multiplies x in at least float32; 1 if None.
       reset: bool [B, T]; the state is zero before a token where it is True (the start of a document).
       initial_state: [B, H, P, N]; zeros if None. Differentiable.
+      exclusive: a token reads the state before it, `y_t = S_{t-1} C_t`, 0 where a document starts, as RWKV's do.
       implementation: None or 'chunked': products of matrices within a chunk, chunk after chunk, which the backward pass
         computes again: memory is linear in T. 'reference' is sequential.
       chunk: tokens a chunk; None for 64.
@@ -63,8 +65,8 @@ def ssd(
     reset = None if reset is None else reset.astype(bool)
     given = (x, cast(log_decay), B, C, cast(step), reset, cast(initial_state))
     candidates = (
-        Candidate('chunked', lambda: xla.chunked(*given, chunk or xla.CHUNK)),
-        Candidate('reference', lambda: reference.scan(*given), by_name=True),
+        Candidate('chunked', lambda: xla.chunked(*given, exclusive, chunk or xla.CHUNK)),
+        Candidate('reference', lambda: reference.scan(*given, exclusive), by_name=True),
     )
     y, final = choose('ssd', implementation, candidates).run()
     return y.astype(x.dtype), final

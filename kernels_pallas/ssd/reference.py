@@ -13,6 +13,7 @@ def scan(
     step: jax.Array | None,
     reset: jax.Array | None,
     initial_state: jax.Array,
+    exclusive: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Output and final state of `api.ssd`; shapes as there, everything computed in the type of initial_state."""
     heads, wide = x.shape[2], initial_state.dtype
@@ -20,13 +21,14 @@ def scan(
     B, C = (jnp.repeat(value, heads // value.shape[2], axis=2) for value in (B, C))
     x = x if step is None else x * step[..., None]
     decay = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])
-    if reset is not None:
-        decay = jnp.where(reset[..., None, None], 0, decay)
+    if reset is None:
+        reset = jnp.zeros(x.shape[:2], bool)
 
     def one(state, token):
-        x, decay, B, C = token
-        state = state * decay[:, :, None, :] + x[..., None] * B[:, :, None, :]
-        return state, jnp.einsum('bhpn,bhn->bhp', state, C, precision='highest')
+        x, decay, B, C, reset = token
+        before = jnp.where(reset[:, None, None, None], 0, state)
+        state = before * decay[:, :, None, :] + x[..., None] * B[:, :, None, :]
+        return state, jnp.einsum('bhpn,bhn->bhp', before if exclusive else state, C, precision='highest')
 
-    final, y = lax.scan(one, initial_state, [jnp.moveaxis(value, 1, 0) for value in (x, decay, B, C)])
+    final, y = lax.scan(one, initial_state, [jnp.moveaxis(value, 1, 0) for value in (x, decay, B, C, reset)])
     return jnp.moveaxis(y, 0, 1), final

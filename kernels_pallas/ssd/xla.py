@@ -31,7 +31,7 @@ class _Tokens(NamedTuple):
     document: Any  # int [B, C], counts the resets from the row's start; or None
 
 
-def chunked(x, log_decay, B, C, step, reset, initial_state, chunk):
+def chunked(x, log_decay, B, C, step, reset, initial_state, exclusive, chunk):
     """Output and final state of `api.ssd`; shapes as there."""
     (batch, length, heads, width), groups = x.shape, B.shape[2]
     chunk = min(chunk, length)
@@ -49,7 +49,7 @@ def chunked(x, log_decay, B, C, step, reset, initial_state, chunk):
         padded = jnp.pad(value, ((0, 0), behind) + ((0, 0),) * (value.ndim - 2), mode=mode)
         return jnp.moveaxis(padded.reshape(batch, rounds, chunk * together, *value.shape[2:]), 1, 0)
 
-    one, given = partial(_round, chunk), jax.tree.map(split, tokens)
+    one, given = partial(_round, chunk, exclusive), jax.tree.map(split, tokens)
     if rounds == 1:
         state, y = one(state, jax.tree.map(lambda value: value[0], given))
         y = y[None]
@@ -65,7 +65,7 @@ def chunks_together(length: int, chunk: int) -> int:
     return min(most, -(-length // chunk))
 
 
-def _round(chunk, carry, tokens: _Tokens):
+def _round(chunk, exclusive, carry, tokens: _Tokens):
     """Some chunks: the state and the number of the document after them, and their outputs."""
     state, before = carry
     narrow, wide, (batch, length) = tokens.x.dtype, state.dtype, tokens.x.shape[:2]
@@ -76,7 +76,7 @@ def _round(chunk, carry, tokens: _Tokens):
     else:
         ends = tokens.document[:, chunk - 1 :: chunk]
         previous, before = jnp.concatenate([before[:, None], ends[:, :-1]], 1).reshape(-1), ends[:, -1]
-    within, queries, kept, added = _inside(jax.tree.map(fold, tokens), previous, wide)
+    within, queries, kept, added = _inside(jax.tree.map(fold, tokens), previous, exclusive, wide)
     turn = lambda state, change: (change[0] * state + change[1], state)
     state, entering = lax.scan(turn, state, (unfold(kept), unfold(added)), unroll=True)
     entering = jnp.moveaxis(entering, 0, 1).reshape(-1, *state.shape[1:])
@@ -84,12 +84,13 @@ def _round(chunk, carry, tokens: _Tokens):
     return (state, before), y.reshape(batch, length, *y.shape[2:]).astype(narrow)
 
 
-def _inside(tokens: _Tokens, before, wide):
+def _inside(tokens: _Tokens, before, exclusive, wide):
     """What chunks are without the state that enters them: a chunk a row, C tokens.
 
     Args:
       tokens: of the chunks.
       before: int [rows], the number of the document before each; or None.
+      exclusive: whether a token reads the state before it.
       wide: type of sums.
 
     Returns:
@@ -97,21 +98,22 @@ def _inside(tokens: _Tokens, before, wide):
       [rows, G, R, 1, 1 or N], what is added [rows, G, R, P, N])`.
     """
     narrow = tokens.x.dtype
-    sums = _running(tokens.log_decay)
+    sums = running(tokens.log_decay)
     total = jax.tree.map(lambda value: value[:, -1:], sums)
+    read = jax.tree.map(behind, sums) if exclusive else sums  # up to the state that a token reads
     same = entering = leaving = None
     if tokens.document is not None:
         same = tokens.document[:, :, None] == tokens.document[:, None, :]
         entering = tokens.document == before[:, None]
         leaving = tokens.document == tokens.document[:, -1:]
-    scores = _scores if tokens.log_decay.ndim == 4 else _scores_by_key
-    weights = scores(tokens, sums, same)  # [rows, G, R, t, s]
-    x = tokens.x
+    x, scores = tokens.x, _scores if tokens.log_decay.ndim == 4 else scores_by_key
+    seen_by = visible(x.shape[1], same, exclusive)
+    weights = scores(tokens.C, tokens.B, x.dtype, sums, read, seen_by)  # [rows, G, R, t, s]
     if tokens.step is not None:
         weights = weights * jnp.moveaxis(tokens.step, 1, -1)[..., None, :]
     within = product('bgrts,bsgrp->btgrp', weights.astype(narrow), x, wide)
     # What of the entering state a token sees, and what of each token is left at the end.
-    seen, left = _masked(_between(sums, None), entering), _masked(_between(total, sums), leaving)
+    seen, left = masked(between(read, None), entering), masked(between(total, sums), leaving)
     if tokens.step is not None:
         left = left * (tokens.step if tokens.log_decay.ndim == 4 else tokens.step[..., None])
     if tokens.log_decay.ndim == 4:
@@ -155,16 +157,20 @@ product.defvjp(_product_forward, _product_backward)
 
 
 # ----------------------------------------------------------------------------------------------------- log decays
-def _running(log_decay):
+def running(log_decay):
     """Sums over the tokens from the chunk's start, itself included, each as a pair of numbers to be added."""
     below = jnp.tril(jnp.ones((log_decay.shape[1],) * 2, log_decay.dtype))
     sums = lambda value: jnp.einsum('ts,bs...->bt...', below, value, precision='highest')
     rough = lax.stop_gradient(sums(log_decay))
-    steps = rough - jnp.pad(rough, ((0, 0), (1, 0)) + ((0, 0),) * (rough.ndim - 2))[:, :-1]
-    return rough, sums(log_decay - steps)
+    return rough, sums(log_decay - (rough - behind(rough)))
 
 
-def _between(later, earlier):
+def behind(value):
+    """What the token before has, 0 for the first."""
+    return jnp.pad(value, ((0, 0), (1, 0)) + ((0, 0),) * (value.ndim - 2))[:, :-1]
+
+
+def between(later, earlier):
     """exp of the sum of log decays after the earlier token up to the later; None for the chunk's start."""
     if earlier is None:
         return jnp.exp(later[0] + later[1])
@@ -175,51 +181,51 @@ def _spread(mask, ndim):
     return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
-def _masked(value, mask):
+def masked(value, mask):
     return value if mask is None else jnp.where(_spread(mask, value.ndim), value, 0)
 
 
-def _visible(length, same):
-    """Bool [B or 1, t, s]: tokens of the same document up to the query itself."""
-    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+def visible(length, same, exclusive):
+    """Bool [B or 1, t, s]: tokens of the same document up to the query itself, or up to the one before it."""
+    causal = jnp.tril(jnp.ones((length, length), bool), -1 if exclusive else 0)[None]
     return causal if same is None else causal & same
 
 
-def _pairs(sums, visible):
+def _pairs(read, sums, mask):
     """exp of the log decays between all pairs of tokens [B, t, s, ...], 0 where it is not visible."""
-    high, low = sums
-    exponent = (high[:, :, None] - high[:, None]) + (low[:, :, None] - low[:, None])
-    return jnp.exp(jnp.where(_spread(visible, exponent.ndim), exponent, FORGOTTEN))
+    exponent = sum(later[:, :, None] - earlier[:, None] for later, earlier in zip(read, sums, strict=True))
+    return jnp.exp(jnp.where(_spread(mask, exponent.ndim), exponent, FORGOTTEN))
 
 
 # --------------------------------------------------------------------------------------------------------- scores
-def _scores(tokens: _Tokens, sums, same):
+def _scores(queries, keys, narrow, sums, read, mask):
     """C_t B_s times the decay between them, [B, G, R, t, s]: one product a group, as heads share it."""
-    decay = _pairs(sums, _visible(tokens.x.shape[1], same))
-    return product('btgn,bsgn->bgts', tokens.C, tokens.B, decay.dtype)[:, :, None] * jnp.moveaxis(decay, (1, 2), (3, 4))
+    decay = _pairs(read, sums, mask)
+    del narrow  # the type that they have
+    return product('btgn,bsgn->bgts', queries, keys, decay.dtype)[:, :, None] * jnp.moveaxis(decay, (1, 2), (3, 4))
 
 
-def _scores_by_key(tokens: _Tokens, sums, same):
+def scores_by_key(C, B, narrow, sums, read, mask):
     """`sum_n C_tn B_sn exp(decay between them)_n`, [B, G, R, t, s].
 
     Pairs within a block are written out. Between blocks it is a product of queries that have decayed since their
     block's start and keys that have till there, so that no exponent is positive (Yang et al., 2023, §4.3).
     """
-    length, narrow, wide = tokens.x.shape[1], tokens.x.dtype, sums[0].dtype
-    visible, rows = _visible(length, same), []
+    length, wide = C.shape[1], sums[0].dtype
+    rows = []
     for start in range(0, length, BLOCK):
         own = slice(start, min(start + BLOCK, length))
-        queries, keys = (value[:, own, :, None].astype(wide) for value in (tokens.C, tokens.B))
-        inside = tuple(value[:, own] for value in sums)
-        decay = _pairs(inside, visible[:, own, own])
+        queries, keys = (value[:, own, :, None].astype(wide) for value in (C, B))
+        inside, seen = (tuple(value[:, own] for value in pair) for pair in (sums, read))
+        decay = _pairs(seen, inside, mask[:, own, own])
         row = [jnp.moveaxis(jnp.sum(queries[:, :, None] * keys[:, None] * decay, -1), (1, 2), (3, 4))]
         if start:
             border = tuple(value[:, start - 1 : start] for value in sums)
             before = tuple(value[:, :start] for value in sums)
-            queries = (queries * _between(inside, border)).astype(narrow)
-            keys = (tokens.B[:, :start, :, None].astype(wide) * _between(border, before)).astype(narrow)
+            queries = (queries * between(seen, border)).astype(narrow)
+            keys = (B[:, :start, :, None].astype(wide) * between(border, before)).astype(narrow)
             scores = product('btgrn,bsgrn->bgrts', queries, keys, wide)
-            row.insert(0, jnp.where(visible[:, own, :start][:, None, None], scores, 0))
-        behind = jnp.zeros((*row[0].shape[:-1], length - own.stop), wide)
-        rows.append(jnp.concatenate([*row, behind], -1))
+            row.insert(0, jnp.where(mask[:, own, :start][:, None, None], scores, 0))
+        empty = jnp.zeros((*row[0].shape[:-1], length - own.stop), wide)
+        rows.append(jnp.concatenate([*row, empty], -1))
     return jnp.concatenate(rows, -2)

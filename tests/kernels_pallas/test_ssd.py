@@ -36,10 +36,10 @@ def draw(seed, length, by_key, strength=1.0):
     return arrays, jnp.asarray(reset)
 
 
-@functools.partial(jax.jit, static_argnames=('implementation', 'chunk'))
-def outputs_and_gradients(arrays, reset, implementation, chunk):
+@functools.partial(jax.jit, static_argnames=('implementation', 'chunk', 'exclusive'))
+def outputs_and_gradients(arrays, reset, implementation, chunk, exclusive=False):
     def loss(arrays):
-        y, state = ssd(**arrays, reset=reset, implementation=implementation, chunk=chunk)
+        y, state = ssd(**arrays, reset=reset, exclusive=exclusive, implementation=implementation, chunk=chunk)
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state)), (y, state)
 
     return jax.grad(loss, has_aux=True)(arrays)
@@ -70,6 +70,13 @@ def test_chunks_computed_together_are_the_sequential_loop(by_key, monkeypatch):
     assert_close(got, outputs_and_gradients(arrays, reset, 'reference', None))
 
 
+@pytest.mark.parametrize('by_key', [slow(False), True], ids=['by head', 'by key'])
+def test_chunks_read_the_state_before_a_token_as_the_sequential_loop_does(by_key):
+    arrays, reset = draw(12, 37, by_key)
+    got = outputs_and_gradients(arrays, reset, 'chunked', 18, exclusive=True)
+    assert_close(got, outputs_and_gradients(arrays, reset, 'reference', None, exclusive=True))
+
+
 def test_a_gpu_takes_many_chunks_a_round(monkeypatch):
     assert xla.chunks_together(4096, 64) == 1
     monkeypatch.setattr(xla.platform, 'platform', lambda: 'gpu')
@@ -94,16 +101,18 @@ def test_the_reference_is_the_written_recurrence(by_key):
     """The equation, one number at a time."""
     arrays, reset = draw(3, 6, by_key)
     x = {name: np.asarray(value) for name, value in arrays.items()}
-    y, final = np.zeros((B, 6, H, P)), np.array(x['initial_state'])
+    (y, before), final = np.zeros((2, B, 6, H, P)), np.array(x['initial_state'])
     for b, h, p in np.ndindex(B, H, P):
         g = h // (H // G)
         for t in range(6):
             for n in range(N):
                 old = 0 if reset[b, t] else final[b, h, p, n]
                 decay = np.exp(x['log_decay'][b, t, h, n] if by_key else x['log_decay'][b, t, h])
+                before[b, t, h, p] += old * x['C'][b, t, g, n]
                 final[b, h, p, n] = decay * old + x['step'][b, t, h] * x['x'][b, t, h, p] * x['B'][b, t, g, n]
                 y[b, t, h, p] += final[b, h, p, n] * x['C'][b, t, g, n]
     assert_close(ssd(**arrays, reset=reset, implementation='reference'), (y, final))
+    assert_close(ssd(**arrays, reset=reset, exclusive=True, implementation='reference'), (before, final))
 
 
 @pytest.mark.parametrize('by_key', [slow(False), True], ids=['by head', 'by key'])

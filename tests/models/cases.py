@@ -67,6 +67,8 @@ def model_config(options=(), dtype='float32'):
     config.model.mamba2.update(d_state=8, head_dim=16, groups=2, chunk=4)
     config.model.retnet.update(chunk=8)
     config.model.gla.update(chunk=8)
+    config.model.rwkv6.update(chunk=8, mix_rank=4, decay_rank=4)
+    config.model.rwkv7.update(chunk=8, decay_rank=4, rate_rank=4, gate_rank=8)
     config.model.hyena.update(max_len=24, features=5, filter_width=8, block=8)
     config.model.hyena_modal.update(chunk=8)
     config.model.mlp.hidden_dim = 48
@@ -114,7 +116,7 @@ def layer(name, dtype='float32', seed=0):
     called, options = CASES[name]
     if dtype == 'bfloat16':  # the tests at 4096 tokens: tiles as in real runs
         options = options | {'attention.block_size': 256, 'conba.gain_chunk': 32, 'ssm.chunk': 0}
-        options |= {f'{name}.chunk': 64 for name in ('mamba2', 'retnet', 'gla')}
+        options |= {f'{name}.chunk': 64 for name in ('mamba2', 'retnet', 'gla', 'rwkv6', 'rwkv7')}
     config = model_config(options, dtype)
     kind = kinds.load(pattern.named_kinds(config).get(called, called))
     return perturbed(kind(pattern.variant(config, called), Parameters(jax.random.key(seed)), 4), seed + 1)

@@ -33,6 +33,8 @@ FAMILY = (
     'large_kernel',
     'hyena',
     'hyena_modal',
+    'rwkv6',
+    'rwkv7',
 )
 NOISE = {
     'conba.process_noise': 0.1, 'conba.observation_noise': 0.1, 'conba.control': 'none', 'conba.delay': 'none'

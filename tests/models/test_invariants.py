@@ -134,10 +134,11 @@ def test_a_models_structure_may_be_a_static_argument(name):
     assert isinstance(hash(nnx.split(model)[0]), int)
 
 
-# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's primitive.
+# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's
+# primitive, RWKV-6 is on gla's.
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
-    'moe_switch', 'hyena_modal',
+    'moe_switch', 'hyena_modal', 'rwkv6',
 )  # fmt: skip
 
 

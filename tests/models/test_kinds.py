@@ -49,8 +49,8 @@ def test_the_description_from_the_source_is_that_of_the_class(name, role, monkey
 def test_a_mixers_options_are_its_bases_and_its_own():
     assert list(kinds.describe('conba').options) == ['ssm', 'conba']
     assert list(kinds.groups()) == [
-        'attention', 'ssm', 'mamba', 'conba', 'mamba2', 'retnet', 'gla', 'rwkv4', 'moe', 'moe_mamba', 'large_kernel',
-        'hyena', 'hyena_modal', 'mlp', 'rwkv_channel_mix', 'series_mlp',
+        'attention', 'ssm', 'mamba', 'conba', 'mamba2', 'retnet', 'gla', 'rwkv4', 'rwkv6', 'rwkv7', 'moe', 'moe_mamba',
+        'large_kernel', 'hyena', 'hyena_modal', 'mlp', 'rwkv_channel_mix', 'series_mlp',
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Retention and gated linear attention are the loops that their papers write, one token and head at a time."""
+"""Retention, gated linear attention, RWKV-6 and 7 are the loops that their papers write, a token and head at a time."""
 
 import jax
 import numpy as np
@@ -61,7 +61,49 @@ def gla(x, w):
     return out.reshape(T, -1) @ w['o_proj']
 
 
-@pytest.mark.parametrize('name, loop', [('retnet', retnet), ('gla', gla)])
+def rwkv6(x, w):
+    before = np.concatenate([np.zeros((1, DIM)), x[:-1]])
+    low = np.tanh((x + (before - x) * w['mix_x']) @ w['mix_down']).reshape(T, 5, -1)
+    streams = [x + (before - x) * (w['mix'][i] + low[:, i] @ w['mix_up'][i]) for i in range(5)]
+    k, v, r = (heads(streams[i] @ w[f'{name}_proj']) for i, name in ((1, 'k'), (2, 'v'), (3, 'r')))
+    decay = heads(np.exp(-np.exp(w['decay'] + np.tanh(streams[0] @ w['decay_down']) @ w['decay_up'])))
+    gate, u = streams[4] @ w['g_proj'], w['bonus'].reshape(HEADS, -1)
+    out = np.zeros_like(v)
+    for h in range(HEADS):
+        state = np.zeros((k.shape[-1], v.shape[-1]))
+        for t in range(T):
+            own = np.outer(k[t, h], v[t, h])
+            o = r[t, h] @ (state + u[h][:, None] * own)
+            state = decay[t, h][:, None] * state + own
+            out[t, h] = (o - o.mean()) / np.sqrt(o.var() + 64e-5)
+    out = out.reshape(T, -1) * w['norm'] + w['norm_bias']
+    return (gate * sigmoid(gate) * out) @ w['o_proj']
+
+
+def rwkv7(x, w):
+    before = np.concatenate([np.zeros((1, DIM)), x[:-1]])
+    for_r, for_w, for_k, for_v, for_a, for_g = (x + (before - x) * w['mix'][i] for i in range(6))
+    r, k, v = heads(for_r @ w['r_proj']), for_k @ w['k_proj'], heads(for_v @ w['v_proj'])
+    d = w['decay'] + np.tanh(for_w @ w['decay_down']) @ w['decay_up']
+    decay = heads(np.exp(-np.exp(-0.5) * sigmoid(d)))
+    rate = sigmoid(w['rate'] + for_a @ w['rate_down'] @ w['rate_up'])
+    gate = sigmoid(for_g @ w['gate_down']) @ w['gate_up']
+    kappa, key = heads(k * w['removal']), heads(k * (1 - w['replacement'] + w['replacement'] * rate))
+    rate, bonus = heads(rate), w['bonus'].reshape(HEADS, -1)
+    out, scale, bias = np.zeros_like(v), w['norm'].reshape(HEADS, -1), w['norm_bias'].reshape(HEADS, -1)
+    for h in range(HEADS):
+        state = np.zeros((v.shape[-1], k.shape[-1] // HEADS))
+        for t in range(T):
+            hat = kappa[t, h] / np.linalg.norm(kappa[t, h])
+            transition = np.diag(decay[t, h]) - np.outer(hat, rate[t, h] * hat)
+            state = state @ transition + np.outer(v[t, h], key[t, h])
+            o = r[t, h] @ state.T
+            normed = (o - o.mean()) / np.sqrt(o.var() + 64e-5) * scale[h] + bias[h]
+            out[t, h] = normed + r[t, h] @ (bonus[h] * key[t, h]) * v[t, h]
+    return (gate * out.reshape(T, -1)) @ w['o_proj']
+
+
+@pytest.mark.parametrize('name, loop', [('retnet', retnet), ('gla', gla), ('rwkv6', rwkv6), ('rwkv7', rwkv7)])
 def test_a_layer_is_the_papers_loop(name, loop):
     module, x, w = weights(name)
     y, _, _ = module(x, Context.whole(1, T), None)

@@ -12,6 +12,8 @@ MIXERS: dict[str, str | type] = {
     'retnet': 'mixcon_jax.models.mixers.retnet.RetNet',
     'gla': 'mixcon_jax.models.mixers.gla.GLA',
     'rwkv4': 'mixcon_jax.models.mixers.rwkv4.RWKV4',
+    'rwkv6': 'mixcon_jax.models.mixers.rwkv6.RWKV6',
+    'rwkv7': 'mixcon_jax.models.mixers.rwkv7.RWKV7',
     'moe_mamba': 'mixcon_jax.models.mixers.moe_mamba.MoEMamba',
     'large_kernel': 'mixcon_jax.models.mixers.large_kernel.LargeKernel',
     'hyena': 'mixcon_jax.models.mixers.hyena.Hyena',

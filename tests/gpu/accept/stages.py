@@ -20,6 +20,7 @@ LAYERS = (  # of tests/models/cases.py, a process a group
     ('conba_paper',),
     ('mamba2', 'retnet', 'gla', 'rwkv4', 'attention_window'),
     ('hyena', 'hyena_modal'),
+    ('rwkv6', 'rwkv7'),
 )
 CHANGED = ('dense 75M, free', 'dense 75M, scatter', 'dense 856M, free', '2:6 Conba, 8 experts, free')  # of the ladder
 TINY_LAYERS = (('mamba', 'moe_grouped'),)

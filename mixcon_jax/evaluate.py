@@ -24,7 +24,7 @@ from mixcon_jax.data.documents import Document
 from mixcon_jax.data.loader import heldout_from_texts
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
-from mixcon_jax.inference.load import load_model
+from mixcon_jax.inference.load import TrainedModel, load_model
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.layout import place_rows
 
@@ -104,6 +104,38 @@ def _documents(paths: Sequence[str], config: ml_collections.ConfigDict) -> list[
     return documents
 
 
+def rows_to_score(
+    trained: TrainedModel, config: ml_collections.ConfigDict, workdir: str | Path, paths: Sequence[str], batch_size: int
+) -> Any:
+    """The batches of given files or, without any, of the held-out text or task of a run: each target once.
+
+    Args:
+      trained: the run's model.
+      config: the run's configuration, with what is to be otherwise.
+      workdir: what the run is called.
+      paths: as ``data.files.given`` has them.
+      batch_size: rows of a batch; 0 means the run's own.
+
+    Raises:
+      UserError: no such file, a tokenizer that is not the store's, other data, or rows that the mesh does not divide.
+    """
+    rows, place = batch_size or config.eval.batch_size, trained.place
+    if place:
+        divides(axes.ROWS, axes.rows(place.mesh.shape), '--batch-size', rows)
+    if paths:
+        if is_synthetic(config.data):
+            raise UserError(f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files')
+        return heldout_from_texts(_documents(paths, config), trained.tokenizer, config, rows)
+    dataset = open_dataset(config, trained.data)
+    dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
+    if trained.data != dataset.identity:
+        raise UserError(
+            f'the data of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
+            ' restore it, or name files to score'
+        )
+    return dataset.heldout_batches(rows)
+
+
 def evaluate(
     workdir: str | Path,
     paths: Sequence[str] = (),
@@ -136,26 +168,7 @@ def evaluate(
             raise UserError(f'lengths are of a synthetic task, and {workdir} was trained on {sources}')
         config.data.synthetic.eval_lengths = tuple(lengths)
         config = configs.validate(config)
-    rows, place = batch_size or config.eval.batch_size, trained.place
-    if place:
-        divides(axes.ROWS, axes.rows(place.mesh.shape), '--batch-size', rows)
-    if paths:
-        if is_synthetic(config.data):
-            raise UserError(
-                f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files,'
-                ' or give --lengths'
-            )
-        documents = _documents(paths, config)
-        batches = heldout_from_texts(documents, trained.tokenizer, config, rows)
-    else:
-        dataset = open_dataset(config, trained.data)
-        dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
-        if trained.data != dataset.identity:
-            raise UserError(
-                f'the data of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
-                ' restore it, or name files to score'
-            )
-        batches = dataset.heldout_batches(rows)
+    batches, place = rows_to_score(trained, config, workdir, paths, batch_size), trained.place
     graphdef, variables = nnx.split(trained.model)
 
     @jax.jit

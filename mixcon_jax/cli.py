@@ -143,6 +143,19 @@ def build_parser() -> argparse.ArgumentParser:
     command = add('doctor', _doctor, 'Say what works on this machine: devices, versions, kernels, a few steps.')
     command.add_argument('--verify', action='store_true', help='verify the GPU kernels that need it, without asking')
 
+    analyses = commands.add_parser('analyze', help="Look into a checkpoint's features.", allow_abbrev=False)
+    actions = analyses.add_subparsers(metavar='analysis', required=True)
+    text = "Effective dimension of each layer's features: how many principal axes hold most of their variance."
+    command = add('effective-dimension', _effective_dimension, text, actions)
+    _takes_checkpoint(command)
+    command.add_argument('files', nargs='*', help='text files to read (default: held-out text)')
+    command.add_argument('--batch-size', type=int, default=0, help="rows of a batch (default: the run's)")
+    command.add_argument('--share', type=float, default=0.8, help='of the variance, to be held (default: 0.8)')
+    command.add_argument(
+        '--skip', type=int, default=1, metavar='TOKENS', help="to leave out at a document's start (default: 1)"
+    )
+    command.add_argument('--json', action='store_true', help='the same as JSON')
+
     data = commands.add_parser('data', help='Prepare text for training.', allow_abbrev=False)
     actions = data.add_subparsers(metavar='action', required=True)
     command = add('prepare', _prepare, 'Train or load the tokenizer and write the token stores.', actions)
@@ -177,8 +190,7 @@ def _train(known: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.evaluate import evaluate
 
-    if known.batch_size < 0:
-        raise UserError(f'--batch-size {known.batch_size} must be at least 1')
+    _require_rows(known)
     scores = evaluate(known.workdir, known.files, _step(known.step), known.batch_size, known.lengths, overrides)
     print(f'step {scores.step}: {_described(scores)}')
     return Exit.DONE
@@ -312,6 +324,15 @@ def _verify(known: argparse.Namespace, overrides: list[str]) -> int:
     return Exit.FAILED if verify_all(known.stores, print) else Exit.DONE
 
 
+def _effective_dimension(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.analyses.effective_dimension import analyze
+
+    _require_rows(known)
+    found = analyze(known.workdir, known.files, _step(known.step), known.batch_size, known.share, known.skip, overrides)
+    print(found.to_json() if known.json else found.to_text())
+    return Exit.DONE
+
+
 def _presets(known, overrides) -> int:
     from mixcon_jax.reports import presets
 
@@ -355,6 +376,11 @@ def require_numbers(known: argparse.Namespace) -> None:
             # A seed may be as large as 32 bits without a sign allow; generate_text() sees to it.
             if isinstance(number, int | float) and name != 'seed' and (words := beyond(number)):
                 raise UserError(f'--{name.replace("_", "-")} {number!r} {words}')
+
+
+def _require_rows(known: argparse.Namespace) -> None:
+    if known.batch_size < 0:
+        raise UserError(f'--batch-size {known.batch_size} must be at least 1')
 
 
 def _step(text: str | None) -> int | str | None:

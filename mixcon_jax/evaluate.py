@@ -104,25 +104,27 @@ def _documents(paths: Sequence[str], config: ml_collections.ConfigDict) -> list[
     return documents
 
 
-def batches_of(trained: TrainedModel, workdir: str | Path, paths: Sequence[str], rows: int) -> Any:
-    """Batches of text or of a task to score a checkpoint on.
+def rows_to_score(
+    trained: TrainedModel, config: ml_collections.ConfigDict, workdir: str | Path, paths: Sequence[str], batch_size: int
+) -> Any:
+    """The batches of given files or, without any, of the held-out text or task of a run: each target once.
 
     Args:
-      trained: of ``load_model``.
-      workdir: its run directory, for errors.
-      paths: files; none means the held-out split of its data.
-      rows: of a batch.
+      trained: the run's model.
+      config: the run's configuration, with what is to be otherwise.
+      workdir: what the run is called.
+      paths: as ``data.files.given`` has them.
+      batch_size: rows of a batch; 0 means the run's own.
 
     Raises:
-      UserError: the run is not of text, or its data has become another.
+      UserError: no such file, a tokenizer that is not the store's, other data, or rows that the mesh does not divide.
     """
-    config = trained.config
+    rows, place = batch_size or config.eval.batch_size, trained.place
+    if place:
+        divides(axes.ROWS, axes.rows(place.mesh.shape), '--batch-size', rows)
     if paths:
         if is_synthetic(config.data):
-            raise UserError(
-                f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files,'
-                ' or give --lengths'
-            )
+            raise UserError(f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files')
         return heldout_from_texts(_documents(paths, config), trained.tokenizer, config, rows)
     dataset = open_dataset(config, trained.data)
     dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
@@ -166,10 +168,7 @@ def evaluate(
             raise UserError(f'lengths are of a synthetic task, and {workdir} was trained on {sources}')
         config.data.synthetic.eval_lengths = tuple(lengths)
         config = configs.validate(config)
-    rows, place = batch_size or config.eval.batch_size, trained.place
-    if place:
-        divides(axes.ROWS, axes.rows(place.mesh.shape), '--batch-size', rows)
-    batches = batches_of(dataclasses.replace(trained, config=config), workdir, paths, rows)
+    batches, place = rows_to_score(trained, config, workdir, paths, batch_size), trained.place
     graphdef, variables = nnx.split(trained.model)
 
     @jax.jit

@@ -72,6 +72,16 @@ REACHES = {
     },
     'mixcon_jax.interop': {'mixcon_jax.interop', *ARRAYS},
     'mixcon_jax.inference': {'mixcon_jax.inference', 'mixcon_jax.runs', *ARRAYS},
+    'mixcon_jax.analyses': {
+        'mixcon_jax.analyses',
+        'mixcon_jax.evaluate',
+        'mixcon_jax.inference',
+        'mixcon_jax.runs',
+        'mixcon_jax.step',
+        'mixcon_jax.optim',
+        'mixcon_jax.xla_flags',
+        *ARRAYS,
+    },
     'mixcon_jax.reports': {'mixcon_jax.reports', 'mixcon_jax.runs', *ARRAYS},
     'mixcon_jax.watching': {'mixcon_jax.watching', 'mixcon_jax.runs', 'mixcon_jax.trees', *CONFIGURATION},
 }

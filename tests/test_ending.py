@@ -27,6 +27,11 @@ EXPERIMENT = 'experiments/quickstart.py'
 COMMANDS = {
     'train': ('mixcon_jax.train.train', cli.main, ['train', '--config', EXPERIMENT, '--workdir', 'run']),
     'eval': ('mixcon_jax.evaluate.evaluate', cli.main, ['eval', '--workdir', 'run']),
+    'analyze': (
+        'mixcon_jax.analyses.effective_dimension.analyze',
+        cli.main,
+        ['analyze', 'effective-dimension', '--workdir', 'run'],
+    ),
     'generate': ('mixcon_jax.inference.generate.generate_text', cli.main, ['generate', '--workdir', 'run']),
     'config': ('mixcon_jax.config.load', cli.main, ['config', '--config', EXPERIMENT]),
     'report': ('mixcon_jax.reports.report.report', cli.main, ['report', 'run']),

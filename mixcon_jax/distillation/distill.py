@@ -16,7 +16,7 @@ from mixcon_jax import optim
 from mixcon_jax.data import files
 from mixcon_jax.distillation.filters import Fit, distilled, hyena_layers
 from mixcon_jax.errors import UserError
-from mixcon_jax.evaluate import batches_of
+from mixcon_jax.evaluate import rows_to_score
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.models import accounting, decoder
@@ -73,7 +73,7 @@ def distill(
     trained = load_model(workdir, step)
     config = trained.config
     hyena_layers(config.model)
-    batches = batches_of(trained, workdir, paths, min(rows, config.eval.batch_size))
+    batches = rows_to_score(trained, config, workdir, paths, min(rows, config.eval.batch_size))
     modal, trees, fits = distilled(trained.model, config, order, tolerance)
     for fit in fits:
         say(

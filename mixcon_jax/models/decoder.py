@@ -81,9 +81,7 @@ class Decoder(nnx.Module):
           Hidden features `[B, T, D]` after the final norm, the state, and ``{'losses': {name: Loss}, means over the
           parts of layers that have one, 'stats': stacked over blocks, by their names in metrics}``.
         """
-        # Gathered as a whole: XLA would otherwise look up columns, and exchange features.
-        table = constrain(self.embedding[...], 'vocab', None)
-        x = stream(lookup(table, tokens, embedding_gradient(self.config)).astype(self.dtype))
+        x = self.embed(tokens)
         graphdef, variables = nnx.split(self.blocks)
 
         def body(x: Array, xs: tuple) -> tuple[Array, Aux]:
@@ -108,10 +106,20 @@ class Decoder(nnx.Module):
         aux['losses'] = jax.tree.map(jnp.mean, aux['losses'])
         return stream(self.final_norm(x)), state, aux
 
+    def embed(self, tokens: Int[Array, 'b t']) -> Float[Array, 'b t d']:
+        """Returns the features that the first block reads."""
+        # Gathered as a whole: XLA would otherwise look up columns, and exchange features.
+        table = constrain(self.embedding[...], 'vocab', None)
+        return stream(lookup(table, tokens, embedding_gradient(self.config)).astype(self.dtype))
+
+    def block(self, index: int | Int[Array, '']) -> Block:
+        """Returns one repeat of the pattern, with its own part of the stacked parameters."""
+        graphdef, variables = nnx.split(self.blocks)
+        return nnx.merge(graphdef, jax.tree.map(lambda value: value[index], variables))
+
     def init_state(self, batch: int, max_len: int) -> State:
         """Returns the state before the first token: attention caches of ``max_len`` tokens, all else constant size."""
-        graphdef, variables = nnx.split(self.blocks)
-        block = nnx.merge(graphdef, jax.tree.map(lambda value: value[0], variables))
+        block = self.block(0)
         return {'blocks': [block.init_state(batch, max_len) for _ in range(self.config.num_blocks)]}
 
     def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> dict[str, Any]:

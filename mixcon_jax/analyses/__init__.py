@@ -1,0 +1,1 @@
+"""Behind ``mixcon analyze``: what a checkpoint's features are like."""

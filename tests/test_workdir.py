@@ -17,7 +17,7 @@ import pytest
 from mixcon_jax import config as configs
 from mixcon_jax import optim, startup, step
 from mixcon_jax import train as train_module
-from mixcon_jax.cli import _step
+from mixcon_jax.commands import _step
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.reports import runs

@@ -35,13 +35,14 @@ def chunked(x, log_decay, B, C, step, reset, initial_state, exclusive, chunk):
     """Output and final state of `api.ssd`; shapes as there."""
     (batch, length, heads, width), groups = x.shape, B.shape[2]
     chunk = min(chunk, length)
-    together = chunks_together(length, chunk)
+    count = -(-length // chunk)
+    rounds = -(-count // chunks_together(length, chunk))
+    together = -(-count // rounds)  # as many in every round
     by_group = lambda value: None if value is None else value.reshape(batch, length, groups, -1, *value.shape[3:])
     # A document's number in its row: tokens of one number see one another, and those of 0 the initial state.
     document = None if reset is None else jnp.cumsum(reset, 1, dtype=jnp.int32)
     tokens = _Tokens(by_group(x), by_group(log_decay), B, C, by_group(step), document)
     state = initial_state.reshape(batch, groups, heads // groups, width, -1), jnp.zeros(batch, jnp.int32)
-    rounds = -(-length // (chunk * together))
     behind = (0, rounds * chunk * together - length)
 
     def split(value):
@@ -50,11 +51,13 @@ def chunked(x, log_decay, B, C, step, reset, initial_state, exclusive, chunk):
         return jnp.moveaxis(padded.reshape(batch, rounds, chunk * together, *value.shape[2:]), 1, 0)
 
     one, given = partial(_round, chunk, exclusive), jax.tree.map(split, tokens)
+    if count > 1:
+        one = jax.checkpoint(one, prevent_cse=rounds == 1)
     if rounds == 1:
         state, y = one(state, jax.tree.map(lambda value: value[0], given))
         y = y[None]
     else:
-        state, y = lax.scan(jax.checkpoint(one, prevent_cse=False), state, given)
+        state, y = lax.scan(one, state, given)
     y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, heads, width)[:, :length]
     return y, state[0].reshape(initial_state.shape)
 

@@ -23,7 +23,8 @@ def chunked(k, v, decay, bonus, reset, mask, state, chunk=None, inner=None):
         mask = jnp.ones((batch, length), bool)
     tokens = {'k': k, 'v': v} | {name: x for name, x in (('reset', reset), ('mask', mask)) if x is not None}
     if count == 1:
-        state, y = run(state, tokens, decay, bonus)
+        one = lambda state, tokens: run(state, tokens, decay, bonus)
+        state, y = (jax.checkpoint(one) if inner == 'associative' else one)(state, tokens)
         return y, state
 
     def split(x):

@@ -119,8 +119,8 @@ class Decoder(nnx.Module):
 
     def init_state(self, batch: int, max_len: int) -> State:
         """Returns the state before the first token: attention caches of ``max_len`` tokens, all else constant size."""
-        block = self.block(0)
-        return {'blocks': [block.init_state(batch, max_len) for _ in range(self.config.num_blocks)]}
+        # Of each block's own: a state may hold what is computed of the weights once, such as Hyena's filters.
+        return {'blocks': [self.block(i).init_state(batch, max_len) for i in range(self.config.num_blocks)]}
 
     def update_buffers(self, buffers: Mapping[str, Any], stats: Mapping[str, Array]) -> dict[str, Any]:
         """Returns the buffers after a training step, each layer's as the layer says.

@@ -346,14 +346,14 @@ def _of_chosen(values: Float[Array, 'b t e'], chosen: Int[Array, 'b t k']) -> Fl
 def _within(
     chosen: Int[Array, 'b t k'], mask: Bool[Array, 'b t'], capacity: float, num_experts: int
 ) -> Bool[Array, 'b t k']:
-    """Which choices are among the first of their expert, as many as ``capacity`` times an even share rounded down.
+    """Which choices are among the first of their expert: ``capacity`` times an even share, rounded down, or one.
 
     Of the tokens of the whole mesh: row after row, so that no token's room depends on a later one of its row.
     """
     chosen, mask = constrain(chosen, None, None, None), constrain(mask, None, None)
     pairs = mask.sum() * chosen.shape[2]
     # A hair more: a share that is a whole number is not to become one less by rounding.
-    room = jnp.floor(pairs.astype(jnp.float32) * (capacity / num_experts * (1 + 1e-6)))
+    room = jnp.maximum(1, jnp.floor(pairs.astype(jnp.float32) * (capacity / num_experts * (1 + 1e-6))))
     owner = jnp.where(mask[..., None], chosen, num_experts).reshape(-1, chosen.shape[2])
     found = experts.order(owner, num_experts)
     before = (jnp.cumsum(found.group_sizes) - found.group_sizes)[chosen]

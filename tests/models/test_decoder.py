@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from mixcon_jax.loss import cross_entropy
-from mixcon_jax.models import presets
+from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
 from mixcon_jax.models.pattern import parse_layer
-from tests.models.cases import model_config, packed_context, perturbed
+from tests.models.cases import fitting, model_config, packed_context, perturbed
 
 HYBRID = ('conba+mlp', 'conba+moe', 'attention|mlp', 'mamba')
 MIXCON = ('conba+moe', 'attention+mlp')
@@ -193,3 +193,19 @@ def test_hybrid_builds_the_papers_block():
     assert presets.hybrid(attention=2, conba=6, moe_every=2) == tuple(paper.split())
     jamba = presets.hybrid(attention=1, conba=7, moe_every=2, mixer='mamba')
     assert [spec.split('+')[0] for spec in jamba].index('attention') == 4
+
+
+MIXERS = [name if name == 'hyena' else pytest.param(name, marks=pytest.mark.slow) for name in kinds.names('mixer')]
+
+
+@pytest.mark.parametrize('mixer', MIXERS)
+def test_blocks_decode_by_their_own_weights(mixer):
+    """A state may hold what a block's weights come to, as Hyena's filters: two blocks, each by its own."""
+    module = perturbed(create(model_config(fitting(mixer) | {'num_blocks': 2})), 1, scale=0.1)
+    row = tokens(1, length=9)
+    want, _, _ = called(module, row, Context.whole(2, 9), None)
+    state, outputs = module.init_state(2, 12), []
+    for start, size in ((0, 7), (7, 1), (8, 1)):
+        x, state, _ = called(module, row[:, start : start + size], Context.whole(2, size, start), state)
+        outputs.append(x)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), want, rtol=2e-4, atol=2e-5)

@@ -45,7 +45,7 @@ def relu_expert(bank, expert, x):
 def routed(module, x, context, capacity):
     """The expert of every token, its probability and whether it has room: one token after another, row by row."""
     router = wide(module.router)
-    room = np.floor(capacity * int(context.mask.sum()) / router.shape[1] + 1e-9) if capacity else np.inf
+    room = max(1, np.floor(capacity * int(context.mask.sum()) / router.shape[1] + 1e-9)) if capacity else np.inf
     used, found = np.zeros(router.shape[1], int), {}
     for b, t in np.argwhere(np.asarray(context.mask)):
         p = np.exp(x[b, t] @ router)

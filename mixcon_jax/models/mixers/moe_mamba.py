@@ -36,9 +36,14 @@ class MoEMamba(Mamba, Routed):
             ),
             'hidden_dim': Option(
                 0,
-                'Width of one of their experts; 0 means that at which two matrices have the weights of the projection.',
+                'Width of one of their experts; 0 means that at which two matrices have the weights of the projection,'
+                ' or the multiple of 64 below.',
                 COUNT,
-                derive=lambda model: max(1, model.ssm.expand * model.dim // (model.ssm.expand + 1)),
+                derive=lambda model: max(
+                    1,
+                    model.ssm.expand * model.dim // (model.ssm.expand + 1) // 64 * 64
+                    or model.ssm.expand * model.dim // (model.ssm.expand + 1),
+                ),
             ),
         }
     }

@@ -93,7 +93,7 @@ class Runner:
         ready = lambda: sum(bool(process and process.compiled()) for _, process in begun)
         while waiting() and self.left() > TIMED * (ready() + 1):
             time.sleep(0.1)
-        late = {id(process) for process in waiting()}
+        late = {id(process) for _, process in begun if process and process.running() and not process.compiled()}
         for _, process in begun:
             if process and id(process) in late:
                 process.kill()
@@ -187,6 +187,10 @@ class _Process:
     def ready(self) -> bool:
         """Whether it has compiled, has ended, or never will."""
         return self._process.poll() is not None or time.monotonic() > self._deadline or self.compiled()
+
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
 
     def compiled(self) -> bool:
         """Whether it has said so."""

@@ -94,7 +94,10 @@ def measure(kernel: str, say: Callable[[dict[str, Any]], None], compiled: Callab
                 say({'tiles': one.name, name: None, 'refused': f'{type(error).__name__}: {str(error).strip()}'[:300]})
     compiled(0.0)
     for tiles, name, run, args in ready:
-        say({'tiles': tiles, name: float(f'{cases.queued(run, *args):.4g}')})
+        try:
+            say({'tiles': tiles, name: float(f'{cases.queued(run, *args):.4g}')})
+        except Exception as error:  # of any kind: driver, memory
+            say({'tiles': tiles, name: None, 'refused': f'{type(error).__name__}: {str(error).strip()}'[:300]})
 
 
 def both(function: Callable[[Any], jax.Array], arrays: Any) -> tuple[Callable, tuple[Any, ...]]:

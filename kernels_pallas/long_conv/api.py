@@ -32,7 +32,8 @@ def long_conv(
       skip: [D].
       positions: int [B, T], each token's place in its document, 0 the first. A call that continues an earlier one
         continues its positions. None: a row is one document.
-      mask: bool [B, T], the real tokens. A row may be padded before its very first token and after its last one; the
+      mask: bool [B, T], the real tokens. A row may be padded after its last token and, if there are positions, before
+        its very first one; the
         final state skips that padding, and y is arbitrary there. A row without any real token keeps its state.
       initial_state: [B, P, D], the last P tokens before this call, zero where there are none or those of an earlier
         document. Differentiable.

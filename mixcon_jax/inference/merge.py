@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from mixcon_jax import config as configs
@@ -92,22 +93,11 @@ def merged(params: Tree, model: ml_collections.ConfigDict) -> tuple[Tree, ml_col
             for option, value in found[0][0].items():
                 where = group if group is not None else after[part.describe().group_of(option)]
                 where[option] = value
-    return _nested(flat), after, count
+    return unflatten_dict(flat, sep='/'), after, count
 
 
 def _merged(part: Any, own: Mapping[str, Array], block: int) -> tuple[Mapping[str, Any], Mapping[str, Array]] | None:
     return part.load().merge(part.model, {name: value[block] for name, value in own.items()})
-
-
-def _nested(flat: Mapping[str, Array]) -> Tree:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split('/')
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
 
 
 def _logits(trees: Mapping[str, Tree], model: ml_collections.ConfigDict) -> Array:

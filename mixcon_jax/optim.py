@@ -184,8 +184,12 @@ def make_optimizer(
     optimizer = _at_one_rate(config, logical_axes, undecayed)
     if not rates:
         return optimizer
-    scaled = optax.stateless(lambda updates, _: map_named(lambda name, u: rates.get(name, 1.0) * u, updates))
-    return optax.chain(optimizer, scaled)
+
+    def update(grads: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+        updates, state = optimizer.update(grads, state, params)
+        return map_named(lambda name, u: rates.get(name, 1.0) * u, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)  # not a chain: a rate is no part of the state
 
 
 def _at_one_rate(

@@ -121,9 +121,12 @@ def _level(v, taps, positions, half, add):
 
 
 def _product(first, taps, half):
-    """Of [D, B, pieces, half] what every token adds to those half - j + i after it, by a matrix for every channel."""
-    lags = half + jnp.arange(half) - jnp.arange(half)[:, None]
-    return jnp.einsum('dbpj,dji->dbpi', first, taps[:, lags], precision='highest')
+    """Of [D, B, pieces, half] what every token j adds to those half - j + i after it, by a matrix for every channel."""
+    # Read in rows of one lag less than there are, the taps come one place later with every row: the matrix without a
+    # gather, whose gradient would be a scatter.
+    turned = jnp.tile(jnp.roll(taps, -half, 1), half)[:, : half * (2 * half - 1)]
+    matrix = turned.reshape(-1, half, 2 * half - 1)[:, :, :half]
+    return jnp.einsum('dbpj,dji->dbpi', first, matrix, precision='highest')
 
 
 def _spectral(first, taps, half):

@@ -38,6 +38,7 @@ class Architecture(NamedTuple):
         } | ({} if tied else {HEAD: linear('output')})
 
 
+MATRICES = {'w1': 'gate_proj', 'w3': 'up_proj', 'w2': 'down_proj'}  # of an expert, by Mixtral's names
 HEAD = 'lm_head.weight'  # of a model whose head is not its embedding
 NORM: dict[str, Place] = {'weight': same('scale')}  # of a norm alone
 MAMBA = Architecture('backbone', 'embeddings', 'norm_f', {'mixer_norm': 'norm'})
@@ -144,6 +145,32 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
                 stacks.setdefault(f'blocks/layers/{j}/{place.part}/{name}', []).append(value)
     stacked = {name: np.stack(values) for name, values in stacks.items()}
     return _whole(outside, known.top(model.tie_embeddings), f'a model from {architecture}', model) | stacked
+
+
+def of_modules(theirs: Mapping[str, np.ndarray]) -> Weights:
+    """The weights of a checkpoint's files by the names of the modules that load them, which hold all experts as one.
+
+    Raises:
+      UserError: an expert lacks one of its three matrices.
+    """
+    ours: Weights = {}
+    experts: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+    for name, value in theirs.items():
+        name = name.replace('.block_sparse_moe.', '.mlp.')
+        if match := re.fullmatch(r'(.+\.experts)\.(\d+)\.(\w+)\.weight', name):
+            experts.setdefault(match[1], {})[MATRICES.get(match[3], match[3]), int(match[2])] = value
+        else:
+            ours[name] = value
+    for name, found in experts.items():
+        count = 1 + max(index for _, index in found)
+        if missing := {(each, i) for each in MATRICES.values() for i in range(count)} ^ found.keys():
+            matrix, index = min(missing)
+            raise UserError(
+                f'{name} has {count} experts, each with {", ".join(MATRICES.values())}: {matrix} of {index}'
+            )
+        gate, up, down = (np.stack([found[each, i] for i in range(count)]) for each in MATRICES.values())
+        ours |= {f'{name}.gate_up_proj': np.concatenate([gate, up], axis=1), f'{name}.down_proj': down}
+    return ours
 
 
 class _Module(NamedTuple):

@@ -165,9 +165,8 @@ def of_modules(theirs: Mapping[str, np.ndarray]) -> Weights:
         count = 1 + max(index for _, index in found)
         if missing := {(each, i) for each in MATRICES.values() for i in range(count)} ^ found.keys():
             matrix, index = min(missing)
-            raise UserError(
-                f'{name} has {count} experts, each with {", ".join(MATRICES.values())}: {matrix} of {index}'
-            )
+            wanted = ', '.join(MATRICES.values())
+            raise UserError(f'{name} has {count} experts, each with {wanted}, but for {matrix} of expert {index}')
         gate, up, down = (np.stack([found[each, i] for i in range(count)]) for each in MATRICES.values())
         ours |= {f'{name}.gate_up_proj': np.concatenate([gate, up], axis=1), f'{name}.down_proj': down}
     return ours

@@ -32,8 +32,8 @@ MODELS = {
     'falcon_mamba_model': (2, FALCON_MAMBA | {'pattern': ('mamba',), 'norm_eps': 1e-5}),
     'bamba_model': (1, GROUPS | HALF_ROTATED | {'pattern': ('mamba2+mlp', 'attention+mlp')}),
 }
-# Two groups have all that one has, and Bamba's mixer is Mamba-2's.
 SLOW = [pytest.mark.slow]
+# Two groups have all that one has, and Bamba's mixer is Mamba-2's.
 ONCE = [pytest.param(name, marks=SLOW if name in ('mamba2_mixer', 'bamba_mixer') else []) for name in LAYERS]
 
 
@@ -96,7 +96,9 @@ def test_every_length_and_token_by_token(fixture):
     cases.assert_same(y, theirs['y'], 'the output, token by token')
 
 
-@pytest.mark.parametrize('fixture', MODELS)
+@pytest.mark.parametrize(
+    'fixture', [pytest.param(name, marks=SLOW if name == 'falcon_mamba_model' else []) for name in MODELS]
+)
 def test_logits_and_gradients_of_a_whole_model(fixture):
     theirs, module, ours = loaded_model(fixture)
     y, gradients = cases.run_model(module, theirs['tokens'], theirs['dy'])

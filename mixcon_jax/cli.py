@@ -86,6 +86,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--out', required=True, metavar='DIR', help='new folder for the merged model')
     command.add_argument('--step', help='checkpoint to use: a step, "best" or "last" (default: last)')
 
+    command = add(
+        'import', commands.import_model, 'Make a run directory of a published model that lies in a folder here.'
+    )
+    command.add_argument(
+        '--from', dest='source', required=True, metavar='DIR', help='config.json, safetensors files, tokenizer.json'
+    )
+    command.add_argument('--out', required=True, metavar='DIR', help='new folder for the imported model')
+    command.add_argument('--tokenizer', default='', metavar='FILE', help="another tokenizer.json (default: DIR's)")
+
     command = add('config', commands.config, "Print an experiment's resolved configuration as JSON.")
     takes_config(command)
     command.add_argument('--help-options', action='store_true', help='print every option with its meaning instead')

@@ -85,6 +85,15 @@ def merge(known: argparse.Namespace, overrides: list[str]) -> int:
     return Exit.DONE
 
 
+def import_model(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.interop.importing import import_model
+
+    if overrides:
+        raise UserError(f'unknown argument --config.{overrides[0]}; see `mixcon import --help`')
+    import_model(known.source, known.out, known.tokenizer)
+    return Exit.DONE
+
+
 def config(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax import config as configs
 

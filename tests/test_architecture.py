@@ -70,7 +70,7 @@ REACHES = {
         'mixcon_jax.xla_flags',
         *ARRAYS,
     },
-    'mixcon_jax.interop': {'mixcon_jax.interop', *ARRAYS},
+    'mixcon_jax.interop': {'mixcon_jax.interop', 'mixcon_jax.runs', *ARRAYS},
     'mixcon_jax.inference': {'mixcon_jax.inference', 'mixcon_jax.runs', *ARRAYS},
     'mixcon_jax.analyses': {
         'mixcon_jax.analyses',

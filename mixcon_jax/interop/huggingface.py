@@ -7,7 +7,7 @@ carries a gradient over.
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,43 +20,58 @@ class Architecture(NamedTuple):
     """What a published model has beside its layers.
 
     Attributes:
-      top: ``{name: what makes ours of it}`` of the weights outside the decoder layers.
+      body: what it calls all but the head; its decoder layers are ``layers`` below that.
+      embedding, final_norm: what it calls these, below the body.
       norms: what it calls a decoder layer's norms, by our names.
     """
 
-    top: Mapping[str, Place]
+    body: str
+    embedding: str
+    final_norm: str
     norms: Mapping[str, str]
 
+    def top(self, tied: bool) -> dict[str, Place]:
+        """``{name: what makes ours of it}`` of the weights outside the decoder layers."""
+        return {
+            f'{self.body}.{self.embedding}.weight': same('embedding'),
+            f'{self.body}.{self.final_norm}.weight': same('final_norm/scale'),
+        } | ({} if tied else {HEAD: linear('output')})
 
+
+MATRICES = {'w1': 'gate_proj', 'w3': 'up_proj', 'w2': 'down_proj'}  # of an expert, by Mixtral's names
 HEAD = 'lm_head.weight'  # of a model whose head is not its embedding
 NORM: dict[str, Place] = {'weight': same('scale')}  # of a norm alone
-SHARED = {'model.embed_tokens.weight': same('embedding'), HEAD: linear('output')}
+MAMBA = Architecture('backbone', 'embeddings', 'norm_f', {'mixer_norm': 'norm'})
+JAMBA = Architecture(
+    'model', 'embed_tokens', 'final_layernorm', {'mixer_norm': 'input_layernorm', 'ffn_norm': 'pre_ff_layernorm'}
+)
 LLAMA = Architecture(
-    SHARED | {'model.norm.weight': same('final_norm/scale')},
-    {'mixer_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'},
+    'model', 'embed_tokens', 'norm', {'mixer_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
 )
 # By the model_type of transformers, as in Layer.PUBLISHED.
 ARCHITECTURES = {
-    'jamba': Architecture(
-        SHARED | {'model.final_layernorm.weight': same('final_norm/scale')},
-        {'mixer_norm': 'input_layernorm', 'ffn_norm': 'pre_ff_layernorm'},
-    ),
+    'bamba': JAMBA,
+    'falcon_mamba': MAMBA,
+    'jamba': JAMBA,
     'llama': LLAMA,
+    'mamba': MAMBA,
+    'mamba2': MAMBA,
     'mixtral': LLAMA,
 }
 
 
 def norm_weights(theirs: Mapping[str, np.ndarray]) -> Weights:
     """Maps the weights of one norm; errors as of ``layer_weights``."""
-    return _placed(theirs, NORM, 'a norm')
+    return _placed(theirs, NORM, 'a norm', None)
 
 
-def layer_weights(theirs: Mapping[str, np.ndarray], kind: str, architecture: str) -> Weights:
+def layer_weights(theirs: Mapping[str, np.ndarray], kind: str, model, architecture: str) -> Weights:
     """Maps the weights of one mixer or FFN.
 
     Args:
       theirs: by their names within the layer.
       kind: the registered name of the layer that is to have them.
+      model: ``config.model``, resolved, as the layer reads it.
       architecture: ``model_type`` of transformers that they come from.
 
     Returns:
@@ -65,7 +80,7 @@ def layer_weights(theirs: Mapping[str, np.ndarray], kind: str, architecture: str
     Raises:
       UserError: the layer does not say what that architecture calls its weights, or it has no such weight.
     """
-    return _placed(theirs, published(kind, architecture).weights, f'the layer {kind!r} from {architecture}')
+    return _placed(theirs, published(kind, architecture).weights, f'the layer {kind!r} from {architecture}', model)
 
 
 def published(kind: str, architecture: str, role: str | None = None) -> Published:
@@ -91,7 +106,7 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
 
     Args:
       theirs: by their names in transformers.
-      model: ``config.model``, whose pattern says which layer takes them.
+      model: ``config.model``, resolved, whose pattern says which layer takes them.
       architecture: ``model_type`` of transformers.
 
     Returns:
@@ -102,16 +117,15 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
     """
     if architecture not in ARCHITECTURES:
         raise UserError(f'the architecture {architecture!r} is not known; choose from {", ".join(ARCHITECTURES)}')
-    top, norms = ARCHITECTURES[architecture]
-    top = {name: place for name, place in top.items() if name != HEAD or not model.tie_embeddings}
+    known = ARCHITECTURES[architecture]
     layers: dict[int, dict[str, dict[str, np.ndarray]]] = {}
     outside: dict[str, np.ndarray] = {}
     for name, value in theirs.items():
-        if match := re.fullmatch(r'model\.layers\.(\d+)\.(\w+)\.(.+)', name):
+        if match := re.fullmatch(known.body + r'\.layers\.(\d+)\.(\w+)\.(.+)', name):
             layers.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = value
         else:
             outside[name] = value
-    places = [_modules(model, text, norms, architecture) for text in model.pattern]
+    places = [_modules(model, text, known.norms, architecture) for text in model.pattern]
     count = model.num_blocks * len(places)
     if beyond := [index for index in layers if index >= count]:
         raise UserError(
@@ -125,41 +139,72 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
         for module in found:
             if module not in places[j]:
                 raise UserError(f'{where} has no place for {module}, only for {", ".join(places[j])}')
-        for module, (ours, known) in places[j].items():
+        for module, place in places[j].items():
             what = f'{module} of {where}'
-            for name, value in _whole(found.get(module, {}), known, what).items():
-                stacks.setdefault(f'blocks/layers/{j}/{ours}/{name}', []).append(value)
+            for name, value in _whole(found.get(module, {}), place.weights, what, place.model).items():
+                stacks.setdefault(f'blocks/layers/{j}/{place.part}/{name}', []).append(value)
     stacked = {name: np.stack(values) for name, values in stacks.items()}
-    return _whole(outside, top, f'a model from {architecture}') | stacked
+    return _whole(outside, known.top(model.tie_embeddings), f'a model from {architecture}', model) | stacked
 
 
-def _modules(
-    model, text: str, norms: Mapping[str, str], architecture: str
-) -> dict[str, tuple[str, Mapping[str, Place]]]:
-    """Our part, and what its weights are called, for each module of a published decoder layer."""
+def of_modules(theirs: Mapping[str, np.ndarray]) -> Weights:
+    """The weights of a checkpoint's files by the names of the modules that load them, which hold all experts as one.
+
+    Raises:
+      UserError: an expert lacks one of its three matrices.
+    """
+    ours: Weights = {}
+    experts: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+    for name, value in theirs.items():
+        name = name.replace('.block_sparse_moe.', '.mlp.')
+        if match := re.fullmatch(r'(.+\.experts)\.(\d+)\.(\w+)\.weight', name):
+            experts.setdefault(match[1], {})[MATRICES.get(match[3], match[3]), int(match[2])] = value
+        else:
+            ours[name] = value
+    for name, found in experts.items():
+        count = 1 + max(index for _, index in found)
+        if missing := {(each, i) for each in MATRICES.values() for i in range(count)} ^ found.keys():
+            matrix, index = min(missing)
+            wanted = ', '.join(MATRICES.values())
+            raise UserError(f'{name} has {count} experts, each with {wanted}, but for {matrix} of expert {index}')
+        gate, up, down = (np.stack([found[each, i] for i in range(count)]) for each in MATRICES.values())
+        ours |= {f'{name}.gate_up_proj': np.concatenate([gate, up], axis=1), f'{name}.down_proj': down}
+    return ours
+
+
+class _Module(NamedTuple):
+    """Where a module of a published decoder layer goes: which part of ours, what it calls its weights, its options."""
+
+    part: str
+    weights: Mapping[str, Place]
+    model: Any
+
+
+def _modules(model, text: str, norms: Mapping[str, str], architecture: str) -> dict[str, _Module]:
+    """The modules of a published decoder layer, by what it calls them."""
     parts = pattern.parts(model, text)
     normed = ['mixer_norm']
     if 'ffn' in parts and not pattern.parse_layer(text, pattern.named_kinds(model)).parallel:  # which share one
         normed.append('ffn_norm')
-    found: dict[str, tuple[str, Mapping[str, Place]]] = {norms[ours]: (ours, NORM) for ours in normed}
+    found = {}
     for role, part in parts.items():
         module, weights = published(part.kind, architecture, role)
-        found[module] = (role, weights)
-    return found
+        found[module] = _Module(role, weights, part.model)
+    return {norms[ours]: _Module(ours, NORM, model) for ours in normed} | found
 
 
-def _whole(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str) -> Weights:
+def _whole(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str, model) -> Weights:
     """``_placed``, where every place must have its weight."""
-    ours = _placed(theirs, places, what)
+    ours = _placed(theirs, places, what, model)
     if missing := [name for name in places if name not in theirs]:
         raise UserError(f'{what} lacks {", ".join(missing)}')
     return ours
 
 
-def _placed(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str) -> Weights:
+def _placed(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str, model) -> Weights:
     ours: Weights = {}
     for name, value in theirs.items():
         if name not in places:
             raise UserError(f'{what} has no place for the weight {name}, only for {", ".join(places)}')
-        ours |= places[name](value)
+        ours |= places[name](value, model)
     return ours

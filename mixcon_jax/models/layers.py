@@ -228,14 +228,15 @@ def rms_norm(x: Float[Array, '*b d'], scale: Float[Array, 'd'], eps: float | Flo
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a learned scale (Zhang and Sennrich, 2019)."""
+    """Root-mean-square norm (Zhang and Sennrich, 2019), with a learned scale or without one."""
 
-    def __init__(self, width: int, params: Parameters, eps: float, axis: str = 'norm') -> None:
-        self.scale = params('scale', (width,), (axis,), ones)
+    def __init__(self, width: int, params: Parameters, eps: float, axis: str = 'norm', scale: bool = True) -> None:
+        self.scale = params('scale', (width,), (axis,), ones) if scale else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-        return rms_norm(x, self.scale[...], self.eps)
+        scale = jnp.ones(x.shape[-1:], jnp.float32) if self.scale is None else self.scale[...]
+        return rms_norm(x, scale, self.eps)
 
 
 def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:

@@ -37,10 +37,10 @@ def test_every_parameter_of_a_layer_has_a_published_name_or_is_its_own_addition(
     layer = nnx.eval_shape(lambda: kind(model if extended is None else extended, Parameters(jax.random.key(0)), 1))
     ours = {'/'.join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
     places = huggingface.published(name, architecture, role).weights.values()
-    named = [mine for place in places for mine in place(np.zeros((2, 2, 2)))]
+    named = [mine for place in places for mine in place(np.zeros((2, 2, 2)), model)]
     assert len(named) == len(set(named))
     norms = {f'{part}_norm/scale' for part in ('dt', 'B', 'C')}
-    assert set(named) == (ours - norms if architecture == 'mamba' else ours)
+    assert set(named) == (ours - norms if architecture in ('mamba', 'falcon_mamba') else ours)
 
 
 def test_a_layer_that_says_nothing_is_refused_by_name(monkeypatch):
@@ -49,8 +49,10 @@ def test_a_layer_that_says_nothing_is_refused_by_name(monkeypatch):
 
     monkeypatch.setitem(kinds.MIXERS, 'private', Private)
     with pytest.raises(UserError, match=r"^the layer 'private' does not say .* in jamba, nor in any other"):
-        huggingface.layer_weights({'D': np.zeros(2)}, 'private', 'jamba')
-    with pytest.raises(UserError, match=r"^the layer 'mamba' does not say .* in llama, only in mamba, jamba$"):
+        huggingface.layer_weights({'D': np.zeros(2)}, 'private', MODEL, 'jamba')
+    with pytest.raises(
+        UserError, match=r"^the layer 'mamba' does not say .* llama, only in mamba, falcon_mamba, jamba$"
+    ):
         huggingface.model_weights({}, model_config({'pattern': ('mamba+mlp',)}), 'llama')
 
 
@@ -139,6 +141,22 @@ def test_a_weight_without_a_place_is_refused_by_name(name, message):
         huggingface.model_weights(llama(3) | {name: np.zeros(2)}, MODEL, 'llama')
 
 
+@pytest.mark.parametrize('lost', ['gate_proj', 'w1'])
+def test_an_expert_without_one_of_its_matrices_is_refused(lost):
+    theirs = {f'a.experts.{i}.{part}.weight': np.full((3, 2), i) for i in (0, 1) for part in ('gate_proj', 'up_proj')}
+    theirs |= {f'a.experts.{i}.down_proj.weight': np.full((2, 3), i) for i in (0, 1)}
+    found = huggingface.of_modules(theirs)
+    assert {name: value.shape for name, value in found.items()} == {
+        'a.experts.gate_up_proj': (2, 6, 2), 'a.experts.down_proj': (2, 2, 3),
+    }  # fmt: skip
+    del theirs['a.experts.1.gate_proj.weight']
+    theirs |= {} if lost == 'gate_proj' else {'a.experts.2.w1.weight': np.zeros((3, 2))}
+    with pytest.raises(
+        UserError, match=r'^a\.experts has [23] experts, each with gate_proj, up_proj, down_proj, but for '
+    ):
+        huggingface.of_modules(theirs)
+
+
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(UserError, match=r"^the architecture 'gpt2' is not known; choose from jamba, llama, mixtral$"):
+    with pytest.raises(UserError, match=r"^the architecture 'gpt2' is not known; choose from bamba, falcon_mamba, ja"):
         huggingface.model_weights({}, model_config(), 'gpt2')

@@ -24,7 +24,10 @@ OTHERS = {
     'attention_rope': ('attention', {'attention.rope': True, 'attention.block_size': 8}),
     'attention_named': (
         'local',
-        {'layers.local': {'kind': 'attention', 'rope': True, 'num_kv_heads': 4}, 'attention.block_size': 8},
+        {
+            'layers.local': {'kind': 'attention', 'rope': True, 'rope_dim': 2, 'num_kv_heads': 4},
+            'attention.block_size': 8,
+        },
     ),
     'attention_window': (
         'attention',

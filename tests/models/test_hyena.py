@@ -1,8 +1,10 @@
 """Hyena and its modal form are the sums that their papers write, in float64; initial filters; bytes of state."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mixcon_jax.models import accounting, kinds
 from mixcon_jax.models.context import Context
@@ -77,6 +79,22 @@ def test_a_layer_is_the_papers_sums(name, filters, order, seed):
     want = written_out(module, np.asarray(x[0], np.float64), filters(module, order))
     y, _, _ = module(x, Context.whole(1, T), None)
     np.testing.assert_allclose(y[0], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+def test_decoding_by_waves_is_the_convolution():
+    """Token by token, from a state of a fixed size."""
+    module = perturbed(initial('hyena_modal', 2, 3), 4, 0.1)
+    x = jax.random.normal(jax.random.key(5), (1, T, DIM))
+    want = written_out(module, np.asarray(x[0], np.float64), waves(module, 2))
+    graphdef, variables = nnx.split(module)
+    step = jax.jit(lambda x, context, state: nnx.merge(graphdef, variables)(x, context, state)[:2])
+    state, y = module.init_state(1, T), []
+    sizes = jax.tree.map(jnp.shape, state)
+    for t in range(T):
+        out, state = step(x[:, t : t + 1], Context.whole(1, 1, jnp.int32(t)), state)
+        y.append(out[0, 0])
+    assert jax.tree.map(jnp.shape, state) == sizes
+    np.testing.assert_allclose(np.stack(y), want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 def test_filters_reach_no_further_than_they_are_made_for():

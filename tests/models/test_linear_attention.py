@@ -7,7 +7,8 @@ import pytest
 from mixcon_jax.models.context import Context
 from tests.models.cases import DIM, layer
 
-T, HEADS = 17, 4
+LENGTHS, HEADS = (1, 3, 17, 64, 129), 4
+T = max(LENGTHS)
 
 
 def weights(name):
@@ -104,8 +105,11 @@ def rwkv7(x, w):
 
 
 @pytest.mark.parametrize('name, loop', [('retnet', retnet), ('gla', gla), ('rwkv6', rwkv6), ('rwkv7', rwkv7)])
-def test_a_layer_is_the_papers_loop(name, loop):
+@pytest.mark.parametrize('lengths', [(17, T), pytest.param((1, 3, 64), marks=pytest.mark.slow)])
+def test_a_layer_is_the_papers_loop(name, loop, lengths):
     module, x, w = weights(name)
-    y, _, _ = module(x, Context.whole(1, T), None)
     want = loop(np.asarray(x[0], np.float64), w)
-    np.testing.assert_allclose(y[0], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    run = jax.jit(lambda x: module(x, Context.whole(*x.shape[:2]), None)[0])
+    for length in lengths:
+        y = run(x[:, :length])
+        np.testing.assert_allclose(y[0], want[:length], rtol=1e-4, atol=1e-5 * np.abs(want).max())

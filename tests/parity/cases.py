@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from mixcon_jax import config as configs
+from mixcon_jax.interop import huggingface
 from mixcon_jax.models import decoder, kinds, pattern
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
@@ -25,7 +26,7 @@ def fixture(name: str) -> dict[str, np.ndarray]:
 
 def architecture(name: str) -> str:
     """The published architecture that a fixture is of, as ``Layer.PUBLISHED`` calls it."""
-    return name.partition('_')[0]
+    return next(each for each in ('rwkv', *huggingface.ARCHITECTURES) if name.startswith(f'{each}_'))
 
 
 def below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

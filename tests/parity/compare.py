@@ -1,5 +1,6 @@
 """Compares two folders of fixtures: `python -m tests.parity.compare COMMITTED NEW`. Processors round differently."""
 
+import json
 import pathlib
 import sys
 
@@ -17,6 +18,11 @@ def difference(old: np.ndarray, new: np.ndarray) -> float:
     return float(np.abs(old - new).max() / max(np.abs(old).max(), np.finfo(np.float32).tiny))
 
 
+def _configuration(path: pathlib.Path) -> dict | None:
+    """What a config.json says, whichever version of transformers wrote it."""
+    return json.loads(path.read_text()) | {'transformers_version': None} if path.exists() else None
+
+
 def main(committed: pathlib.Path, new: pathlib.Path) -> int:
     """Prints one line a case; returns 0 when all are the same."""
     names = sorted({path.name for folder in (committed, new) for path in folder.glob('*.npz')})
@@ -31,6 +37,11 @@ def main(committed: pathlib.Path, new: pathlib.Path) -> int:
             largest = max(difference(a[key], b[key]) for key in a.files) if same_keys else np.inf
         print(f'{name:26} {largest:.1e}')
         worst = max(worst, largest)
+    for path in sorted(new.glob('*/config.json')):
+        found = [_configuration(folder / path.relative_to(new)) for folder in (committed, new)]
+        if found[0] != found[1]:
+            print(f'{path.parent.name} has another config.json')
+            worst = np.inf
     return 0 if names and worst <= TOLERANCE else 1
 
 

@@ -10,18 +10,27 @@ Runs in an environment of its own, made by `make parity`, and writes one .npz a 
   w/NAME        each weight under its name in transformers, float32
   dw/NAME       its gradient
 
+Of a whole model the folder NAME is what `save_pretrained` writes, of which the committed fixtures have config.json.
+
 Weights are float32 numbers; the modules compute in float64 wherever their own code lets them, which makes the stored
 values exact to float32 rounding. Seeds are fixed, so a second run writes the same numbers.
 """
 
 import math
+import os
 import pathlib
 import sys
 import zlib
 
+os.environ['HF_HUB_OFFLINE'] = '1'  # all is made here
+
 import numpy as np
 import torch
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     JambaConfig,
     JambaForCausalLM,
     LlamaConfig,
@@ -29,10 +38,13 @@ from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     RwkvConfig,
 )
+from transformers.models.bamba.modeling_bamba import BambaAttention, BambaMixer, BambaRotaryEmbedding
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
 from transformers.models.jamba.modeling_jamba import (
     JambaAttention,
     JambaMambaMixer,
@@ -80,13 +92,30 @@ def mixtral_config() -> MixtralConfig:
 
 
 def mamba_config() -> MambaConfig:
-    return MambaConfig(hidden_size=D, state_size=8, time_step_rank=4, num_hidden_layers=1)
+    return MambaConfig(
+        hidden_size=D, state_size=8, time_step_rank=4, num_hidden_layers=2, vocab_size=COMMON['vocab_size']
+    )
 
 
 def mamba2_config(groups: int) -> Mamba2Config:
     return Mamba2Config(
         hidden_size=D, num_heads=4, head_dim=16, state_size=8, n_groups=groups, chunk_size=16, num_hidden_layers=2,
         layer_norm_epsilon=1e-6, vocab_size=COMMON['vocab_size'],
+    )  # fmt: skip
+
+
+def falcon_mamba_config() -> FalconMambaConfig:
+    return FalconMambaConfig(
+        hidden_size=D, state_size=8, time_step_rank=4, num_hidden_layers=2, vocab_size=COMMON['vocab_size'],
+        mixer_rms_eps=1e-3, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def bamba_config() -> BambaConfig:
+    return BambaConfig(
+        **COMMON, num_hidden_layers=2, attn_layer_indices=[1], rms_norm_eps=1e-6,
+        pad_token_id=None,  # else no gradient reaches its row of the embedding
+        mamba_n_heads=4, mamba_n_groups=2, mamba_d_state=8, mamba_chunk_size=16,
     )  # fmt: skip
 
 
@@ -119,18 +148,18 @@ def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
             weight.copy_(value.float())
 
 
-def causal_mask() -> torch.Tensor:
-    return torch.full((T, T), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)[None, None]
+def causal_mask(length: int) -> torch.Tensor:
+    return torch.full((length, length), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)[None, None]
 
 
 def attend(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module(x, attention_mask=causal_mask())[0]
+    return module(x, attention_mask=causal_mask(x.shape[1]))[0]
 
 
 def attend_rotated(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(T)[None].expand(B, T)
-    rotary = LlamaRotaryEmbedding(module.config)
-    return module(x, position_embeddings=rotary(x, positions), attention_mask=causal_mask())[0]
+    positions = torch.arange(x.shape[1])[None].expand(x.shape[:2])
+    rotary = (BambaRotaryEmbedding if isinstance(module, BambaAttention) else LlamaRotaryEmbedding)(module.config)
+    return module(x, position_embeddings=rotary(x, positions), attention_mask=causal_mask(x.shape[1]))[0]
 
 
 def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -152,6 +181,9 @@ LAYERS = {
     'jamba_rms_norm': (lambda: JambaRMSNorm(D), call),
     'mamba2_mixer': (lambda: Mamba2Mixer(mamba2_config(1), 0), call),
     'mamba2_groups_mixer': (lambda: Mamba2Mixer(mamba2_config(2), 0), call),
+    'falcon_mamba_mixer': (lambda: FalconMambaMixer(falcon_mamba_config(), 0, initialize_mixer_weights=False), call),
+    'bamba_mixer': (lambda: BambaMixer(bamba_config(), 0), call),
+    'bamba_attention': (lambda: BambaAttention(bamba_config(), 1), attend_rotated),
     'rwkv_attention': (lambda: RwkvSelfAttention(rwkv_config(), 0), first),
     'rwkv_feed_forward': (lambda: RwkvFeedForward(rwkv_config(), 0), first),
 }
@@ -159,7 +191,10 @@ MODELS = {
     'jamba_model': lambda: JambaForCausalLM(jamba_config()),
     'llama_model': lambda: LlamaForCausalLM(llama_config()),
     'mixtral_model': lambda: MixtralForCausalLM(mixtral_config()),
+    'mamba_model': lambda: MambaForCausalLM(mamba_config()),
     'mamba2_model': lambda: Mamba2ForCausalLM(mamba2_config(2)),
+    'falcon_mamba_model': lambda: FalconMambaForCausalLM(falcon_mamba_config()),
+    'bamba_model': lambda: BambaForCausalLM(bamba_config()),
 }
 
 
@@ -174,15 +209,16 @@ def gradients(module: torch.nn.Module, y: torch.Tensor, generator: torch.Generat
     return {name: np.asarray(value.numpy(), np.float32) for name, value in arrays.items()}
 
 
-def case(name: str) -> dict[str, np.ndarray]:
-    """Computes one case; its seed is its name."""
+def case(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Computes one case; its seed is its name. A whole model is also saved, in the folder."""
     seed = zlib.crc32(name.encode())
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    shape = LONG if name.startswith(('mamba2', 'rwkv')) else (B, T)
+    shape = LONG if name.startswith(('mamba2', 'falcon_mamba', 'bamba', 'rwkv')) else (B, T)
     if name in MODELS:
         module = MODELS[name]()
         randomize(module, generator)
+        module.save_pretrained(folder / name)
         module = module.double().eval()
         tokens = torch.randint(0, COMMON['vocab_size'], shape, generator=generator)
         y = module(input_ids=tokens, use_cache=False).logits
@@ -204,7 +240,7 @@ def description(module: torch.nn.Module) -> dict[str, np.ndarray]:
 def main(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*LAYERS, *MODELS):
-        arrays = case(name)
+        arrays = case(name, folder)
         np.savez_compressed(folder / f'{name}.npz', **arrays)
         size = (folder / f'{name}.npz').stat().st_size
         print(f'{name:20} |y| {np.abs(arrays["y"]).max():8.3f}  {size / 1024:6.0f} KiB')

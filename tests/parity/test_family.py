@@ -1,4 +1,4 @@
-"""Mamba-2 and RWKV-4 equal transformers' at every length: outputs, gradients, logits, and token by token."""
+"""The recurrences and their hybrids equal transformers' at every length: outputs, gradients, token by token."""
 
 import jax
 import jax.numpy as jnp
@@ -8,74 +8,134 @@ from flax import nnx
 
 from mixcon_jax.interop import huggingface
 from mixcon_jax.models.context import Context
-from tests.parity import cases, family
+from tests.parity import cases
 
 LENGTHS = (1, 3, 17, 64, 129)
 MAMBA2 = {'mamba2.d_state': 8, 'mamba2.head_dim': 16, 'mamba2.chunk': 16}
-INNER = 64
+GROUPS = MAMBA2 | {'mamba2.groups': 2}
+FALCON_MAMBA = {'mamba.norms': True, 'mamba.norm_scales': False, 'mamba.norm_eps': 1e-3, 'ssm.chunk': 16}
+HALF_ROTATED = {'attention.rope': True, 'attention.rope_dim': 4}
 
-
-def rwkv(kind):
-    return lambda weights: huggingface.layer_weights(weights, kind, 'rwkv')
-
-
-# fixture -> our layer, options of config.model, what makes our weights of theirs
+# fixture -> our layer, options of config.model
 LAYERS = {
-    'mamba2_mixer': ('mamba2', MAMBA2, lambda weights: family.mamba2(weights, INNER, 8)),
-    'mamba2_groups_mixer': ('mamba2', MAMBA2 | {'mamba2.groups': 2}, lambda w: family.mamba2(w, INNER, 16)),
-    'rwkv_attention': ('rwkv4', {}, rwkv('rwkv4')),
-    'rwkv_feed_forward': ('rwkv_channel_mix', {'rwkv_channel_mix.hidden_dim': 48}, rwkv('rwkv_channel_mix')),
+    'mamba2_mixer': ('mamba2', MAMBA2),
+    'mamba2_groups_mixer': ('mamba2', GROUPS),
+    'falcon_mamba_mixer': ('mamba', FALCON_MAMBA),
+    'bamba_mixer': ('mamba2', GROUPS),
+    'bamba_attention': ('attention', HALF_ROTATED),
+    'rwkv_attention': ('rwkv4', {}),
+    'rwkv_feed_forward': ('rwkv_channel_mix', {'rwkv_channel_mix.hidden_dim': 48}),
 }
-# Two groups have all that one has.
-ONCE = [pytest.param(name, marks=[pytest.mark.slow] if name == 'mamba2_mixer' else []) for name in LAYERS]
+# fixture -> blocks, options of config.model
+MODELS = {
+    'mamba2_model': (2, GROUPS | {'pattern': ('mamba2',)}),
+    'falcon_mamba_model': (2, FALCON_MAMBA | {'pattern': ('mamba',), 'norm_eps': 1e-5}),
+    'bamba_model': (1, GROUPS | HALF_ROTATED | {'pattern': ('mamba2+mlp', 'attention+mlp')}),
+}
+SLOW = [pytest.mark.slow]
+# Two groups have all that one has, and Bamba's mixer is Mamba-2's.
+ONCE = [pytest.param(name, marks=SLOW if name in ('mamba2_mixer', 'bamba_mixer') else []) for name in LAYERS]
 
 
-def loaded(fixture):
+def loaded_layer(fixture):
     """The fixture, our layer with its weights, and what makes our weights of theirs."""
-    kind, options, ours = LAYERS[fixture]
-    theirs = cases.fixture(fixture)
-    module = cases.layer(kind, cases.model_config(options))
-    assert not cases.load(module, ours(cases.below(theirs, 'w')))
+    kind, options = LAYERS[fixture]
+    theirs, model = cases.fixture(fixture), cases.model_config(options)
+    module = cases.layer(kind, model)
+    ours = lambda prefix: huggingface.layer_weights(
+        cases.below(theirs, prefix), kind, model, cases.architecture(fixture)
+    )
+    assert not cases.load(module, ours('w'))
     return theirs, module, ours
+
+
+def loaded_model(fixture):
+    num_blocks, options = MODELS[fixture]
+    theirs, model = cases.fixture(fixture), cases.model_config(options, num_blocks=num_blocks)
+    module = cases.model(model)
+    ours = lambda prefix: huggingface.model_weights(cases.below(theirs, prefix), model, cases.architecture(fixture))
+    assert not cases.load(module, ours('w'))
+    return theirs, module, ours
+
+
+def compare(found, expected):
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        cases.assert_same(found[name], gradient, f'the gradient of {name}')
+
+
+def steps_of(run, x, state):
+    """What `run` makes of one token after another."""
+    found = []
+    for t in range(x.shape[1]):
+        y, state = run(x[:, t : t + 1], Context.whole(1, 1, jnp.int32(t)), state)
+        found.append(y)
+    return np.concatenate(found, 1)
 
 
 @pytest.mark.parametrize('fixture', ONCE)
 def test_outputs_and_gradients(fixture):
-    theirs, module, ours = loaded(fixture)
+    theirs, module, ours = loaded_layer(fixture)
     y, dx, gradients = cases.run_layer(module, theirs['x'], theirs['dy'])
     cases.assert_same(y, theirs['y'], 'the output')
     cases.assert_same(dx, theirs['dx'], 'the gradient of the input')
-    expected = ours(cases.below(theirs, 'dw'))
-    assert set(expected) == set(gradients)
-    for name, gradient in expected.items():
-        cases.assert_same(gradients[name], gradient, f'the gradient of {name}')
+    compare(gradients, ours('dw'))
 
 
 @pytest.mark.parametrize('fixture', ONCE)
 def test_every_length_and_token_by_token(fixture):
     """The mixers are causal, so that what transformers gives for 129 tokens it gives for fewer."""
-    theirs, module, _ = loaded(fixture)
+    theirs, module, _ = loaded_layer(fixture)
     graphdef, variables = nnx.split(module)
     run = jax.jit(lambda x, context, state: nnx.merge(graphdef, variables)(x, context, state)[:2])
     x = jnp.asarray(theirs['x'])
     for length in LENGTHS:
         y, _ = run(x[:, :length], Context.whole(1, length), None)
         cases.assert_same(np.asarray(y), theirs['y'][:, :length], f'the output of {length} tokens')
-    state, steps = module.init_state(1, x.shape[1]), []
-    for t in range(x.shape[1]):
-        y, state = run(x[:, t : t + 1], Context.whole(1, 1, jnp.int32(t)), state)
-        steps.append(y)
-    cases.assert_same(np.concatenate(steps, 1), theirs['y'], 'the output, token by token')
+    y = steps_of(run, x, module.init_state(1, x.shape[1]))
+    cases.assert_same(y, theirs['y'], 'the output, token by token')
 
 
-def test_a_whole_mamba2():
-    """Logits and the gradient of every weight of two layers with two groups."""
-    theirs = cases.fixture('mamba2_model')
-    options = MAMBA2 | {'mamba2.groups': 2, 'pattern': ('mamba2',)}
-    module = cases.model(cases.model_config(options, num_blocks=2))
-    ours = lambda prefix: family.mamba2_model(cases.below(theirs, prefix), 2, INNER, 16)
-    assert not cases.load(module, ours('w'))
+@pytest.mark.parametrize(
+    'fixture', [pytest.param(name, marks=SLOW if name == 'falcon_mamba_model' else []) for name in MODELS]
+)
+def test_logits_and_gradients_of_a_whole_model(fixture):
+    theirs, module, ours = loaded_model(fixture)
     y, gradients = cases.run_model(module, theirs['tokens'], theirs['dy'])
     cases.assert_same(y, theirs['y'], 'the logits')
-    for name, gradient in ours('dw').items():
-        cases.assert_same(gradients[name], gradient, f'the gradient of {name}')
+    compare(gradients, ours('dw'))
+
+
+def logits_of(module):
+    graphdef, variables = nnx.split(module)
+
+    @jax.jit
+    def run(tokens, context, state):
+        model = nnx.merge(graphdef, variables)
+        hidden, state, _ = model(tokens, context, state)
+        return model.logits(hidden), state
+
+    return run
+
+
+@pytest.mark.parametrize('fixture', MODELS)
+def test_a_whole_model_token_by_token(fixture):
+    theirs, module, _ = loaded_model(fixture)
+    tokens = jnp.asarray(theirs['tokens'])
+    y = steps_of(logits_of(module), tokens, module.init_state(1, tokens.shape[1]))
+    cases.assert_same(y, theirs['y'], 'the logits, token by token')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fixture', MODELS)
+def test_a_whole_model_of_every_length_and_after_a_prompt(fixture):
+    theirs, module, _ = loaded_model(fixture)
+    run, tokens = logits_of(module), jnp.asarray(theirs['tokens'])
+    for length in LENGTHS:
+        prompt, context, expected = tokens[:, :length], Context.whole(1, length), theirs['y'][:, : length + 1]
+        y, _ = run(prompt, context, None)
+        cases.assert_same(np.asarray(y), expected[:, :length], f'the logits of {length} tokens')
+        if length < tokens.shape[1]:
+            _, state = run(prompt, context, module.init_state(1, tokens.shape[1]))
+            y, _ = run(tokens[:, length : length + 1], Context.whole(1, 1, jnp.int32(length)), state)
+            cases.assert_same(np.asarray(y), expected[:, length:], f'the logits after a prompt of {length} tokens')

@@ -80,8 +80,9 @@ def compare(gradients, expected, untouched):
 def test_layer(name):
     fixture, kind, options = LAYERS[name]
     theirs = cases.fixture(fixture)
-    module = cases.layer(kind, cases.model_config(options))
-    ours = lambda prefix: huggingface.layer_weights(cases.below(theirs, prefix), kind, cases.architecture(fixture))
+    model, architecture = cases.model_config(options), cases.architecture(fixture)
+    module = cases.layer(kind, model)
+    ours = lambda prefix: huggingface.layer_weights(cases.below(theirs, prefix), kind, model, architecture)
     own = cases.load(module, ours('w'))
     assert not own or kind == 'conba'
     y, dx, gradients = cases.run_layer(module, theirs['x'], theirs['dy'])

@@ -38,7 +38,11 @@ class MLP(Layer):
             )
         }
     }
-    PUBLISHED = {'jamba': Published('feed_forward', WEIGHTS), 'llama': Published('mlp', WEIGHTS)}
+    PUBLISHED = {
+        'bamba': Published('feed_forward', WEIGHTS),
+        'jamba': Published('feed_forward', WEIGHTS),
+        'llama': Published('mlp', WEIGHTS),
+    }
 
     @staticmethod
     def check_split(model, shards) -> None:

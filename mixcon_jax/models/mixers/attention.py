@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import whole_tiles
-from mixcon_jax.checks import ConfigError, divides
+from mixcon_jax.checks import ConfigError, at_most, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, kept, normal, output_std, project, zeros
@@ -31,6 +31,7 @@ class Attention(Layer):
             ),
             'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
             'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
+            'rope_dim': Option(0, 'Channels of a head that rotate, its first; 0 means all.', COUNT),
             'window': Option(
                 0, 'Tokens that a query sees, itself included; 0 means all of its document. The cache holds all.', COUNT
             ),
@@ -43,7 +44,7 @@ class Attention(Layer):
         }
     }
     PUBLISHED = dict.fromkeys(
-        ('jamba', 'llama', 'mixtral'),
+        ('bamba', 'jamba', 'llama', 'mixtral'),
         Published('self_attn', {f'{name}.weight': linear(name) for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj')}),
     )
 
@@ -54,8 +55,10 @@ class Attention(Layer):
         if not options.head_dim:
             divides('model.attention.num_heads', options.num_heads, 'model.dim', model.dim)
         head_dim = options.head_dim or model.dim // options.num_heads
-        if options.rope and head_dim % 2:
-            raise ConfigError(f'model.attention.head_dim={head_dim} must be even when model.attention.rope is on')
+        at_most('model.attention.rope_dim', options.rope_dim, 'model.attention.head_dim', head_dim)
+        name, width = ('rope_dim', options.rope_dim) if options.rope_dim else ('head_dim', head_dim)
+        if options.rope and width % 2:
+            raise ConfigError(f'model.attention.{name}={width} must be even when model.attention.rope is on')
 
     @staticmethod
     def check_split(model, shards) -> None:
@@ -131,7 +134,8 @@ class Attention(Layer):
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.options.rope:
-            q, k = (rotate(value, context.positions, self.options.rope_theta) for value in (q, k))
+            turned = lambda heads: rotate(heads, context.positions, self.options.rope_theta, self.options.rope_dim)
+            q, k = turned(q), turned(k)
         if state is None:
             q, k, v = kept(q), kept(k), kept(v)
             y = attention(q, k, v, segment_ids=context.segment_ids, block_size=self.block_size, **self.more)
@@ -165,11 +169,15 @@ class Attention(Layer):
         return x.reshape(*x.shape[:2], count, self.head_dim)
 
 
-def rotate(x: Float[Array, 'b t h p'], positions: Int[Array, 'b t'], theta: float) -> Float[Array, 'b t h p']:
-    """Rotary position embedding (Su et al., 2021), the two halves of a head rotated against each other."""
-    half = x.shape[-1] // 2
+def rotate(
+    x: Float[Array, 'b t h p'], positions: Int[Array, 'b t'], theta: float, width: int = 0
+) -> Float[Array, 'b t h p']:
+    """Rotary position embedding (Su et al., 2021), the two halves of a head's first ``width`` channels rotated
+    against each other; 0 means all.
+    """
+    half = (width or x.shape[-1]) // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

@@ -1,21 +1,30 @@
-"""Mamba's mixer (S6), with or without Jamba's norms on dt, B and C."""
+"""Mamba's mixer (S6), with or without the norms on dt, B and C that Jamba and FalconMamba have."""
 
 from jaxtyping import Array, Float
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, project
 from mixcon_jax.models.mixers.ssm import SelectiveSSM
-from mixcon_jax.options import Option
+from mixcon_jax.options import Option, at_least
 from mixcon_jax.parallel.kernels import selective_scan
 
 
 class Mamba(SelectiveSSM):
     """y = selective_scan(u) gated by SiLU(z) (Gu and Dao, 2023, §3.4)."""
 
-    OPTIONS = {'mamba': {'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.')}}
+    OPTIONS = {
+        'mamba': {
+            'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.'),
+            'norm_scales': Option(True, 'Whether these norms have learned scales, as in Jamba; FalconMamba has none.'),
+            'norm_eps': Option(
+                0.0, 'Their epsilon; 0 means model.norm_eps.', at_least(0.0), derive=lambda model: model.norm_eps
+            ),
+        }
+    }
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
-        super().__init__(config, params, num_layers, norms=config.mamba.norms)
+        options = config.mamba
+        super().__init__(config, params, num_layers, options.norms, options.norm_scales, options.norm_eps)
 
     def __call__(
         self, x: Float[Array, 'b t d'], context: Context, state: State | None

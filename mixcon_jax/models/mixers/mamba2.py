@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mixcon_jax.checks import at_most, divides
@@ -23,8 +24,34 @@ from mixcon_jax.models.layers import (
     step_sizes,
     widened,
 )
+from mixcon_jax.models.published import Published, Weights, depthwise, joined, linear, same
 from mixcon_jax.options import POSITIVE, Option, above
 from mixcon_jax.parallel.kernels import ssd
+
+
+def _convolved(model) -> dict[str, int]:
+    """What passes the short convolutions, and how wide it is."""
+    inner, keys = model.mamba2.expand * model.dim, model.mamba2.groups * model.mamba2.d_state
+    return {'conv': inner, 'conv_B': keys, 'conv_C': keys}
+
+
+def _projected(value: np.ndarray, model) -> Weights:
+    """The one projection of the released code, whose gate comes first."""
+    inner, keys, _ = _convolved(model).values()
+    z, u, B, C, dt = np.split(value.T, np.cumsum([inner, inner, keys, keys]), axis=1)
+    return {'in_proj': np.concatenate([u, z], axis=1), 'B_proj': B, 'C_proj': C, 'dt_proj': dt}
+
+
+WEIGHTS = {
+    'in_proj.weight': _projected,
+    'conv1d.weight': joined(_convolved, lambda name: depthwise(f'{name}/weight')),
+    'conv1d.bias': joined(_convolved, lambda name: same(f'{name}/bias')),
+    'dt_bias': same('dt_bias'),
+    'A_log': same('A_log'),
+    'D': same('D'),
+    'norm.weight': same('norm'),
+    'out_proj.weight': linear('out_proj'),
+}
 
 
 class Mamba2(Layer):
@@ -50,6 +77,7 @@ class Mamba2(Layer):
             'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
         }
     }
+    PUBLISHED = {'mamba2': Published('mixer', WEIGHTS), 'bamba': Published('mamba', WEIGHTS)}
 
     @staticmethod
     def check(model) -> None:

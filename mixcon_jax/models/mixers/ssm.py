@@ -62,6 +62,8 @@ class SelectiveSSM(Layer):
       params: makes the parameters.
       num_layers: layers of the whole model, for the scale of the output projection.
       norms: put an RMSNorm on dt, B and C each, as Jamba does.
+      norm_scales: whether these learn scales.
+      norm_eps: their epsilon; None takes the model's.
     """
 
     OPTIONS = {
@@ -94,7 +96,11 @@ class SelectiveSSM(Layer):
             ),
         }
     }
-    PUBLISHED = {'mamba': Published('mixer', WEIGHTS), 'jamba': Published('mamba', WEIGHTS | NORMS)}
+    PUBLISHED = {
+        'mamba': Published('mixer', WEIGHTS),
+        'falcon_mamba': Published('mixer', WEIGHTS),
+        'jamba': Published('mamba', WEIGHTS | NORMS),
+    }
 
     @staticmethod
     def check(model) -> None:
@@ -115,7 +121,15 @@ class SelectiveSSM(Layer):
         states = float(model.ssm.expand * model.dim * model.ssm.d_state)
         return states, 2 * states
 
-    def __init__(self, config, params: Parameters, num_layers: int, norms: bool) -> None:
+    def __init__(
+        self,
+        config,
+        params: Parameters,
+        num_layers: int,
+        norms: bool,
+        norm_scales: bool = True,
+        norm_eps: float | None = None,
+    ) -> None:
         options = config.ssm
         self.inner = options.expand * config.dim
         self.d_state = options.d_state
@@ -133,9 +147,10 @@ class SelectiveSSM(Layer):
         self.D = params('D', (self.inner,), ('inner',), ones)
         self.norms = norms
         if norms:
-            self.dt_norm = RMSNorm(self.dt_rank, params.scope('dt_norm'), config.norm_eps)
-            self.B_norm = RMSNorm(self.d_state, params.scope('B_norm'), config.norm_eps)
-            self.C_norm = RMSNorm(self.d_state, params.scope('C_norm'), config.norm_eps)
+            eps = config.norm_eps if norm_eps is None else norm_eps
+            norm = lambda name, width: RMSNorm(width, params.scope(name), eps, scale=norm_scales)
+            self.dt_norm = norm('dt_norm', self.dt_rank)
+            self.B_norm, self.C_norm = norm('B_norm', self.d_state), norm('C_norm', self.d_state)
 
     def make_projections(self, config, params: Parameters, num_layers: int) -> None:
         """Makes the matrices from the layer's width to the inner one, twice, and back."""

@@ -1,0 +1,213 @@
+"""What a published model's config.json says, as options of ``config.model``; what has no counterpart is refused."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mixcon_jax.errors import UserError
+
+Options = dict[str, Any]
+UNBOUNDED = ([0.0, float('inf')], [0.0, {'__float__': 'Infinity'}])  # step sizes of Mamba-2, as files write it
+
+
+class Given:
+    """The values of a config.json, by ``model_type`` of Hugging Face transformers."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values, self.architecture = values, values.get('model_type')
+
+    def of(self, name: str, *default: Any) -> Any:
+        """A value, or the default where there is none, or null.
+
+        Raises:
+          UserError: there is neither.
+        """
+        value = self.values.get(name)
+        if value is None and not default:
+            raise UserError(f'the config.json of {self.architecture} lacks {name}')
+        return default[0] if value is None else value
+
+    def only(self, **expected: Any) -> None:
+        """Refuses values that ours cannot have; one that is not there is the architecture's, which ours is.
+
+        Raises:
+          UserError: names the first.
+        """
+        for name, value in expected.items():
+            if (found := self.of(name, value)) != value:
+                raise UserError(f'{name}={found!r} of {self.architecture} has no counterpart here, only {value!r}')
+
+
+def model_options(values: Mapping[str, Any]) -> Options:
+    """Options of ``config.model`` for a published model.
+
+    Args:
+      values: its config.json.
+
+    Returns:
+      Nested dicts of all that what it computes depends on, but for ``tie_embeddings``, which its weights say.
+
+    Raises:
+      UserError: an unknown architecture, or one of its options that ours lacks, named.
+    """
+    given = Given(values)
+    if given.architecture not in READERS:
+        raise UserError(f'model_type {given.architecture!r} cannot be imported; choose from {", ".join(READERS)}')
+    shared = {'vocab_size': given.of('vocab_size'), 'dim': given.of('hidden_size')}
+    given.only(hidden_act='silu')
+    return shared | READERS[given.architecture](given)
+
+
+def _blocks(layers: list[str]) -> Options:
+    """The shortest pattern whose repeats are these layers."""
+    count = len(layers)
+    size = next(n for n in range(1, count + 1) if count % n == 0 and layers == layers[:n] * (count // n))
+    return {'pattern': tuple(layers[:size]), 'num_blocks': count // size}
+
+
+def _multiple(given: Given, inner: int) -> int:
+    """The inner width as a multiple of the outer, which it must be here."""
+    if inner % given.of('hidden_size'):
+        raise UserError(f'an inner width of {inner} of {given.architecture} is no multiple of hidden_size')
+    return inner // given.of('hidden_size')
+
+
+def _attention(given: Given, rope: bool = True, share: float = 1.0) -> Options:
+    """Heads and rotary positions; ``share`` of a head's channels rotates where the file does not say it."""
+    given.only(attention_bias=False)
+    if given.of('sliding_window', 0):
+        raise UserError(f'sliding_window of {given.architecture} has not been compared; only null can be imported')
+    heads = given.of('num_attention_heads')
+    head_dim = given.of('head_dim', given.of('hidden_size') // heads)
+    found = {'num_heads': heads, 'num_kv_heads': given.of('num_key_value_heads', heads), 'head_dim': head_dim}
+    if not rope:
+        return found
+    rules = given.of('rope_parameters', given.of('rope_scaling', {}))  # of newer files and of older ones
+    if (kind := rules.get('rope_type', rules.get('type', 'default'))) != 'default':
+        raise UserError(f'rotary positions of type {kind!r} of {given.architecture} have no counterpart here')
+    width = int(head_dim * rules.get('partial_rotary_factor', share))
+    theta = float(rules.get('rope_theta', given.of('rope_theta', 10000.0)))
+    return found | {'rope': True, 'rope_theta': theta, 'rope_dim': width if width < head_dim else 0}
+
+
+def _llama(given: Given) -> Options:
+    given.only(mlp_bias=False)
+    return _blocks(['attention+mlp'] * given.of('num_hidden_layers')) | {
+        'norm_eps': given.of('rms_norm_eps'),
+        'attention': _attention(given),
+        'mlp': {'hidden_dim': given.of('intermediate_size')},
+    }
+
+
+def _moe(given: Given, experts: str, renormalize: bool) -> Options:
+    return {
+        'num_experts': given.of(experts),
+        'top_k': given.of('num_experts_per_tok'),
+        'hidden_dim': given.of('intermediate_size'),
+        'renormalize': renormalize,
+    }
+
+
+def _mixtral(given: Given) -> Options:
+    return _blocks(['attention+moe'] * given.of('num_hidden_layers')) | {
+        'norm_eps': given.of('rms_norm_eps'),
+        'attention': _attention(given),
+        'moe': _moe(given, 'num_local_experts', True),
+    }
+
+
+def _jamba(given: Given) -> Options:
+    given.only(mamba_conv_bias=True, mamba_proj_bias=False)
+    at = lambda kind, index: index % given.of(f'{kind}_layer_period') == given.of(f'{kind}_layer_offset')
+    routed = lambda index: given.of('num_experts') > 1 and at('expert', index)
+    layers = [
+        f'{"attention" if at("attn", i) else "mamba"}+{"moe" if routed(i) else "mlp"}'
+        for i in range(given.of('num_hidden_layers'))
+    ]
+    return _blocks(layers) | {
+        'norm_eps': given.of('rms_norm_eps'),
+        'attention': _attention(given, rope=False),
+        'mamba': {'norms': True},
+        'ssm': {
+            'd_state': given.of('mamba_d_state'),
+            'd_conv': given.of('mamba_d_conv'),
+            'expand': given.of('mamba_expand'),
+            'dt_rank': _rank(given.of('mamba_dt_rank')),
+        },
+        'mlp': {'hidden_dim': given.of('intermediate_size')},
+        'moe': _moe(given, 'num_experts', False),
+    }
+
+
+def _rank(value: int | str) -> int:
+    return 0 if value == 'auto' else int(value)
+
+
+def _mamba(given: Given) -> Options:
+    given.only(use_bias=False, use_conv_bias=True)
+    width = given.of('hidden_size')
+    return _blocks(['mamba'] * given.of('num_hidden_layers')) | {
+        'norm_eps': given.of('layer_norm_epsilon'),
+        'ssm': {
+            'd_state': given.of('state_size'),
+            'd_conv': given.of('conv_kernel'),
+            # FalconMamba 7B has another expand, which its intermediate_size overrides.
+            'expand': _multiple(given, given.of('intermediate_size', given.of('expand', 2) * width)),
+            'dt_rank': _rank(given.of('time_step_rank')),
+        },
+    }
+
+
+def _falcon_mamba(given: Given) -> Options:
+    norms = {'norms': True, 'norm_scales': False, 'norm_eps': given.of('mixer_rms_eps', 1e-6)}
+    return _mamba(given) | {'mamba': norms}
+
+
+def _mamba2(given: Given) -> Options:
+    given.only(use_bias=False, use_conv_bias=True)
+    _require_unbounded(given)
+    return _blocks(['mamba2'] * given.of('num_hidden_layers')) | {
+        'norm_eps': given.of('layer_norm_epsilon'),
+        'mamba2': {
+            'd_state': given.of('state_size'),
+            'd_conv': given.of('conv_kernel'),
+            'expand': _multiple(given, given.of('num_heads') * given.of('head_dim')),
+            'head_dim': given.of('head_dim'),
+            'groups': given.of('n_groups'),
+        },
+    }
+
+
+def _require_unbounded(given: Given) -> None:
+    if list(given.of('time_step_limit', UNBOUNDED[0])) not in UNBOUNDED:
+        raise UserError(f'time_step_limit of {given.architecture} has no counterpart here: step sizes have no bounds')
+
+
+def _bamba(given: Given) -> Options:
+    given.only(mamba_conv_bias=True, mamba_proj_bias=False, mlp_bias=False)
+    _require_unbounded(given)
+    attention = given.of('attn_layer_indices', [])
+    kinds = ['attention' if i in attention else 'mamba2' for i in range(given.of('num_hidden_layers'))]
+    inner = given.of('mamba_expand') * given.of('hidden_size')
+    return _blocks([f'{kind}+mlp' for kind in kinds]) | {
+        'norm_eps': given.of('rms_norm_eps'),
+        'attention': _attention(given, share=0.5),
+        'mamba2': {
+            'd_state': given.of('mamba_d_state'),
+            'd_conv': given.of('mamba_d_conv'),
+            'expand': given.of('mamba_expand'),
+            'head_dim': inner // given.of('mamba_n_heads'),
+            'groups': given.of('mamba_n_groups'),
+        },
+        'mlp': {'hidden_dim': given.of('intermediate_size')},
+    }
+
+
+READERS: dict[str, Callable[[Given], Options]] = {
+    'bamba': _bamba,
+    'falcon_mamba': _falcon_mamba,
+    'jamba': _jamba,
+    'llama': _llama,
+    'mamba': _mamba,
+    'mamba2': _mamba2,
+    'mixtral': _mixtral,
+}

@@ -15,7 +15,7 @@ from mixcon_jax import config as configs
 from mixcon_jax import parsing
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
-from mixcon_jax.interop import configurations, huggingface, safetensors
+from mixcon_jax.interop import configurations, huggingface, weight_files
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.models.published import Weights
@@ -69,7 +69,7 @@ def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:
     values = parsing.json_file(folder / 'config.json')
     if values is None:
         raise UserError(f'{folder} has no config.json that can be read; give the folder of a published model')
-    config, theirs = configs.default(), huggingface.of_modules(safetensors.read_model(folder))
+    config, theirs = configs.default(), huggingface.of_modules(weight_files.read_model(folder))
     config.model.update(configurations.model_options(values))
     config.model.tie_embeddings = huggingface.HEAD not in theirs and values.get('tie_word_embeddings') is not False
     config = configs.resolve(configs.validate(config))

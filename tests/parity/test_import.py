@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from safetensors.numpy import save_file
 
 from mixcon_jax import cli
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.interop.importing import import_model
 from mixcon_jax.models.context import Context
-from tests.interop.test_safetensors import write
 from tests.parity import cases
 
 FAST = ('bamba', 'mixtral')
@@ -53,7 +53,7 @@ def saved(name, folder):
     source = cases.FIXTURES / f'{name}_model'
     shutil.copytree(source, folder)
     if not (folder / 'model.safetensors').exists():
-        write(folder / 'model.safetensors', of_files(cases.below(cases.fixture(f'{name}_model'), 'w')))
+        save_file(of_files(cases.below(cases.fixture(f'{name}_model'), 'w')), folder / 'model.safetensors')
     words = {'<|endoftext|>': 0} | {f'w{i}': i for i in range(1, 61)}
     (folder / 'tokenizer.json').write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel(words, 'w1')).to_str())
     return folder

@@ -94,6 +94,18 @@ def test_the_arms_of_moe_have_equal_active_parameters():
     assert max(active) / min(active) < 1.005
 
 
+def test_the_arms_of_moe_mamba_have_equal_active_parameters_and_those_of_8_experts_equal_totals():
+    cases = load_cases(f'{ROOT}/experiments/ablations/moe_mamba.py')[:9]
+    counts = {case.name: accounting.parameter_count(case.config.model) for case in cases}
+    model = {case.name: case.config.model for case in cases}
+    for name, count in counts.items():
+        routers = sum('moe' in layer for layer in model[name].pattern) * model[name].dim * model[name].moe.num_experts
+        assert abs((count.active - routers) / counts['Mamba'].active - 1) < 0.01, name
+        assert count.active / counts['Mamba'].active < 1.03, name
+    totals = [count.total for name, count in counts.items() if name.startswith(('8 experts', 'inside'))]
+    assert len(totals) == 5 and max(totals) / min(totals) < 1.01
+
+
 @pytest.mark.parametrize(
     'name, total', [('130m', 130e6), ('350m', 350e6), ('1_3b', 1.3e9), ('5b', 5e9)], ids=lambda value: str(value)
 )

@@ -88,6 +88,15 @@ def test_the_arms_of_the_family_have_equal_parameters():
     assert mixers >= set(kinds.names('mixer')) - kinds_left_out
 
 
+def test_the_synthetic_tasks_have_every_mixer_at_equal_parameters():
+    folder = f'{ROOT}/experiments/synthetic'
+    cases = load_cases(f'{folder}/family.py')[:9] + load_cases(f'{folder}/mqar.py')[:5]
+    counts = {case.name: accounting.parameter_count(case.config.model).total for case in cases}
+    assert max(counts.values()) / min(counts.values()) < 1.01, counts
+    mixers = {layer.partition('+')[0] for case in cases for layer in case.config.model.pattern}
+    assert mixers == set(kinds.names('mixer')) - {'moe_mamba'}
+
+
 def test_the_arms_of_moe_have_equal_active_parameters():
     cases = load_cases(f'{ROOT}/experiments/ablations/moe.py')[:4]
     active = [accounting.parameter_count(case.config.model).active for case in cases]

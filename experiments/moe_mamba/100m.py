@@ -11,43 +11,26 @@ Experts have room for an even share of a microbatch, 256 rows.
     mixcon train --config experiments/moe_mamba/100m.py --workdir runs/moe_mamba_100m
 """
 
-from mixcon_jax.config import default
+import os
+import runpy
+
 from mixcon_jax.models.presets import moe_mamba
 
-ARGUMENTS = (None, 'parallel', 'mamba', 'transformer-moe')
+SMALL = runpy.run_path(os.path.join(os.path.dirname(__file__), '25m.py'))
 
 
 def get_config(arg=None):
-    """Returns the configuration.
-
-    The argument is nothing; ``parallel``, Mamba and experts side by side; or what the paper compares with: ``mamba``
-    (32 layers) or ``transformer-moe``.
-    """
-    if arg not in ARGUMENTS:
-        raise ValueError(f'unknown argument {arg!r}; choose from {", ".join(map(str, ARGUMENTS[1:]))}, or give none')
-    config = default()
-    config.name = f'{arg}-100M' if arg and arg != 'parallel' else f'moe-mamba-100M{"-parallel" if arg else ""}'
-
-    model = config.model
-    model.update(moe_mamba(f'{arg if arg and arg != "parallel" else "moe-mamba"}-100m'))
-    if arg == 'parallel':
-        model.pattern = ('mamba|moe',)
-    model.dtype = 'bfloat16'
-    model.remat = 'selective'
-
-    config.data.sources = ('files:/data/text/*.jsonl.zst',)  # yours
-    config.data.tokenizer_vocab_size = 50257
-    config.data.seq_len = 1024
+    """Returns the configuration of 25m.py at this size; the argument is as there, of which ``mamba`` has 32 layers."""
+    config = SMALL['get_config'](arg)
+    config.name = config.name.replace('25M', '100M')
+    config.model.update(moe_mamba(config.name.lower().removesuffix('-parallel')) | {'pattern': config.model.pattern})
 
     config.optim.learning_rate = {'mamba': 1e-3, 'transformer-moe': 2.5e-4}.get(arg, 5e-4)
     config.optim.warmup_steps = 300
-    config.optim.clip_norm = 0.5
     config.train.steps = 30_000
     config.train.batch_size = 1024
     config.train.accum_steps = 4
-    config.train.loss_chunk = 4096
     config.mesh.fsdp = 8
     config.checkpoint.every = 1000
     config.eval.every = 1000
-    config.eval.max_rows = 256
     return config

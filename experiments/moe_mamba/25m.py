@@ -25,10 +25,11 @@ def get_config(arg=None):
     if arg not in ARGUMENTS:
         raise ValueError(f'unknown argument {arg!r}; choose from {", ".join(map(str, ARGUMENTS[1:]))}, or give none')
     config = default()
-    config.name = f'{arg}-25M' if arg and arg != 'parallel' else f'moe-mamba-25M{"-parallel" if arg else ""}'
+    kind = 'moe-mamba' if arg in (None, 'parallel') else arg
+    config.name = f'{kind}-25M{"-parallel" if arg == "parallel" else ""}'
 
     model = config.model
-    model.update(moe_mamba(f'{arg if arg and arg != "parallel" else "moe-mamba"}-25m'))
+    model.update(moe_mamba(f'{kind}-25m'))
     if arg == 'parallel':
         model.pattern = ('mamba|moe',)
     model.dtype = 'bfloat16'

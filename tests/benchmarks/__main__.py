@@ -11,8 +11,8 @@ import traceback
 from mixcon_jax.host.log_filters import shorten_jax
 
 BENCHMARKS = (
-    'selective_scan', 'conba_layer', 'train_step', 'decode', 'compile_time', 'context_parallel', 'data_pipeline',
-    'checkpoint_stall',
+    'selective_scan', 'conba_layer', 'mixers', 'train_step', 'decode', 'compile_time', 'context_parallel',
+    'data_pipeline', 'checkpoint_stall',
 )  # fmt: skip
 
 

@@ -113,6 +113,7 @@ def layer(mixer: str, batch: int, length: int, dim: int, backward: bool = True, 
     config = configs.default()
     config.model.dim, config.model.dtype = dim, 'bfloat16'
     config.model.ssm.update(ssm)
+    config.model.hyena.max_len = length  # filters as long as the row
     model = configs.validate(config).model
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: kinds.load(mixer)(model, Parameters(jax.random.key(0)), 4)), nnx.Param

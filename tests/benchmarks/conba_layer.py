@@ -32,10 +32,11 @@ CASES = {
 
 
 def layer_gradient(mixer: str, options: dict, dim: int, batch: int, length: int) -> tuple[Callable, tuple]:
-    """Returns value-and-gradient of a layer for its parameters and input, and its arguments."""
+    """Returns value-and-gradient of a layer for its parameters and input, and its arguments; options are Conba's."""
     config = configs.default()
     config.model.dim = dim
     config.model.conba.update(options)
+    config.model.hyena.max_len = length  # filters as long as the rows
     layer = kinds.load(mixer)(configs.validate(config).model, Parameters(jax.random.key(0)), 4)
     graphdef, params = nnx.split(layer, nnx.Param)
     x = jax.random.normal(jax.random.key(1), (batch, length, dim))

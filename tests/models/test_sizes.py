@@ -7,9 +7,14 @@ import pytest
 from mixcon_jax import config as configs
 from mixcon_jax.cli import main
 from mixcon_jax.models.sizes import SIZES
+from mixcon_jax.planner import plan as planner
 from mixcon_jax.reports import presets
 from tests.tiny import ROOT
 
+# H100s that each is planned for, of docs/models.md: 8, or for what is larger, a power of two.
+DEVICES = dict.fromkeys(SIZES, 8) | {
+    'conba': 16, 'rwkv4-14b': 16, 'mixtral-8x7b': 32, 'jamba-v0.1': 64, 'mixcon': 64, 'llama2-70b': 256,
+}  # fmt: skip
 EXACT = sorted(name for name, size in SIZES.items() if size.total)
 
 
@@ -56,8 +61,22 @@ def test_all_are_listed_with_their_figures(capsys):
 
 @pytest.mark.parametrize('name', ['mamba-130m', 'mixtral-8x7b', 'rwkv4-169m', 'pangu-pi-1b'])
 def test_an_experiment_is_a_line(name):
-    config = configs.validate(configs.load(f'{ROOT}/experiments/presets.py:{name}'))
+    config = configs.validate(configs.load(f'{ROOT}/experiments/presets.py:{name}'), DEVICES[name])
     assert config.name == name and config.model.dim == SIZES[name].options['dim']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SIZES)
+def test_it_trains_on_as_many_gpus_as_is_said(name):
+    """Compiled for H100s that are not there, a row of 4096 tokens a device and microbatch."""
+    devices = DEVICES[name]
+    overrides = ['model.unroll=1', f'train.accum_steps={256 // devices}']
+    config = configs.validate(configs.load(f'{ROOT}/experiments/presets.py:{name}', overrides), devices)
+    job = {'target': 'h100', 'hosts': devices // 8, 'per_host': 8, 'what': 'train', 'batch': 1, 'context': 0}
+    found = planner.plan(config, job, ['cublas'], planner.read_limit('', 'h100'))
+    print(f'{name}: {found["peak"] / 2**30:.1f} GiB of each of {devices}')
+    assert found['fits']
+    assert found['model']['total'] == presets.figures(SIZES[name])['parameters']
 
 
 def test_an_unknown_name_is_told_the_known():

@@ -1,0 +1,55 @@
+"""The synthetic tasks for the mixers that the tasks' own sweeps do not have: the other recurrences, and convolutions.
+
+The argument is a task: ``selective_copying``, ``induction`` or ``mqar``. Models and budget are those of base.py: four
+layers, each a mixer and an MLP, whose width makes all arms equal in parameters; states and filters are small enough for
+that. Attention, Mamba, Conba and 2:6 of the same seeds are in the sweep of the task's own file, beside which a report
+puts these. ``moe_mamba`` is left out: with equal parameters it would have fewer active ones.
+
+27 runs a task, 9 mixers of 3 seeds: about 40 minutes on 2 CPU cores, judged by the first steps of two; not run yet.
+
+    python -m launch.sweep --config experiments/synthetic/family.py:mqar --workdir runs/mqar_family --jobs 2
+    mixcon report runs/mqar runs/mqar_family --baseline mamba --out docs/results/mqar_family
+"""
+
+import os
+import runpy
+
+TASKS = ('selective_copying', 'induction', 'mqar')
+MIXERS = {  # name: options below config.model in which it differs from the defaults
+    'mamba2': {'mamba2.d_state': 16, 'mamba2.head_dim': 16},
+    'retnet': {},
+    'gla': {},
+    'rwkv4': {},
+    'rwkv6': {'rwkv6.mix_rank': 8, 'rwkv6.decay_rank': 8},
+    'rwkv7': {'rwkv7.decay_rank': 8, 'rwkv7.rate_rank': 8, 'rwkv7.gate_rank': 16},
+    'large_kernel': {'large_kernel.kernel': 31},
+    'hyena': {'hyena.max_len': 512, 'hyena.filter_width': 16, 'hyena.frequency': 10.0},
+    'hyena_modal': {},
+}
+
+
+def get_config(arg='mqar'):
+    """Returns the configuration of a task, 2:6; the argument names the task."""
+    if arg not in TASKS:
+        raise ValueError(f'unknown task {arg!r}; choose from {", ".join(TASKS)}')
+    return runpy.run_path(os.path.join(os.path.dirname(__file__), f'{arg}.py'))['get_config']()
+
+
+def sweep(arg='mqar'):
+    """Yields the mixers of one seed after the other, with the parameters of 2:6."""
+    from mixcon_jax.models.accounting import parameter_count, width_for  # with it comes JAX
+
+    total, arms = parameter_count(get_config(arg).model).total, []
+    for mixer, options in MIXERS.items():
+        model = get_config(arg).model
+        model.pattern = (f'{mixer}+mlp',) * 4
+        for key, value in options.items():
+            group, name = key.split('.')
+            model[group][name] = value
+        arms.append(
+            {'name': mixer, 'model.pattern': model.pattern, 'model.mlp.hidden_dim': width_for(model, total)}
+            | {f'model.{key}': value for key, value in options.items()}
+        )
+    for seed in range(3):
+        for arm in arms:
+            yield arm | {'seed': seed}

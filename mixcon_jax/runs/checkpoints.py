@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.log_filters import silence_orbax
-from mixcon_jax.runs import mark, readback, retention, saved, stored
+from mixcon_jax.runs import mark, readback, restoring, retention, saved, stored
 from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.records import read
 from mixcon_jax.runs.run import METRICS
@@ -317,7 +317,8 @@ class Checkpoints:
         return tree, meta
 
     def _arrays(self, step: int, item: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        return self._item(step, **{item: ocp.args.StandardRestore(wanted)})
+        self._plain.mend()
+        return restoring.restore(self._plain.path / str(step) / item, wanted)
 
     def _meta(self, step: int) -> tuple[dict[str, Any], Meta]:
         contents = saved.contents(self.folder, step)
@@ -326,17 +327,6 @@ class Checkpoints:
         except KeyError as error:
             raise Damaged(f'its metadata lacks {error}') from error
         return contents, Meta(**fields | {'data': tuple(fields['data'])})
-
-    def _item(self, step: int, **args: Any) -> Any:
-        """Restores one item; whatever goes wrong inside Orbax, for its files are at fault."""
-        (name,) = args
-        self._plain.mend()
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))[name]
-        except (jax.errors.JaxRuntimeError, MemoryError):
-            raise  # out of memory says nothing about the files
-        except Exception as error:
-            raise Damaged(f'{name}: {type(error).__name__}: {readback.first_line(error)}') from error
 
     def _together(self, step: int, restore: Callable[[], tuple[Tree, Meta]]) -> tuple[Tree, Meta]:
         """Runs ``restore``; with several processes, all succeed or all take it as damaged."""

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixcon_jax.runs.readback import PlainPath
-from mixcon_jax.runs.stored import consecutive, open_array
+from mixcon_jax.runs.stored import CACHE, consecutive, open_array
 from mixcon_jax.trees import Tree, named_leaves
 
 PART = 1 << 24  # elements read and hashed at once
@@ -36,7 +36,7 @@ def fingerprint(params: Tree, checkpoint: Path | None = None) -> str:
     if jax.process_index() == 0:
         with PlainPath(checkpoint.parent) as plain:
             item = plain.path / checkpoint.name / 'model'
-            own = _digest((name, open_array(item, f'params/{name}')) for name, _ in leaves)
+            own = _digest((name, open_array(item, f'params/{name}', CACHE)) for name, _ in leaves)
     shared = multihost_utils.broadcast_one_to_all(np.frombuffer(own or bytes(32), np.uint8))
     return np.asarray(shared).astype(np.uint8).tobytes().hex()
 

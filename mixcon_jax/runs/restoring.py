@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from mixcon_jax.runs import readback, stored
 from mixcon_jax.runs.saved import Damaged
 
-IN_FLIGHT = 1 << 30  # bytes that a process reads at once, unless one device's part of one array takes more
+IN_FLIGHT = 512 << 20  # bytes that a process reads at once, unless one device's part of one array takes more
 
 
 def restore(item: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

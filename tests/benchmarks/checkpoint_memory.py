@@ -95,7 +95,8 @@ def member(what: str, folder: str, rank: int, processes: int, port: int, gib: fl
     peak = memory('VmHWM')
     checkpoints.close()
     del state
-    print(json.dumps({'whole': sum(4 * x.size for x in leaves), 'own': own, 'before': before, 'peak': peak}), flush=True)
+    whole = sum(4 * x.size for x in leaves)
+    print(json.dumps({'whole': whole, 'own': own, 'before': before, 'peak': peak}), flush=True)
 
 
 def measure(what: str, folder: Path, processes: int, gib: float) -> list[dict[str, int]]:
@@ -117,7 +118,7 @@ def measure(what: str, folder: Path, processes: int, gib: float) -> list[dict[st
 
 
 def main(gib: float = 1.5) -> None:
-    print('Checkpoints: peak host memory above what was there, over the process\'s own part of the state')
+    print("Checkpoints: peak host memory above what was there, over the process's own part of the state")
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             for what in ('save', 'restore', 'restore on another axis'):

@@ -57,7 +57,7 @@ def watch(patience: float, name: Callable[[], str], code: int, pulse: Callable[[
       code: its exit code then; where Python is held it is 1.
       pulse: called every second, too; once it raises OSError the process is not watched any more.
     """
-    main = threading.main_thread().ident
+    main = threading.main_thread().ident or 0
 
     def look() -> None:
         while True:

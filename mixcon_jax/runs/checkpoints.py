@@ -31,6 +31,7 @@ from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
 Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]  # of arrays by name, or what finds them for a Meta
+CANDIDATES = 64  # checkpoints that several processes try in turn, at most
 FULL = ('No space left', 'Disk quota exceeded', 'File too large', 'RESOURCE_EXHAUSTED')
 
 
@@ -280,7 +281,7 @@ class Checkpoints:
             raise UserError(f'there is no checkpoint {step} in {self.folder}; there are {steps or "none"}')
         if not steps:
             raise UserError(f'there is no checkpoint in {self.folder}')
-        for candidate in [step] if step is not None else reversed(steps):
+        for candidate in _agreed([step] if step is not None else steps[::-1]):
             try:
                 return self._together(candidate, functools.partial(self._load, candidate, shardings or {}))
             except Damaged as error:
@@ -355,6 +356,15 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f'checkpoints: set aside {step}')
         self._manager.reload()
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """The first of these steps, as the first process knows them: others may see newer ones of a run that goes on."""
+    if jax.process_count() == 1:
+        return steps
+    first = np.full(CANDIDATES, -1, np.int32)
+    first[: len(steps)] = steps[:CANDIDATES]
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(first) if step >= 0]
 
 
 def _part(arrays: Mapping[str, Any], item: str) -> dict[str, Any]:

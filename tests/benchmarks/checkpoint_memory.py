@@ -3,10 +3,10 @@
 Every case runs in fresh processes on eight CPU devices, over which the state is split (``fsdp``). Each notes its peak
 resident memory (VmHWM, set back before what is measured) above what it had before:
 
-    save      the state is there; how much comes on top while it is written and read back
-    restore   nothing is there; the parts of the process's own devices, which are host memory on a CPU, and on top
+    save      the state is there; its copy comes on top, which is written while training would go on, and is read back
+    restore   nothing is there; what comes are the parts of the own devices, host memory on a CPU, and all in between
 
-Both are printed as multiples of the process's own part of the state, beside the part that the whole state would be.
+The second restore wants every array split along another axis than it was written.
 """
 
 import json
@@ -19,8 +19,7 @@ import tempfile
 from pathlib import Path
 
 DEVICES = 8
-LIMIT = 0.75  # of the process's own part, or SLACK where that is more: what may come on top of the state
-SLACK = 512 << 20  # bytes
+SLACK = 640 << 20  # bytes that a process may hold beside its own part of the state
 
 
 def shapes(gib: float) -> dict[str, tuple[int, ...]]:
@@ -118,18 +117,22 @@ def measure(what: str, folder: Path, processes: int, gib: float) -> list[dict[st
 
 
 def main(gib: float = 1.5) -> None:
-    print("Checkpoints: peak host memory above what was there, over the process's own part of the state")
+    print(
+        f'Checkpoints of {1024 * gib:.0f} MiB: peak host memory above what was there, over the own part of each process'
+    )
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             for what in ('save', 'restore', 'restore on another axis'):
                 for rank, each in enumerate(measure(what, Path(folder) / 'checkpoints', processes, gib)):
-                    own, more = each['own'], each['peak'] - each['before']
+                    own, peak = each['own'], each['peak'] - each['before']
                     print(
                         f'{processes} x {DEVICES // processes} devices, process {rank}, {what:24}'
-                        f' state {each["whole"] / 2**20:5.0f} MiB, own {own / 2**20:5.0f}, peak +{more / 2**20:5.0f}:'
-                        f' {more / own:.2f} of its own part (the whole would be {each["whole"] / own:.2f})',
+                        f' own {own / 2**20:5.0f} MiB, peak {peak / 2**20:5.0f}: {peak / own:.2f}'
+                        f' (the whole state: {each["whole"] / own:.2f})',
                         flush=True,
                     )
+                    # A save's copy, or the parts of a CPU's devices; and what is on its way: encoded, decoded, placed.
+                    assert peak < own + SLACK, f'{what}: more than {SLACK >> 20} MiB beside the own part'
 
 
 if __name__ == '__main__':

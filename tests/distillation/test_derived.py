@@ -70,7 +70,7 @@ def test_a_save_that_fails_leaves_nothing_and_can_be_tried_again(parts, tmp_path
     }[failing]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
-        with pytest.raises(UserError, match='No space left|cannot be read back'):
+        with pytest.raises(UserError, match=r'No space left|cannot be read back'):
             derived.write(tmp_path / 'run', config, trees, meta, 'runs/a')
     assert os.listdir(tmp_path) == []
     derived.write(tmp_path / 'run', config, trees, meta, 'runs/a')

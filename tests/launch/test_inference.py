@@ -9,6 +9,7 @@ from mixcon_jax import cli
 from mixcon_jax.evaluate import evaluate
 from mixcon_jax.train import train
 from tests.launch.launching import finish, launch
+from tests.launch.test_failures import free_port
 from tests.test_inference_on_meshes import SMALL
 from tests.tiny import tiny_config
 
@@ -66,6 +67,17 @@ def test_two_processes_sample_as_one(run, capsys, prompts):
     asked += ['--max-new-tokens', 12, '--temperature', 1.0, '--seed', 3]
     wanted = described(capsys, 'generate', '--workdir', run, *asked)
     assert by_two('generate', run, *asked, *MESH) == wanted.replace('\r', '\n')  # as a pipe of text reads it
+
+
+@pytest.mark.slow
+def test_two_that_are_told_where_the_first_is_score_as_one(run, capsys):
+    """As under a scheduler: only the first prints what came out."""
+    where = ('--coordinator', f'127.0.0.1:{free_port()}', '--processes', 2, '--config.mesh.cpu_devices=2', *MESH)
+    given = ('launch.cluster', 'eval', '--workdir', run, *where)
+    first, second = [finish(each) for each in [launch(*given, '--rank', rank) for rank in range(2)]]
+    wanted = numbers(described(capsys, 'eval', '--workdir', run))
+    assert numbers(first[first.index('step 2') :]) == pytest.approx(wanted, rel=1e-3)
+    assert 'bits per byte' not in second
 
 
 @pytest.mark.slow

@@ -1,28 +1,30 @@
-"""One of the processes of a training over several machines, each of which a scheduler, or a person, starts so.
+"""One of the processes of a command over several machines, each of which a scheduler, or a person, starts so.
 
     srun --ntasks-per-node=8 --kill-on-bad-exit=1 \\
       python -m launch.cluster --config experiments/mixcon/1_3b.py --workdir /shared/runs/1_3b
 
-takes what ``mixcon train`` takes. Who is who, and where the first process is, JAX reads from the environment of SLURM,
-Open MPI or Kubernetes; there each process has one GPU, unless JAX_LOCAL_DEVICE_IDS lists others. Elsewhere
-``--coordinator``, ``--processes`` and ``--rank`` say it, and each has all GPUs that it sees. The folder of the run and
-the data must be the same for all.
+takes what ``mixcon train`` takes; ``launch.cluster eval`` and ``generate`` take what those of ``mixcon`` take. Who is
+who, and where the first process is, JAX reads from the environment of SLURM, Open MPI or Kubernetes; there each process
+has one GPU, unless JAX_LOCAL_DEVICE_IDS lists others. Elsewhere ``--coordinator``, ``--processes`` and ``--rank`` say
+it, and each has all GPUs that it sees. The folder of the run and the data must be the same for all.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from launch import member
-from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
-from mixcon_jax.config import load
+from mixcon_jax.cli import OVERRIDES, require_numbers
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import of_jax
 from mixcon_jax.host.output import use_utf8
-from mixcon_jax.runs.workdir import report_if_finished
 
 PROGRAM = 'python -m launch.cluster'
-DESCRIPTION = 'Be one of the processes of a training over several machines; all are given the same command.'
+DESCRIPTION = (
+    'Be one of the processes of a training over several machines; all are given the same command. With eval or generate'
+    ' as the first argument, of one of these. All else is as of `mixcon`.'
+)
 EPILOG = (
     f'{OVERRIDES} When one process dies or is stopped all others end, with {Exit.FAILED} or by an abort of JAX; the'
     ' same command goes on. Else exit codes are those of `mixcon train`.'
@@ -36,14 +38,11 @@ UNKNOWN = (
 def main(argv: Sequence[str] | None = None) -> None:
     if argv is None:
         use_utf8()
-    known, rest = build_parser().parse_known_args(argv)
-    member.be(lambda: _train(known, rest))
+    member.be(lambda: _take_part(sys.argv[1:] if argv is None else argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
-    parser.add_argument('--config', required=True, metavar='FILE[:ARG]', help='experiment file with get_config()')
-    parser.add_argument('--workdir', required=True, help='folder of the run, the same for all processes')
     parser.add_argument('--coordinator', metavar='HOST:PORT', help='a free port of the machine of process 0')
     parser.add_argument('--processes', type=int, metavar='N', help='number of all processes')
     parser.add_argument('--rank', type=int, metavar='R', help='number of this one, from 0')
@@ -51,14 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    overrides = parse_overrides(rest, PROGRAM)
+def _take_part(argv: Sequence[str]) -> int:
+    command, argv = member.command_of(argv, PROGRAM)
+    known, rest = build_parser().parse_known_args(argv)
+    asked, overrides = member.asked(command, rest, PROGRAM)
     require_numbers(known)
-    member.require_positive(known, '--timeout', '--heartbeat', '--processes')
+    member.require_positive(known, '--timeout', '--heartbeat', '--patience', '--processes')
     where = _where(known)
-    config = load(known.config, overrides)
-    if report_if_finished(config, known.workdir):
+    run = member.prepared(command, asked, overrides)
+    if run is None:
         return Exit.DONE
+    member.watch(known.patience)
     try:
         member.join(known.timeout, known.heartbeat, **where)
     except ValueError as error:  # JAX has found no scheduler
@@ -67,9 +69,7 @@ def _train(known: argparse.Namespace, rest: Sequence[str]) -> int:
         if of_jax(error):
             raise
         raise UserError(f'{error} Or give --coordinator HOST:PORT, --processes and --rank') from error
-    from mixcon_jax.train import train
-
-    return train(config, known.workdir).exit_code
+    return run()
 
 
 def _where(known: argparse.Namespace) -> dict[str, Any]:

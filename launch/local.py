@@ -1,9 +1,11 @@
-"""One training over several processes of this machine, as over several machines.
+"""One training over several processes of this machine, as over several machines; or one evaluation, or generation.
 
     python -m launch.local --processes 2 --config experiments/quickstart.py --workdir runs/quickstart
+    python -m launch.local eval --processes 2 --workdir runs/quickstart
 
-takes what ``mixcon train`` takes. The processes find one another through ``jax.distributed`` and share cores and GPUs
-out among them. What the first prints is shown; of another, the end of its output when it fails.
+takes what ``mixcon train`` takes, ``mixcon eval`` or ``mixcon generate``. The processes find one another through
+``jax.distributed`` and share cores and GPUs out among them. What the first prints is shown; of another, the end of its
+output when it fails.
 """
 
 import argparse
@@ -19,9 +21,10 @@ from pathlib import Path
 
 from launch import member, processes
 from launch.processes import Child, Signals
-from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
-from mixcon_jax.config import load
+from mixcon_jax.cli import OVERRIDES, require_numbers
+from mixcon_jax.config import load, mesh_of
 from mixcon_jax.errors import Exit
+from mixcon_jax.host import stuck
 from mixcon_jax.host.ending import exit_with
 from mixcon_jax.host.output import go_on, use_utf8
 from mixcon_jax.host.signals import STOPPING
@@ -30,7 +33,7 @@ from mixcon_jax.runs.workdir import report_if_finished
 PROGRAM = 'python -m launch.local'
 DESCRIPTION = (
     'Train over several processes of this machine, which share its cores and GPUs; on CPU each has one XLA device.'
-    ' The same command goes on.'
+    ' The same command goes on. With eval or generate as the first argument, do that. All else is as of `mixcon`.'
 )
 EPILOG = (
     f'{OVERRIDES} When one process dies or is stopped all others are stopped, and the end of its output is shown.'
@@ -45,22 +48,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Launches the processes, or is one of them."""
     if argv is None:
         use_utf8()
-    known, rest = build_parser().parse_known_args(argv)
-    if known.rank is None:
-        exit_with(lambda: _launch(known, rest))
+    argv = sys.argv[1:] if argv is None else argv
+    if '--rank' not in argv:
+        exit_with(lambda: _launch(argv))
     else:
         processes.end_with_launcher()
-        member.be(lambda: _train(known, parse_overrides(rest, PROGRAM)))
+        member.be(lambda: _take_part(argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
-    parser.add_argument('--processes', type=int, required=True, metavar='N', help='processes to train with')
-    parser.add_argument('--config', required=True, metavar='FILE[:ARG]', help='experiment file with get_config()')
-    parser.add_argument('--workdir', required=True, help='folder of the run: checkpoints, metrics, tokenizer')
+    parser.add_argument('--processes', type=int, required=True, metavar='N', help='how many processes')
     parser.add_argument(
         '--devices-per-process', type=int, metavar='D',
-        help='on CPU, XLA devices of each (default: mesh.cpu_devices of the configuration, or 1)',
+        help='on CPU, XLA devices of each (default: mesh.cpu_devices, or 1)',
     )  # fmt: skip
     member.add_arguments(parser, timeout=60)
     parser.add_argument('--rank', type=int, help=argparse.SUPPRESS)  # one of the processes is meant
@@ -72,20 +73,24 @@ def build_parser() -> argparse.ArgumentParser:
 # ----- the launcher -------------------------------------------------------------------------------------------------
 
 
-def _launch(known: argparse.Namespace, rest: Sequence[str]) -> int:
-    overrides = parse_overrides(rest, PROGRAM)
+def _launch(argv: Sequence[str]) -> int:
+    command, argv = member.command_of(argv, PROGRAM)
+    known, rest = build_parser().parse_known_args(argv)
+    asked, overrides = member.asked(command, rest, PROGRAM)
     require_numbers(known)
     go_on()
-    member.require_positive(known, '--devices-per-process', '--timeout', '--heartbeat')
+    member.require_positive(known, '--devices-per-process', '--timeout', '--heartbeat', '--patience')
     shares = processes.shares(known.processes, '--processes', os.environ, overlap=True)
-    config = load(known.config, overrides)
-    if report_if_finished(config, known.workdir):
-        return Exit.DONE
-    devices = known.devices_per_process or config.mesh.cpu_devices or 1
-    arguments = ['--processes', str(known.processes), '--config', known.config, '--workdir', known.workdir]
-    arguments += ['--timeout', str(known.timeout), '--heartbeat', str(known.heartbeat)]
+    if command == 'train':
+        config = load(asked.config, overrides)
+        if report_if_finished(config, asked.workdir):
+            return Exit.DONE
+        mesh = config.mesh
+    else:
+        mesh = mesh_of(overrides)
+    devices = known.devices_per_process or mesh.cpu_devices or 1
+    arguments = [command, *argv, f'--config.mesh.cpu_devices={devices}']
     arguments += ['--coordinator', f'127.0.0.1:{_free_port()}']
-    arguments += [f'--config.{override}' for override in (*overrides, f'mesh.cpu_devices={devices}')]
     folder = Path(tempfile.mkdtemp(prefix='mixcon-local-'))
     arguments += ['--folder', str(folder)]
     children: list[Child] = []
@@ -164,7 +169,7 @@ def _silent(children: Sequence[Child], failed: Sequence[int], folder: Path, hear
     for rank in range(len(children)):
         if children[rank].poll() is None and (mark := _mark(folder, ALIVE, rank)).exists():
             since[rank] = time.time() - mark.stat().st_mtime
-    return {rank: seconds for rank, seconds in since.items() if seconds > max(heartbeat / 2, 3 * member.PULSE)}
+    return {rank: seconds for rank, seconds in since.items() if seconds > max(heartbeat / 2, 3 * stuck.PULSE)}
 
 
 def _end_silent(children: Sequence[Child], silent: Mapping[int, float], folder: Path) -> int:
@@ -225,10 +230,14 @@ def _mark(folder: Path, event: str, rank: int) -> Path:
 # ----- one of the processes -----------------------------------------------------------------------------------------
 
 
-def _train(known: argparse.Namespace, overrides: list[str]) -> int:
-    """Trains as one of the processes."""
-    config = load(known.config, overrides)
-    member.keep_giving_signs(_mark(known.folder, ALIVE, known.rank))
+def _take_part(argv: Sequence[str]) -> int:
+    """Runs the command as one of the processes."""
+    command, argv = member.command_of(argv, PROGRAM)
+    known, rest = build_parser().parse_known_args(argv)
+    run = member.prepared(command, *member.asked(command, rest, PROGRAM))
+    if run is None:
+        return Exit.DONE
+    member.watch(known.patience, _mark(known.folder, ALIVE, known.rank))
     import jax  # noqa: F401 (takes seconds, before it can be said to have come)
 
     _mark(known.folder, 'came', known.rank).touch()
@@ -242,9 +251,7 @@ def _train(known: argparse.Namespace, overrides: list[str]) -> int:
         coordinator_bind_address=known.coordinator,  # for this machine alone
     )
     _mark(known.folder, 'joined', known.rank).touch()
-    from mixcon_jax.train import train
-
-    return train(config, known.workdir).exit_code
+    return run()
 
 
 if __name__ == '__main__':

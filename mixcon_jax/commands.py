@@ -77,7 +77,7 @@ def generate(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def merge(known: argparse.Namespace, overrides: list[str]) -> int:
-    from mixcon_jax.inference.merge import merge
+    from mixcon_jax.distillation.merge import merge
 
     if overrides:
         raise UserError(f'unknown argument --config.{overrides[0]}; see `mixcon merge --help`')

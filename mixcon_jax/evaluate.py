@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -22,11 +23,13 @@ from mixcon_jax.data import files
 from mixcon_jax.data.dataset import open_dataset
 from mixcon_jax.data.documents import Document
 from mixcon_jax.data.loader import heldout_from_texts
+from mixcon_jax.data.packing import WHOLE, Share
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import stuck
 from mixcon_jax.inference.load import TrainedModel, load_model
 from mixcon_jax.parallel import axes
-from mixcon_jax.parallel.layout import place_rows
+from mixcon_jax.parallel.layout import own_rows, place_rows, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], b
     """
     sums: dict[int, list[float]] = {}  # of each length: nats, right predictions, tokens
     pending = None
-    dispatched = ((batch['tokens'].shape[1], eval_batch(batch)) for batch in batches)
+    dispatched = ((batch['tokens'].shape[1], eval_batch(batch)) for batch in stuck.each(batches))
     for item in itertools.chain(dispatched, [None]):
         if pending is not None:
             length, result = pending
@@ -109,6 +112,8 @@ def rows_to_score(
 ) -> Any:
     """The batches of given files or, without any, of the held-out text or task of a run: each target once.
 
+    Of several processes each has the rows that its devices take.
+
     Args:
       trained: the run's model.
       config: the run's configuration, with what is to be otherwise.
@@ -119,13 +124,14 @@ def rows_to_score(
     Raises:
       UserError: no such file, a tokenizer that is not the store's, other data, or rows that the mesh does not divide.
     """
-    rows, place = batch_size or config.eval.batch_size, trained.place
+    rows, place, share = batch_size or config.eval.batch_size, trained.place, WHOLE
     if place:
         divides(axes.ROWS, axes.rows(place.mesh.shape), '--batch-size', rows)
+        share = Share(*own_rows(place.mesh))
     if paths:
         if is_synthetic(config.data):
             raise UserError(f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files')
-        return heldout_from_texts(_documents(paths, config), trained.tokenizer, config, rows)
+        return heldout_from_texts(_documents(paths, config), trained.tokenizer, config, rows, share)
     dataset = open_dataset(config, trained.data)
     dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
     if trained.data != dataset.identity:
@@ -133,7 +139,7 @@ def rows_to_score(
             f'the data of data.sources is not what {workdir} was trained on: some of it may be held out no longer;'
             ' restore it, or name files to score'
         )
-    return dataset.heldout_batches(rows)
+    return dataset.heldout_batches(rows, share=share)
 
 
 def evaluate(
@@ -171,7 +177,7 @@ def evaluate(
     batches, place = rows_to_score(trained, config, workdir, paths, batch_size), trained.place
     graphdef, variables = nnx.split(trained.model)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(place.mesh) if place else None)
     def eval_batch(variables: nnx.State, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         with place.entered() if place else contextlib.nullcontext():
             return steps.eval_step(config, nnx.merge(graphdef, variables), batch)

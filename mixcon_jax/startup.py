@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mixcon_jax import config as configs
@@ -118,7 +116,6 @@ def with_weights_of(
             f'train.init_from={source} was trained with another tokenizer; set data.tokenizer to'
             f' {os.path.join(folder, "tokenizer.json")}'
         )
-    require_same_everywhere(source, meta.step)
     saved = expand_folder(folder) / CHECKPOINTS / str(meta.step)
     origin = {'source': source, 'step': meta.step, 'fingerprint': fingerprint(loaded['params'], saved)}
     if known and known.get('fingerprint') != origin['fingerprint']:
@@ -147,17 +144,6 @@ def weights_named(source: str) -> tuple[str, int | str | None]:
         return folder, parsing.step(which)
     except ValueError:  # a name with a colon
         return source, None
-
-
-def require_same_everywhere(source: str, step: int) -> None:
-    """Of several processes, none may have found a newer checkpoint of a run that goes on meanwhile."""
-    if jax.process_count() > 1:
-        found = sorted({int(each) for each in np.ravel(multihost_utils.process_allgather(np.int32(step)))})
-        if len(found) > 1:
-            raise UserError(
-                f'train.init_from={source} goes on meanwhile: processes found checkpoints {found}; name one of them,'
-                f' {source.rpartition(":")[0] or source}:{found[0]}'
-            )
 
 
 def say_extended(

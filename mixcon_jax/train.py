@@ -20,6 +20,7 @@ from mixcon_jax import startup
 from mixcon_jax.data import Share, open_dataset
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.evaluate import Scores, score
+from mixcon_jax.host import stuck
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
 from mixcon_jax.parallel.layout import own_rows
@@ -242,7 +243,7 @@ def _train(
             if trace.begins_after(step):
                 read_pending()
                 trace.begin()
-            with clock.spend('data'):
+            with clock.spend('data'), stuck.own():
                 batch = next(batches)
             with running('train_step'):
                 state, values = steps.train_step(state, steps.put(batch))

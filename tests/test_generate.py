@@ -33,7 +33,8 @@ def test_prompts_of_unequal_lengths_get_the_tokens_they_get_alone(model, samplin
 
 
 def test_prompts_of_unequal_lengths_get_the_logits_they_get_alone(model):
-    tokens, context = left_padded(PROMPTS)
+    tokens, positions = left_padded(PROMPTS)
+    context = Context(jnp.asarray(positions >= 0, jnp.int32), jnp.asarray(positions))
     hidden, _, _ = model(jnp.asarray(tokens), context, model.init_state(3, tokens.shape[1]))
     for row, prompt in enumerate(PROMPTS):
         alone, _, _ = model(jnp.asarray([prompt]), Context.whole(1, len(prompt)))

@@ -9,10 +9,10 @@ from flax import nnx
 from mixcon_jax import cli
 from mixcon_jax import config as configs
 from mixcon_jax.data import tokenizer as tokenizers
+from mixcon_jax.distillation.merge import merge
 from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import evaluate
 from mixcon_jax.inference.load import load_model
-from mixcon_jax.inference.merge import merge
 from mixcon_jax.models import decoder
 from mixcon_jax.models.accounting import parameter_count
 from mixcon_jax.models.context import Context
@@ -67,7 +67,7 @@ def test_what_cannot_be_merged_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r'no layer of .*merged has anything to merge'):
         merge(folder / 'merged', tmp_path / 'again')
     assert not (tmp_path / 'again').exists()
-    with pytest.raises(UserError, match='holds a run; name another folder'):
+    with pytest.raises(UserError, match='is there already; name a new folder'):
         merge(folder / 'trained', folder / 'merged')
 
 

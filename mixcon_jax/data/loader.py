@@ -260,6 +260,7 @@ def heldout_from_texts(
     tokenizer: Tokenizer,
     config: ml_collections.ConfigDict,
     batch_size: int,
+    share: Share = WHOLE,
 ) -> HeldoutBatches:
     """``HeldoutBatches`` of given texts, each a document, for scoring files that are no part of the run's data.
 
@@ -276,4 +277,4 @@ def heldout_from_texts(
     encoded = round_trip.encode(placed)
     num_bytes, back = sum(len(document.data) for document in placed), round_trip.record()['heldout']
     store = TokenStore.from_documents(encoded, num_bytes, tokenizer.eot_id, tokenizer.fingerprint, back)
-    return HeldoutBatches(config, [store], batch_size)
+    return HeldoutBatches(config, [store], batch_size, share=share)

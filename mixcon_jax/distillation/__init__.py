@@ -1,1 +1,1 @@
-"""Other forms of trained models."""
+"""Other forms of trained models, as runs of their own."""

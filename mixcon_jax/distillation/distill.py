@@ -12,23 +12,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mixcon_jax import optim
 from mixcon_jax.data import files
+from mixcon_jax.distillation import derived
+from mixcon_jax.distillation.derived import split
 from mixcon_jax.distillation.filters import Fit, distilled, hyena_layers
-from mixcon_jax.errors import UserError
 from mixcon_jax.evaluate import rows_to_score
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.models import accounting, decoder
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.layers import Buffer
 from mixcon_jax.runs import saved
-from mixcon_jax.runs.checkpoints import Checkpoints, Meta
+from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.run import CHECKPOINTS
-from mixcon_jax.runs.workdir import Workdir
-from mixcon_jax.step import TrainState
-from mixcon_jax.trees import Tree, logical_axes, rates, to_state, undecayed
+from mixcon_jax.trees import Tree, to_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +64,7 @@ def distill(
     Raises:
       UserError: no such checkpoint, no Hyena in it, its data has become another, or something is at ``out``.
     """
-    paths, target = files.given(paths), Workdir(path_of(out, '--out'))
-    if target.path.exists() and (not target.path.is_dir() or any(target.path.iterdir())):
-        raise UserError(f'--out {target.path} is there already; name a new folder')
+    paths, target = files.given(paths), derived.new_folder(out)
     trained = load_model(workdir, step)
     config = trained.config
     hyena_layers(config.model)
@@ -87,9 +82,9 @@ def distill(
     )
     tokens_seen = saved.contents(expand_folder(path_of(workdir)) / CHECKPOINTS, trained.step)['tokens_seen']
     meta = Meta(trained.step, modal.to_dict(), trained.tokenizer.to_json(), trained.data, tokens_seen)
-    write(target, modal, meta, fresh(modal, trees, trained.step))
+    derived.write(target, modal, trees, meta, workdir)
     before, after = (accounting.state_bytes(each.model, config.data.seq_len) for each in (config, modal))
-    say(f'{target.path}: {after:,} bytes of state at {config.data.seq_len} tokens, where there were {before:,}')
+    say(f'{target}: {after:,} bytes of state at {config.data.seq_len} tokens, where there were {before:,}')
     return fits, found
 
 
@@ -124,29 +119,5 @@ def compare(before: decoder.Decoder, after: decoder.Decoder, batches: Iterable[M
 
 def built(config: ml_collections.ConfigDict, trees: Mapping[str, Tree]) -> decoder.Decoder:
     """The decoder of a whole configuration with the parameters and buffers of ``filters.distilled``."""
-    graphdef, *templates = _split(config)
+    graphdef, *templates = split(config)
     return nnx.merge(graphdef, *(to_state(trees[name], each) for name, each in zip(('params', 'buffers'), templates)))
-
-
-def _split(config: ml_collections.ConfigDict) -> tuple:
-    return nnx.split(nnx.eval_shape(lambda: decoder.create(config.model)), nnx.Param, Buffer)
-
-
-def fresh(config: ml_collections.ConfigDict, trees: Mapping[str, Tree], step: int) -> TrainState:
-    """The state of a run that has made so many steps, but for its optimizer, which is new."""
-    _, params, _ = _split(config)
-    optimizer = optim.make_optimizer(config.optim, logical_axes(params), undecayed(params), rates(params))
-    state, zero = optimizer.init(trees['params']), jnp.zeros((), jnp.int32)
-    return TrainState(jnp.int32(step), trees['params'], trees['buffers'], state, zero, zero)
-
-
-def write(target: Workdir, config: ml_collections.ConfigDict, meta: Meta, state: TrainState) -> None:
-    """Writes a run with one checkpoint."""
-    with target.locked():
-        target.commit(config, meta.tokenizer)
-        checkpoints = Checkpoints(target.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
-        try:
-            checkpoints.save(state, meta)
-            checkpoints.wait()
-        finally:
-            checkpoints.close()

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -81,19 +81,17 @@ def generate(
         raise UserError('a prompt has no tokens; give at least the end-of-text token')
     if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
         raise UserError(f'a prompt has token ids outside the vocabulary of {vocab_size}')
-    tokens, context = left_padded(prompts)
-    state = _on_rows(model.init_state(len(prompts), tokens.shape[1] + max_new_tokens), len(prompts), place)
+    tokens, positions = left_padded(prompts)
     graphdef, variables = nnx.split(model)
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    position = context.positions[:, -1]
-    step = functools.partial(_step, graphdef, sampling, vocab_size, place=place)
-    next_token, state = step(variables, jnp.asarray(tokens), context, state, keys, jnp.int32(0))
+    state = _first_state(graphdef, variables, len(prompts), tokens.shape[1] + max_new_tokens, place)
+    # What the step takes from the host is in NumPy, which of several processes means the same on all.
+    draws = np.asarray(seeds, np.uint32)
+    step = functools.partial(_step, graphdef, sampling, vocab_size, variables, draws, place=place)
+    next_token, state = step(tokens, positions, state, np.int32(0))
     for i in range(1, max_new_tokens + 1):
         yield np.asarray(next_token)
         if i < max_new_tokens:
-            position = position + 1
-            one = Context(segment_ids=jnp.ones_like(position)[:, None], positions=position[:, None])
-            next_token, state = step(variables, next_token[:, None], one, state, keys, jnp.int32(i))
+            next_token, state = step(next_token[:, None], positions[:, -1:] + np.int32(i), state, np.int32(i))
 
 
 def generate_text(
@@ -169,35 +167,47 @@ def generate_text(
     return texts
 
 
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'], Context]:
-    """Aligns prompts at their ends; returns the tokens and the context that marks the padding."""
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'], Int[np.ndarray, 'b t']]:
+    """Aligns prompts at their ends; returns the tokens and their positions, which are negative where padding is."""
     length = max(map(len, prompts))
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
         tokens[row, start:] = prompt
     positions = np.arange(length, dtype=np.int32) - starts[:, None]
-    return tokens, Context(jnp.asarray((positions >= 0).astype(np.int32)), jnp.asarray(positions))
+    return tokens, positions
 
 
-def _on_rows(state: State, rows: int, place: Place | None) -> State:
-    """A state whose arrays `[B, ...]` are shared out over the mesh's rows where these divide ``rows``."""
+def _first_state(graphdef: nnx.GraphDef, variables: Any, rows: int, length: int, place: Place | None) -> State:
+    """The state before the first token; on a mesh arrays `[B, ...]` are made shared out over its rows, if it divides
+    them."""
+
+    def make(variables: Any) -> State:
+        return nnx.merge(graphdef, variables).init_state(rows, length)
+
     if place is None:
-        return state
+        return make(variables)
     by_row, whole = layout.batch_sharding(place.mesh), layout.replicated(place.mesh)
     splits = rows % axes.rows(place.mesh.shape) == 0
-    return jax.tree.map(lambda x: jax.device_put(x, by_row if splits and x.shape[:1] == (rows,) else whole), state)
+    shardings = jax.tree.map(
+        lambda x: by_row if splits and x.shape[:1] == (rows,) else whole, jax.eval_shape(make, variables)
+    )
+    return jax.jit(make, out_shardings=shardings)(variables)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames='place', donate_argnums=(6,))
-def _step(graphdef, sampling, vocab_size, variables, tokens, context, state, keys, index, place=None):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames='place', donate_argnames='state')
+def _step(graphdef, sampling, vocab_size, variables, seeds, tokens, positions, state, index, place=None):
     """Runs the model on new tokens and draws the next one of each row; the old state's buffers are reused."""
     model = nnx.merge(graphdef, variables)
+    context = Context((positions >= 0).astype(jnp.int32), positions)
     with place.entered() if place else contextlib.nullcontext():
         hidden, state, _ = model(tokens, context, state)
         logits = model.logits(hidden[:, -1])[:, :vocab_size]
-    draws = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-    return sample(logits, draws, sampling), state
+    draws = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), index))(seeds)
+    chosen = sample(logits, draws, sampling)
+    if place:  # every process reads all rows' tokens
+        chosen = jax.lax.with_sharding_constraint(chosen, layout.replicated(place.mesh))
+    return chosen, state
 
 
 def sample(logits: Float[Array, 'b v'], keys: Array, sampling: Sampling) -> Int[Array, 'b']:

@@ -43,7 +43,8 @@ def load_model(workdir: str | Path, step: int | str | None = None, mesh: Sequenc
     Args:
       workdir: a run directory.
       step: a checkpoint's step, ``'best'`` or None for the newest intact one.
-      mesh: overrides such as ``mesh.fsdp=2``, whatever mesh the run had; none is the first device.
+      mesh: overrides such as ``mesh.fsdp=2``, whatever mesh the run had; none is the first device or, of several
+        processes, ``mesh.data`` over all.
 
     Raises:
       UserError: no such run or checkpoint, one whose arrays don't fit its configuration, or a mesh that does not take
@@ -54,7 +55,8 @@ def load_model(workdir: str | Path, step: int | str | None = None, mesh: Sequenc
         raise UserError(f'workdir {workdir} does not exist; give the folder that `mixcon train --workdir` wrote')
     options = configs.mesh_of(mesh)
     make_cpu_devices(options.cpu_devices)
-    place = Place(make_mesh(options), tuple(axes.rules(options).items())) if mesh else None
+    shared = bool(mesh) or jax.process_count() > 1
+    place = Place(make_mesh(options), tuple(axes.rules(options).items())) if shared else None
     trees, meta = load_params(workdir, step, (lambda meta: _shardings(meta, place)) if place else None)
     config = _config_of(meta, place)
     keep_compiled(config)

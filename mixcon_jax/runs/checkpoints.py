@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.log_filters import silence_orbax
-from mixcon_jax.runs import mark, readback, retention, saved, stored
+from mixcon_jax.runs import mark, readback, restoring, retention, saved, stored
 from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.records import read
 from mixcon_jax.runs.run import METRICS
@@ -31,6 +31,7 @@ from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
 Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]  # of arrays by name, or what finds them for a Meta
+CANDIDATES = 64  # checkpoints that several processes try in turn, at most
 FULL = ('No space left', 'Disk quota exceeded', 'File too large', 'RESOURCE_EXHAUSTED')
 
 
@@ -280,7 +281,7 @@ class Checkpoints:
             raise UserError(f'there is no checkpoint {step} in {self.folder}; there are {steps or "none"}')
         if not steps:
             raise UserError(f'there is no checkpoint in {self.folder}')
-        for candidate in [step] if step is not None else reversed(steps):
+        for candidate in _agreed([step] if step is not None else steps[::-1]):
             try:
                 return self._together(candidate, functools.partial(self._load, candidate, shardings or {}))
             except Damaged as error:
@@ -317,7 +318,8 @@ class Checkpoints:
         return tree, meta
 
     def _arrays(self, step: int, item: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        return self._item(step, **{item: ocp.args.StandardRestore(wanted)})
+        self._plain.mend()
+        return restoring.restore(self._plain.path / str(step) / item, wanted)
 
     def _meta(self, step: int) -> tuple[dict[str, Any], Meta]:
         contents = saved.contents(self.folder, step)
@@ -326,17 +328,6 @@ class Checkpoints:
         except KeyError as error:
             raise Damaged(f'its metadata lacks {error}') from error
         return contents, Meta(**fields | {'data': tuple(fields['data'])})
-
-    def _item(self, step: int, **args: Any) -> Any:
-        """Restores one item; whatever goes wrong inside Orbax, for its files are at fault."""
-        (name,) = args
-        self._plain.mend()
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))[name]
-        except (jax.errors.JaxRuntimeError, MemoryError):
-            raise  # out of memory says nothing about the files
-        except Exception as error:
-            raise Damaged(f'{name}: {type(error).__name__}: {readback.first_line(error)}') from error
 
     def _together(self, step: int, restore: Callable[[], tuple[Tree, Meta]]) -> tuple[Tree, Meta]:
         """Runs ``restore``; with several processes, all succeed or all take it as damaged."""
@@ -365,6 +356,15 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f'checkpoints: set aside {step}')
         self._manager.reload()
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """The first of these steps, as the first process knows them: others may see newer ones of a run that goes on."""
+    if jax.process_count() == 1:
+        return steps
+    first = np.full(CANDIDATES, -1, np.int32)
+    first[: len(steps)] = steps[:CANDIDATES]
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(first) if step >= 0]
 
 
 def _part(arrays: Mapping[str, Any], item: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mixcon_jax.runs.readback import PlainPath
-from mixcon_jax.runs.stored import consecutive, open_array
+from mixcon_jax.runs.stored import CACHE, consecutive, open_array
 from mixcon_jax.trees import Tree, named_leaves
 
 PART = 1 << 24  # elements read and hashed at once
@@ -19,16 +19,16 @@ PART = 1 << 24  # elements read and hashed at once
 def fingerprint(params: Tree, checkpoint: Path | None = None) -> str:
     """SHA-256, in hex, over names, types, shapes and bytes of all leaves in order of their names.
 
-    It does not depend on how the arrays lie on devices or processes. Where several processes share them out, the first
+    It does not depend on how the arrays lie on devices or processes. Where several share them out, the first process
     reads them from the checkpoint, part by part, since it cannot hold them; every process must call this.
 
     Args:
       params: nested dicts of arrays.
       checkpoint: folder of a checkpoint that was verified to hold them, ``workdir/checkpoints/100``; may be left out
-        where no arrays are shared out over processes.
+        where no arrays are shared out over processes. Then they are gathered, and stay so as long as they are there.
     """
     leaves = sorted(named_leaves(params).items())
-    if all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for _, leaf in leaves):
+    if all(not isinstance(leaf, jax.Array) or _is_here(leaf, checkpoint) for _, leaf in leaves):
         return _digest((name, np.asarray(leaf)) for name, leaf in leaves).hex()
     if checkpoint is None:
         raise ValueError('arrays of several processes: name the checkpoint that holds them')
@@ -36,9 +36,14 @@ def fingerprint(params: Tree, checkpoint: Path | None = None) -> str:
     if jax.process_index() == 0:
         with PlainPath(checkpoint.parent) as plain:
             item = plain.path / checkpoint.name / 'model'
-            own = _digest((name, open_array(item, f'params/{name}')) for name, _ in leaves)
+            own = _digest((name, open_array(item, f'params/{name}', CACHE)) for name, _ in leaves)
     shared = multihost_utils.broadcast_one_to_all(np.frombuffer(own or bytes(32), np.uint8))
     return np.asarray(shared).astype(np.uint8).tobytes().hex()
+
+
+def _is_here(leaf: jax.Array, checkpoint: Path | None) -> bool:
+    """Whether to look at an array itself: a device of this process has all of it, or there is no other way."""
+    return leaf.is_fully_addressable and (leaf.is_fully_replicated or checkpoint is None)
 
 
 def _digest(arrays: Iterable[tuple[str, Any]]) -> bytes:

@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import stuck
 from mixcon_jax.host.output import lasting
 from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark
@@ -149,10 +150,11 @@ class Metrics:
 
     def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> Record:
         assert self._log is not None, 'start() comes before records'
-        with explained(self._path):
-            record = self._log.append(kind, step, values)
-        for writer in self._writers:
-            writer.write(record)
+        with stuck.own():
+            with explained(self._path):
+                record = self._log.append(kind, step, values)
+            for writer in self._writers:
+                writer.write(record)
         return record
 
     def say(self, text: str) -> None:
@@ -162,7 +164,7 @@ class Metrics:
     def sync(self) -> None:
         """Puts all records on the disk: before a checkpoint, which must never be ahead of them."""
         if self._log is not None:
-            with explained(self._path):
+            with stuck.own(), explained(self._path):
                 self._log.sync()
 
     def close(self) -> None:

@@ -11,16 +11,22 @@ import tensorstore as ts
 Box = tuple[int | slice, ...]  # indices of a part of an array
 
 CHUNK = 128 << 20  # bytes of the parts that an array is written, and can be read, in
-CACHE = 2 << 30  # bytes of parts kept at hand while an array is read in order
+CACHE = 2 << 30  # bytes of parts to keep at hand where an array is read in order of its elements, not of its parts
 PIECE = 1 << 18  # elements looked at at once, so that they stay in the processor's cache
 
 
-def open_array(item: Path, name: str) -> Any:
-    """One array of an item, as Orbax writes them: Zarr in an OCDBT store. Reads none of its values."""
+def open_array(item: Path, name: str, cache: int = 0) -> Any:
+    """One array of an item, as Orbax writes them: Zarr in an OCDBT store. Reads none of its values.
+
+    Args:
+      item: the item's folder.
+      name: the array's.
+      cache: bytes of its parts that are kept at hand.
+    """
     store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{item}/'}, 'path': f'{name}/'}
     spec = {
         'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False, 'recheck_cached_data': 'open',
-        'context': {'cache_pool': {'total_bytes_limit': CACHE}},
+        'context': {'cache_pool': {'total_bytes_limit': cache}},
     }  # fmt: skip
     return ts.open(spec, open=True, read=True).result()
 

@@ -12,7 +12,7 @@ from mixcon_jax.host.log_filters import shorten_jax
 
 BENCHMARKS = (
     'selective_scan', 'conba_layer', 'mixers', 'train_step', 'decode', 'compile_time', 'context_parallel',
-    'data_pipeline', 'checkpoint_stall',
+    'data_pipeline', 'checkpoint_stall', 'checkpoint_memory',
 )  # fmt: skip
 
 

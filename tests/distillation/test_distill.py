@@ -11,14 +11,14 @@ from flax import nnx
 from mixcon_jax import cli
 from mixcon_jax import config as configs
 from mixcon_jax.data import open_dataset
-from mixcon_jax.distillation.distill import built, compare, distill, fresh, write
+from mixcon_jax.distillation import derived
+from mixcon_jax.distillation.distill import built, compare, distill
 from mixcon_jax.distillation.filters import distilled
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.models import accounting, decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.runs.checkpoints import Meta
-from mixcon_jax.runs.workdir import Workdir
 from mixcon_jax.trees import from_state
 from tests.tiny import tiny_config
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     _, *states = nnx.split(decoder.create(config.model), nnx.Param, Buffer)
     trees = {name: from_state(state) for name, state in zip(('params', 'buffers'), states, strict=True)}
     meta = Meta(2, config.to_dict(), dataset.tokenizer.to_json(), dataset.identity, 512)
-    write(Workdir(folder / 'run'), config, meta, fresh(config, trees, 2))
+    derived.write(folder / 'run', config, trees, meta, 'nothing')
     return folder / 'run'
 
 

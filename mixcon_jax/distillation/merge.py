@@ -1,6 +1,5 @@
 """``mixcon merge``: a checkpoint whose layers are smaller and compute the same, as a run directory of its own."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from mixcon_jax import config as configs
+from mixcon_jax.distillation import derived
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.models.pattern import named_kinds, parts, resolve
-from mixcon_jax.runs.checkpoints import Checkpoints
-from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.weights import load_params
-from mixcon_jax.runs.workdir import Workdir
 from mixcon_jax.trees import Tree, named_leaves, to_state
 
 TOKENS = 64  # on which both models are compared
@@ -34,16 +31,14 @@ def merge(
 
     Args:
       workdir: a run directory.
-      out: the folder to make; it may not hold a run.
+      out: the folder to make; nothing may be there.
       step: a checkpoint's step, ``'best'`` or None for the newest intact one.
       say: takes a line about what was merged.
 
     Raises:
-      UserError: no such run or checkpoint, nothing in it to merge, or ``out`` holds a run.
+      UserError: no such run or checkpoint, nothing in it to merge, or something is at ``out``.
     """
-    folder = Workdir(path_of(out, '--out'))
-    if folder.has_progress():
-        raise UserError(f'{folder.path} holds a run; name another folder for the merged model')
+    folder = derived.new_folder(out)
     trees, meta = load_params(workdir, step, say=say)
     config = configs.resolve(configs.from_dict(meta.config))
     params, model, count = merged(trees['params'], config.model)
@@ -53,17 +48,8 @@ def merge(
     difference = float(jnp.abs(after - before).max() / jnp.abs(before).max())
     fewer = sum(leaf.size for leaf in jax.tree.leaves(trees['params'])) - sum(x.size for x in jax.tree.leaves(params))
     config.model = model
-    with folder.locked():
-        folder.commit(config, meta.tokenizer, {'source': str(workdir), 'step': meta.step})
-        checkpoints = Checkpoints(folder.checkpoints, say=say)
-        try:
-            # The optimizer's state is of the old weights; what is left of it is the number of steps.
-            state = {'params': params, 'buffers': trees['buffers'], 'step': jnp.int32(meta.step)}
-            checkpoints.save(state, dataclasses.replace(meta, config=config.to_dict()))
-            checkpoints.wait()
-        finally:
-            checkpoints.close()
-    say(f'step {meta.step} of {workdir} in {folder.path}: {count} layers merged, {fewer:,} parameters fewer')
+    derived.write(folder, config, trees | {'params': params}, meta, workdir, say)
+    say(f'step {meta.step} of {workdir} in {folder}: {count} layers merged, {fewer:,} parameters fewer')
     say(f'logits differ by {difference:.1e} of the largest, in float32, on {TOKENS} tokens')
 
 

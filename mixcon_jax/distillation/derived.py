@@ -1,0 +1,86 @@
+"""A run made of another: the same steps made, other weights or layers, and an optimizer that is new."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from mixcon_jax import optim
+from mixcon_jax.errors import UserError
+from mixcon_jax.models import decoder
+from mixcon_jax.models.layers import Buffer
+from mixcon_jax.runs.checkpoints import Checkpoints, Meta, Say
+from mixcon_jax.runs.mark import path_of
+from mixcon_jax.runs.workdir import Workdir, explained
+from mixcon_jax.step import TrainState
+from mixcon_jax.trees import Tree, logical_axes, rates, undecayed
+
+
+def new_folder(out: str | Path) -> Path:
+    """The folder that ``--out`` names, in which nothing may be.
+
+    Raises:
+      UserError: something is there.
+    """
+    path = Workdir(path_of(out, '--out')).path
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f'--out {path} is there already; name a new folder')
+    return path
+
+
+def write(
+    path: Path,
+    config: ml_collections.ConfigDict,
+    trees: Mapping[str, Tree],
+    meta: Meta,
+    source: str | Path,
+    say: Say = print,
+) -> None:
+    """Writes a run with one checkpoint: all of it, or nothing, so that whatever fails can be tried again.
+
+    Args:
+      path: of ``new_folder``.
+      config: the run's, resolved.
+      trees: ``{'params': nested dicts, 'buffers': nested dicts}``.
+      meta: the checkpoint's, but for its configuration, which is ``config``.
+      source: the run that it was made of.
+      say: takes a line about each thing that goes wrong without ending it.
+
+    Raises:
+      UserError: the disk is full, or the like.
+    """
+    path = path.resolve()  # what is renamed replaces no link
+    scratch = Workdir(path.with_name(f'.{path.name}.{os.getpid()}'))
+    shutil.rmtree(scratch.path, ignore_errors=True)
+    with explained(path):
+        scratch.path.mkdir(parents=True)
+    try:
+        checkpoints = Checkpoints(scratch.checkpoints, say=say)
+        try:
+            checkpoints.save(fresh(config, trees, meta.step), dataclasses.replace(meta, config=config.to_dict()))
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
+        scratch.commit(config, meta.tokenizer, {'source': str(source), 'step': meta.step})
+        with explained(path):
+            os.rename(scratch.path, path)
+    finally:
+        shutil.rmtree(scratch.path, ignore_errors=True)
+
+
+def fresh(config: ml_collections.ConfigDict, trees: Mapping[str, Tree], step: int) -> TrainState:
+    """The state of a run that has made so many steps, but for its optimizer, which is new."""
+    _, params, _ = split(config)
+    optimizer = optim.make_optimizer(config.optim, logical_axes(params), undecayed(params), rates(params))
+    state, zero = optimizer.init(trees['params']), jnp.zeros((), jnp.int32)
+    return TrainState(jnp.int32(step), trees['params'], trees['buffers'], state, zero, zero)
+
+
+def split(config: ml_collections.ConfigDict) -> tuple:
+    """Structure, parameters and buffers of a configuration's decoder, abstract."""
+    return nnx.split(nnx.eval_shape(lambda: decoder.create(config.model)), nnx.Param, Buffer)

@@ -24,6 +24,7 @@ ARRAYS = {
     'mixcon_jax.loss',
     *CONFIGURATION,
 }
+DERIVED = {f'mixcon_jax.{name}' for name in ('derived', 'runs', 'step', 'optim', 'xla_flags')} | ARRAYS
 # What each part may reach, by its own imports and through those of others. One that is not named may reach all but TOP.
 REACHES = {
     'kernels_pallas': {'kernels_pallas'},
@@ -60,17 +61,14 @@ REACHES = {
     'mixcon_jax.optim': {'mixcon_jax.trees'},
     'mixcon_jax.step': {'mixcon_jax.optim', 'mixcon_jax.xla_flags', *ARRAYS},
     'mixcon_jax.runs': {'mixcon_jax.runs', 'mixcon_jax.trees', *CONFIGURATION},
+    'mixcon_jax.derived': DERIVED,
     'mixcon_jax.distillation': {
         'mixcon_jax.distillation',
         'mixcon_jax.evaluate',
         'mixcon_jax.inference',
-        'mixcon_jax.runs',
-        'mixcon_jax.step',
-        'mixcon_jax.optim',
-        'mixcon_jax.xla_flags',
-        *ARRAYS,
+        *DERIVED,
     },
-    'mixcon_jax.interop': {'mixcon_jax.interop', 'mixcon_jax.runs', *ARRAYS},
+    'mixcon_jax.interop': {'mixcon_jax.interop', *DERIVED},
     'mixcon_jax.inference': {'mixcon_jax.inference', 'mixcon_jax.runs', *ARRAYS},
     'mixcon_jax.analyses': {
         'mixcon_jax.analyses',

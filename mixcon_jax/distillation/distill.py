@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mixcon_jax import derived
 from mixcon_jax.data import files
-from mixcon_jax.distillation import derived
-from mixcon_jax.distillation.derived import split
+from mixcon_jax.derived import split
 from mixcon_jax.distillation.filters import Fit, distilled, hyena_layers
 from mixcon_jax.evaluate import rows_to_score
 from mixcon_jax.host.paths import expand_folder

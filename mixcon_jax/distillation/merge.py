@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from mixcon_jax import config as configs
-from mixcon_jax.distillation import derived
+from mixcon_jax import derived
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context

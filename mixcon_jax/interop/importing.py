@@ -12,14 +12,14 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from mixcon_jax import config as configs
-from mixcon_jax import parsing
+from mixcon_jax import derived, parsing
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
 from mixcon_jax.interop import configurations, huggingface, weight_files
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.models.published import Weights
-from mixcon_jax.runs.checkpoints import Checkpoints, Meta
+from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.workdir import Workdir
 from mixcon_jax.trees import from_state
@@ -32,16 +32,14 @@ def import_model(
 
     Args:
       source: a folder with config.json and safetensors files, as transformers' ``save_pretrained`` writes it.
-      out: the folder to make; it may not hold a run.
+      out: the folder to make; nothing may be there.
       tokenizer: a tokenizer.json, or a folder with one; none takes the source's.
       say: takes a line about what was imported.
 
     Raises:
-      UserError: something is not there, cannot be read, or has no counterpart here; or ``out`` holds a run.
+      UserError: something is not there, cannot be read, or has no counterpart here; or something is at ``out``.
     """
-    folder, target = path_of(source, '--from'), Workdir(path_of(out, '--out'))
-    if target.has_progress():
-        raise UserError(f'{target.path} holds a run; name another folder for the imported model')
+    folder, target = path_of(source, '--from'), derived.new_folder(out)
     config, weights = read(folder)
     model, words = config.model, tokenizers.load(tokenizer or folder)
     if words.vocab_size > model.vocab_size:
@@ -49,19 +47,12 @@ def import_model(
             f'the tokenizer has {words.vocab_size} tokens, but the model of {folder} an embedding of'
             f' {model.vocab_size} rows: name its own with --tokenizer'
         )
-    config.data.tokenizer = str(target.tokenizer_file)
+    config.data.tokenizer = str(Workdir(target).tokenizer_file)
     params = unflatten_dict({name: jnp.asarray(weight) for name, weight in weights.items()}, sep='/')
-    state = {'params': params, 'buffers': _buffers(model), 'step': jnp.int32(0)}
-    with target.locked():
-        target.commit(config, words.to_json(), {'source': str(folder), 'step': 0})
-        checkpoints = Checkpoints(target.checkpoints, say=say)
-        try:
-            checkpoints.save(state, Meta(0, config.to_dict(), words.to_json()))
-            checkpoints.wait()
-        finally:
-            checkpoints.close()
+    trees = {'params': params, 'buffers': _buffers(model)}
+    derived.write(target, config, trees, Meta(0, config.to_dict(), words.to_json()), folder, say)
     count = sum(weight.size for weight in weights.values())
-    say(f'{folder} in {target.path}: {count:,} parameters of {model.num_blocks} x {" ".join(model.pattern)}')
+    say(f'{folder} in {target}: {count:,} parameters of {model.num_blocks} x {" ".join(model.pattern)}')
 
 
 def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:

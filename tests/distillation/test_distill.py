@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixcon_jax import cli
+from mixcon_jax import cli, derived
 from mixcon_jax import config as configs
 from mixcon_jax.data import open_dataset
-from mixcon_jax.distillation import derived
 from mixcon_jax.distillation.distill import built, compare, distill
 from mixcon_jax.distillation.filters import distilled
 from mixcon_jax.inference.load import load_model

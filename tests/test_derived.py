@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from mixcon_jax import config as configs
+from mixcon_jax import derived
 from mixcon_jax.data import tokenizer as tokenizers
-from mixcon_jax.distillation import derived
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer

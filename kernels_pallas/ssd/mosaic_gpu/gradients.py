@@ -175,6 +175,7 @@ def _turn(call: Call, ref: Any, side: int, place: Any, n: Any, rows: Any, column
     if queries:
         give('later', strict + of_state)
         give('across', jnp.sum(wide(ref.entering_.at[slot]) * wide(ref.leaving_.at[slot]), 1))
+        plgpu.commit_smem()  # before the copy engine overwrites what was read; the others do so for dx
     else:
         give('strict', strict)
         give('added', of_state)

@@ -78,7 +78,7 @@ def test_it_moves_a_ninth_of_what_chunks_of_xla_do(compiled):
     print(
         f'{keys} keys: {moved["launches"]} launches, {moved["bytes"] / GIB:.2f} GiB, {moved["mosaic"]} kernels of ours'
     )
-    assert moved['mosaic'] == 3 and moved['launches'] <= 16
+    assert moved['mosaic'] == 3 and moved['launches'] <= 18
     assert moved['bytes'] <= (1.55 if keys == 128 else 1.15) * GIB
 
 

@@ -12,7 +12,6 @@ from kernels_pallas.ssd import api, mosaic_gpu, reference
 
 SEQUENTIAL = 700  # tokens a row that the sequential oracle takes
 ORDER = ('x', 'log_decay', 'B', 'C', 'step')
-NARROW = ('x', 'B', 'C')  # the others are widened for the kernel
 
 
 def draw(batch: int, length: int, heads: int, width: int, groups: int, keys: int) -> Arrays:
@@ -31,21 +30,23 @@ def draw(batch: int, length: int, heads: int, width: int, groups: int, keys: int
     return {name: value.astype(jnp.bfloat16) for name, value in arrays.items()}
 
 
-def run(reset: np.ndarray | None, form: str, arrays: Arrays, interpret: Any = None) -> Outputs:
+def run(starts: np.ndarray | None, form: str, arrays: Arrays, interpret: Any = None) -> Outputs:
     """Outputs and final state by our kernels, in chunks, or token by token in the arrays' own type."""
-    reset = None if reset is None else jnp.asarray(reset)
-    if form == 'sequential':
-        return reference.scan(*(arrays[name] for name in ORDER), reset, arrays['initial_state'], False)
+    reset: Any = None if starts is None else jnp.asarray(starts)
     if form == 'chunked':
         return api.ssd(**arrays, reset=reset, implementation='chunked')
-    given = {name: value if name in NARROW else value.astype(jnp.float32) for name, value in arrays.items()}
-    y, final = mosaic_gpu.ssd(*(given[name] for name in ORDER), reset, given['initial_state'], interpret)
+    wide = lambda name: arrays[name].astype(jnp.float32)
+    x, log_decay, B, C, step = (arrays[name] for name in ORDER)
+    if form == 'sequential':
+        return reference.scan(x, log_decay, B, C, step, reset, arrays['initial_state'], False)
+    given = x, wide('log_decay'), B, C, wide('step'), reset, wide('initial_state')
+    y, final = mosaic_gpu.ssd(*given, interpret)
     return y, final.astype(jnp.bfloat16)
 
 
 def unsupported(arrays: Arrays) -> str | None:
-    shapes = dict(arrays) | {'log_decay': jax.ShapeDtypeStruct(arrays['log_decay'].shape, jnp.float32)}
-    return mosaic_gpu.unsupported(*(shapes[name] for name in ORDER[:4]), exclusive=False)
+    decays = jax.ShapeDtypeStruct(arrays['log_decay'].shape, jnp.float32)
+    return mosaic_gpu.unsupported(arrays['x'], decays, arrays['B'], arrays['C'], exclusive=False)
 
 
 def case(

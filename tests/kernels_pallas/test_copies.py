@@ -184,7 +184,7 @@ def test_grouped_matmul(rows, groups, width, columns, tile):
     assert all(copy.box[0] % 8 == 0 and copy.multiples[0] % 8 == 0 for copy in whole)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 5), length=st.integers(64, 3000), groups=st.integers(1, 3), shared=st.integers(1, 5),
     parts=st.integers(1, 3), keys=st.sampled_from([64, 128]),

@@ -86,7 +86,7 @@ def test_kernels_that_do_not_run_are_listed_with_the_reason(hopper, monkeypatch)
     (line,) = (line for line in doctor.kernels() if 'silu' in line)
     assert 'verified, runs by default' in line
     monkeypatch.setenv(cards.TRUST, '1')
-    assert sum('runs, unverified, as MIXCON_TRUST_UNVERIFIED is set' in line for line in doctor.kernels()) == 13
+    assert sum('runs, unverified, as MIXCON_TRUST_UNVERIFIED is set' in line for line in doctor.kernels()) == 15
 
 
 def test_verification_is_offered_and_done_if_wanted(hopper, monkeypatch):
@@ -95,10 +95,10 @@ def test_verification_is_offered_and_done_if_wanted(hopper, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr('sys.stdin', io.StringIO('y\n'))  # no terminal: nobody is asked
     assert doctor.offer(False, said.append) == 0 and not asked
-    command = '`python -m kernels_pallas.verify adaptive_gain causal_conv1d grouped_matmul selective_scan`'
+    command = '`python -m kernels_pallas.verify adaptive_gain causal_conv1d grouped_matmul selective_scan ssd`'
     assert said[0].startswith(f'next       {command} verifies these kernels on this GPU')
     assert doctor.offer(True, said.append) == 0
-    assert asked == [(['adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'selective_scan'], hopper)]
+    assert asked == [(['adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'selective_scan', 'ssd'], hopper)]
     monkeypatch.setattr(verify, 'verify', lambda *args, **kwargs: False)
     assert doctor.offer(True, said.append) == 1
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))

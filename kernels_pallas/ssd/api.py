@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.call import sizes
 from kernels_pallas.dispatch import Candidate, choose
-from kernels_pallas.ssd import reference, xla
+from kernels_pallas.ssd import mosaic_gpu, reference, xla
 
 WORDS = {
     'b': 'batch', 't': 'time >= 1', 'h': 'heads >= 1', 'p': 'values', 'g': 'groups >= 1', 'n': 'keys',
@@ -41,16 +41,19 @@ def ssd(
       reset: bool [B, T]; the state is zero before a token where it is True (the start of a document).
       initial_state: [B, H, P, N]; zeros if None. Differentiable.
       exclusive: a token reads the state before it, `y_t = S_{t-1} C_t`, 0 where a document starts, as RWKV's do.
-      implementation: None or 'chunked': products of matrices within a chunk, chunk after chunk, which the backward pass
-        computes again: memory is linear in T. 'reference' is sequential.
-      chunk: tokens a chunk; None for 64.
+      implementation: None picks for the platform: 'mosaic_gpu' (bfloat16, one decay a head and step, 64 or 128 keys, a
+        multiple of 64 values, 64 tokens or more) on NVIDIA GPUs of compute capability 9.x that have verified it,
+        'chunked' elsewhere: products of matrices within a chunk, chunk after chunk, which the backward pass computes
+        again. Memory is linear in T. 'reference' is sequential.
+      chunk: tokens a chunk of 'chunked'; None for 64. Those of 'mosaic_gpu' are 64.
 
     Returns:
       `(y [B, T, H, P] in x's type, final state [B, H, P, N] in float32 or float64)`; the state continues the sequence
       as initial_state.
 
     Raises:
-      ValueError: a shape that does not fit, naming the argument, or an implementation that does not exist.
+      ValueError: a shape that does not fit, naming the argument, an implementation that does not exist, or one that
+        cannot run here.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f'ssd: chunk must be at least 1, got {chunk}')
@@ -65,6 +68,13 @@ def ssd(
     reset = None if reset is None else reset.astype(bool)
     given = (x, cast(log_decay), B, C, cast(step), reset, cast(initial_state))
     candidates = (
+        Candidate(
+            'mosaic_gpu',
+            lambda: mosaic_gpu.ssd(*given),
+            lambda: mosaic_gpu.unsupported(*given[:4], exclusive),
+            lambda: mosaic_gpu.variants(found['n']),
+            silent=log_decay.ndim > 3 or exclusive or found['t'] < mosaic_gpu.CHUNK,
+        ),
         Candidate('chunked', lambda: xla.chunked(*given, exclusive, chunk or xla.CHUNK)),
         Candidate('reference', lambda: reference.scan(*given, exclusive), by_name=True),
     )

@@ -13,7 +13,7 @@ import pytest
 from kernels_pallas import cards, cases, dispatch, platform, verify
 from kernels_pallas.cards import Card
 
-OURS = ['adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'selective_scan']
+OURS = ['adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'selective_scan', 'ssd']
 ADAPTED = ['attention']  # to a library's kernels
 KERNELS = sorted(OURS + ADAPTED)
 
@@ -79,6 +79,9 @@ def test_the_kernels_and_what_they_are_built_from():
     }
     assert {'selective_scan/mosaic_gpu/backward.py', 'affine.py'} <= names['selective_scan']
     assert names['causal_conv1d'] == {'mosaic.py', 'platform.py', 'causal_conv1d/mosaic_gpu.py'}
+    assert names['ssd'] == {'mosaic.py', 'platform.py'} | {
+        f'ssd/mosaic_gpu/{name}.py' for name in ('__init__', 'chain', 'gradients', 'tiles')
+    }
     assert 'adaptive_gain/reference.py' in names['adaptive_gain']  # EPS
     own, shared = 'adaptive_gain/diagonal_mosaic_gpu.py', {'mosaic.py', 'platform.py', 'adaptive_gain/reference.py'}
     diagonal = {path.relative_to(cards.PACKAGE).as_posix() for path in cards.sources('adaptive_gain', 'diagonal32')}

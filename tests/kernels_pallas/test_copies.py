@@ -23,6 +23,7 @@ from kernels_pallas.causal_conv1d import mosaic_gpu as conv
 from kernels_pallas.grouped_matmul import mosaic_gpu as grouped
 from kernels_pallas.mosaic import Copy, CopyError, Index, Span
 from kernels_pallas.selective_scan import mosaic_gpu as scan
+from kernels_pallas.ssd import mosaic_gpu as ssd
 
 ROOT = pathlib.Path(mosaic.__file__).parent
 LENGTHS = st.one_of(st.integers(1, 70), st.integers(250, 5000))
@@ -181,6 +182,27 @@ def test_grouped_matmul(rows, groups, width, columns, tile):
     whole = [copy for copy in copies if not copy.store or copy.box[0] == 64]
     assert {copy.store for copy in whole} == {False, True}
     assert all(copy.box[0] % 8 == 0 and copy.multiples[0] % 8 == 0 for copy in whole)
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.integers(1, 5), length=st.integers(64, 3000), groups=st.integers(1, 3), shared=st.integers(1, 5),
+    parts=st.integers(1, 3), keys=st.sampled_from([64, 128]),
+)  # fmt: skip
+def test_ssd(batch, length, groups, shared, parts, keys):
+    """Outputs, states and gradients; lengths are padded to whole chunks."""
+    heads, by_key = groups * shared, shape((batch, length, groups, keys), jnp.bfloat16)
+    x, by_head = shape((batch, length, heads, 64 * parts), jnp.bfloat16), shape((batch, length, heads), jnp.float32)
+
+    def run(x, decay, B, C, step, state):
+        call = lambda *arrays: ssd.ssd(*arrays, None, state)
+        outputs, pull = jax.vjp(call, x, decay, B, C, step)
+        return pull(outputs)
+
+    state = shape((batch, heads, 64 * parts, keys), jnp.float32)
+    copies = traced(run, x, by_head, by_key, by_key, by_head, state)
+    obeys(copies)
+    assert {copy.store for copy in copies} == {False, True}
 
 
 @settings(deadline=None)

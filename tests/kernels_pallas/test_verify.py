@@ -62,7 +62,7 @@ def test_what_is_for_no_gpu_of_this_kind_is_not_run(monkeypatch):
     )  # where they are not installed
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))
     refusing = {part.kernel for part in verify.parts(cards.kernels()) if verify.refusal(part)}
-    assert refusing == {'adaptive_gain', 'causal_conv1d', 'grouped_matmul'} | LIBRARY
+    assert refusing == {'adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'ssd'} | LIBRARY
     assert 'it needs compute capability 9.0 or newer' in verify.refusal(PART)
 
 
@@ -107,6 +107,7 @@ def test_every_variant_that_a_call_may_run_has_cases_and_small_ones_for_the_inte
         'grouped_matmul': {'bfloat16'},
         'causal_conv1d': {'silu', 'linear'},
         'selective_scan': {'scan', 'wide', 'sliced', 'kept', 'prior', 'readout'},
+        'ssd': {'keys64', 'keys128'},
     }
     for kernel, variants in expected.items():
         chosen, timed = cases.of(kernel)

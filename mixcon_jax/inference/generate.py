@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mixcon_jax.errors import UserError
@@ -82,7 +83,10 @@ def generate(
     if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
         raise UserError(f'a prompt has token ids outside the vocabulary of {vocab_size}')
     tokens, context = left_padded(prompts)
-    state = _on_rows(model.init_state(len(prompts), tokens.shape[1] + max_new_tokens), len(prompts), place)
+    length = tokens.shape[1] + max_new_tokens
+    state = model.init_state(len(prompts), length)
+    if place is not None:
+        state = jax.device_put(state, state_shardings(model.init_state, len(prompts), length, place.mesh))
     graphdef, variables = nnx.split(model)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     position = context.positions[:, -1]
@@ -180,13 +184,22 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'
     return tokens, Context(jnp.asarray((positions >= 0).astype(np.int32)), jnp.asarray(positions))
 
 
-def _on_rows(state: State, rows: int, place: Place | None) -> State:
-    """A state whose arrays `[B, ...]` are shared out over the mesh's rows where these divide ``rows``."""
-    if place is None:
-        return state
-    by_row, whole = layout.batch_sharding(place.mesh), layout.replicated(place.mesh)
-    splits = rows % axes.rows(place.mesh.shape) == 0
-    return jax.tree.map(lambda x: jax.device_put(x, by_row if splits and x.shape[:1] == (rows,) else whole), state)
+def state_shardings(init_state: Callable[[int, int], State], rows: int, max_len: int, mesh: Mesh) -> State:
+    """Where a decode state lies on a mesh: what has rows is shared out if they can be, the rest is whole everywhere.
+
+    An array has rows, in its first dimension, if its shape changes with their number; what is computed of weights alone
+    does not, such as Hyena's filters.
+
+    Args:
+      init_state: `Decoder.init_state`, traced and not run.
+      rows: of the state.
+      max_len: of the state.
+      mesh: to lie on.
+    """
+    by_row, whole = layout.batch_sharding(mesh), layout.replicated(mesh)
+    splits = rows % axes.rows(mesh.shape) == 0
+    one, two = (nnx.eval_shape(lambda n=n: init_state(n, max_len)) for n in (1, 2))
+    return jax.tree.map(lambda a, b: by_row if splits and a.shape != b.shape else whole, one, two)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames='place', donate_argnums=(6,))

@@ -63,10 +63,14 @@ def generation(config: ml_collections.ConfigDict, steps: Steps, what: str, batch
     params, rest = both
     by_row = axes.BATCH_AXES if batch % axes.rows(mesh.shape) == 0 else None
     place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-    rows = lambda x: place(x, *(by_row if i == _batch_axis(x.shape, batch) else None for i in range(x.ndim)))
-    state = jax.tree.map(rows, nnx.eval_shape(lambda: create(config.model, config.seed).init_state(batch, context)))
+    init_state = lambda rows, length: create(config.model, config.seed).init_state(rows, length)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nnx.eval_shape(lambda: init_state(batch, context)),
+        generate.state_shardings(init_state, batch, context, mesh),
+    )
     new = 1 if what == 'decode' else context
-    tokens = rows(jax.ShapeDtypeStruct((batch, new), jnp.int32))
+    tokens = place(jax.ShapeDtypeStruct((batch, new), jnp.int32), by_row)
     keys = place(jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32))))
     index, rules = place(jax.ShapeDtypeStruct((), jnp.int32)), axes.rules(config.mesh)
     variables = nnx.merge_state(to_state(steps.abstract_state.params, params), jax.tree.map(place, rest))
@@ -81,11 +85,6 @@ def generation(config: ml_collections.ConfigDict, steps: Steps, what: str, batch
 
     traced = jax.jit(step, donate_argnums=4).trace(variables, tokens, tokens, tokens, state, keys, index)
     return traced.lower(lowering_platforms=('cuda',))
-
-
-def _batch_axis(shape: tuple[int, ...], batch: int) -> int:
-    """The dimension of rows, the first of whatever has them; -1 where there is none."""
-    return 0 if shape[:1] == (batch,) else -1
 
 
 def shard_bytes(tree: Any) -> int:

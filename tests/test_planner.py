@@ -24,7 +24,6 @@ from mixcon_jax.planning.estimate import estimate
 from mixcon_jax.planning.hlo import Kernel
 from tests.tiny import ROOT
 
-
 SMALL = {
     'model.dim': 64, 'model.vocab_size': 512, 'model.num_blocks': 2, 'model.pattern': ('attention+mlp',),
     'model.attention.num_heads': 4, 'model.attention.num_kv_heads': 2, 'model.mlp.hidden_dim': 128, 'model.unroll': 1,
@@ -345,7 +344,7 @@ def test_devices_agree_with_the_peaks_of_mfu(name):
     assert target.network <= target.nvlink < target.bandwidth < target.flops
 
 
-@pytest.mark.parametrize('file', (pathlib.Path(hardware.__file__).parent / 'devices').glob('*.toml'), ids=str)
+@pytest.mark.parametrize('file', sorted((pathlib.Path(hardware.__file__).parent / 'devices').glob('*.toml')), ids=str)
 def test_devices_say_where_their_figures_are_from(file):
     assert re.match(r'# NVIDIA .*\. Source: \w.*(Datasheet|product page)', file.read_text())
 

@@ -33,7 +33,7 @@ def figure(found: dict[str, Any]) -> Figure:
     for number, (place, one, label) in enumerate(zip(places, plans, labels, strict=True), 1):
         color = style.COLORS[0] if one['best'] else style.GRAY if one['fits'] else style.COLORS[1]
         fill = color if one['best'] else 'white'
-        look = {'marker': 'o' if one['fits'] else 'X', 'ms': 6, 'color': color, 'mfc': fill}
+        look: dict[str, Any] = {'marker': 'o' if one['fits'] else 'X', 'ms': 6, 'color': color, 'mfc': fill}
         axes.plot(*place, ls='', **look)
         axes.annotate(str(number), place, xytext=(4, 4), textcoords='offset points', fontsize=8, color=color)
         handles.append(Line2D([], [], ls='', label=label, **look))
@@ -44,9 +44,9 @@ def figure(found: dict[str, Any]) -> Figure:
         color=style.COLORS[1],
     )  # fmt: skip
     axes.set(xlabel='GiB a device at the peak', ylabel='estimated seconds a step (not measured)')
+    axes.margins(0.08)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.margins(0.08)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     style.note(axes, 'filled and joined: no other that fits is faster and smaller · cross: does not fit')
     drawn.legend(handles, [str(handle.get_label()) for handle in handles], loc='outside right upper')

@@ -130,6 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
         '--search', type=int, nargs='?', const=8, default=0, metavar='N',
         help='plan N meshes, recomputations and microbatches in turn, and show which are best (default: 8)',
     )  # fmt: skip
+    command.add_argument(
+        '--picture', default='', metavar='FILE', help='of a search, draw memory against seconds there: .svg or .png'
+    )
 
     command = add('report', commands.report, 'Turn run directories, also unfinished ones, into tables and figures.')
     command.add_argument('folders', nargs='+', metavar='FOLDER', help='run directories, or folders above some')

@@ -197,7 +197,7 @@ def plan(known: argparse.Namespace, overrides: list[str]) -> int:
     return command(
         known.config, overrides, known.devices, memory_limit=known.memory_limit, what=known.what, batch=known.batch,
         context=known.context, products=known.products,
-        json_file=known.json, most=known.search,
+        json_file=known.json, most=known.search, picture=known.picture,
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ REACHES = {
     'mixcon_jax.planner': {
         'mixcon_jax.planner',
         'mixcon_jax.planning',
+        'mixcon_jax.reports',
         'mixcon_jax.inference',
         'mixcon_jax.runs',
         'mixcon_jax.step',

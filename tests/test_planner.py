@@ -3,17 +3,26 @@
 import functools
 import json
 import math
+import pathlib
+import re
 
+import jax
 import pytest
+from flax import nnx
 
+from kernels_pallas import cards
 from mixcon_jax import config as configs
 from mixcon_jax.cli import main
 from mixcon_jax.errors import UserError
+from mixcon_jax.inference.generate import state_shardings
 from mixcon_jax.models import accounting
+from mixcon_jax.models.decoder import create
 from mixcon_jax.parallel.axes import AXES
+from mixcon_jax.planner import compiled, picture, search, words
 from mixcon_jax.planner import plan as planner
-from mixcon_jax.planner import programs, search, words
-from mixcon_jax.planning import hardware
+from mixcon_jax.planning import hardware, resources
+from mixcon_jax.planning.estimate import estimate
+from mixcon_jax.planning.hlo import Kernel
 from tests.tiny import ROOT
 
 SMALL = {
@@ -100,7 +109,7 @@ def test_the_exit_code_says_whether_it_fits(tmp_path, capsys, monkeypatch):
 
 FOUND = {
     'mesh': {'data': 1, 'fsdp': 4}, 'parameters': 10, 'gradients': 10, 'moments': 20, 'layout': [], 'replicated': {},
-    'passed_over': [], 'rematerialisations': [], 'traced': 1.0,
+    'passed_over': [], 'rematerialisations': [], 'traced': 1.0, 'resources': [],
     'model': {
         'total': 9, 'active': 9, 'embedding': 1, 'by_part': {'ffn': 9}, 'tokens': 4,
         'flops_per_token': 1.0, 'flops': 4.0,
@@ -110,7 +119,7 @@ FOUND = {
         'kernels': 1, 'gpu_kernels': [], 'compiled': 1.0,
         'estimate': {
             'compute': 1.0, 'memory': 1.0, 'exponentials': 1.0, 'nvlink': 1.0, 'network': 1.0, 'bound': 'memory',
-            'hidden': 1.0, 'exposed': 1.0,
+            'hidden': 1.0, 'exposed': 1.0, 'measured': {},
         },
     },
 }  # fmt: skip
@@ -144,6 +153,96 @@ def test_a_search_plans_what_is_valid_and_finds_what_nothing_beats(monkeypatch):
     assert search.search(config, job, ['cublas'], 2**19, 3, said.append)['left'] == len(found['plans']) - 3
     lines = list(words.table(found))
     assert len(lines) == len(found['plans']) + 2 and lines[1].startswith('*') and lines[-2].startswith('!')
+
+
+def test_a_picture_shows_every_plan_and_joins_those_that_nothing_beats():
+    plan = lambda peak, seconds, best=False: {
+        'peak': peak * 2**20, 'seconds_a_step': seconds, 'best': best, 'fits': peak <= 3, 'sets': f'mesh.data={peak}',
+    }  # fmt: skip
+    plans = [plan(3, 1.0, True), plan(2, 2.0, True), plan(3, 2.5), plan(1, 4.0, True), plan(4, 0.5)]
+    found = {'plans': plans, 'limit': 3 * 2**20, 'left': 0, 'fits': True}
+    joined, *markers, limit = picture.figure(found).axes[0].lines
+    at = lambda one: (one['peak'] / 2**30, one['seconds_a_step'])
+    assert joined.get_xydata().tolist() == [list(at(plans[number])) for number in (3, 1, 0)], 'the smallest first'
+    assert [tuple(line.get_xydata()[0]) for line in markers] == list(map(at, plans))
+    assert limit.get_xdata()[0] == 3 / 2**10
+    drawn = picture.draw(found, 'svg')
+    assert b'limit 3.00 MiB' in drawn
+    assert all(f'>{number} {one["sets"]}<'.encode() in drawn for number, one in enumerate(plans, 1))
+
+
+def test_a_search_writes_its_picture(tmp_path, monkeypatch, capsys):
+    stub(monkeypatch)
+    arguments = [
+        'plan',
+        '--config',
+        f'{ROOT}/experiments/mixcon/nano.py',
+        '--devices',
+        'h100:2',
+        '--products',
+        'cublas',
+    ]
+    for wrong in (['--picture', 'a.svg'], ['--search', '2', '--picture', 'a.pdf']):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *wrong])
+        assert ended.value.code == 2 and 'is of a --search, and its name ends in' in capsys.readouterr().err
+    file = tmp_path / 'new' / 'plans.svg'
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, '--search', '2', '--picture', str(file)])
+    assert not ended.value.code and file.read_text().startswith('<?xml') and not list(file.parent.glob('*.tmp'))
+
+
+# ----- what kernels take ---------------------------------------------------------------------------------------------
+
+PTXAS = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'scan_forward_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for scan_forward_mosaic_gpu_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 92 registers, used 2 barriers, 1 bytes smem
+something else that is said
+ptxas info    : Compiling entry function 'scan_forward_mosaic_gpu_kernel' for 'sm_90a'
+    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 80 registers, used 2 barriers, 1 bytes smem, 8 bytes cumulative stack size
+ptxas info    : Compiling entry function 'fusion_3' for 'sm_90a'
+    8 bytes stack frame, 64 bytes spill stores, 64 bytes spill loads
+ptxas info    : Used 255 registers
+"""
+
+
+def test_what_kernels_take_is_read_and_said():
+    (found,) = resources.summary({'scan_forward': 4096, 'another': 1}, PTXAS)
+    assert found == resources.Resources('scan_forward', 2, 92, 4096, 28)
+    laid_out = 'smem_scratch_bytes=66560, barrier_counts=Counter({Barrier(arrival_count=4, num_barriers=2): 1})'
+    assert resources.shared_bytes(f'Resources({laid_out})') == 66560 + 16
+    one, unknown = words._resources(['another', 'scan_forward'], [vars(found)])
+    taken = '92 registers a thread, 4.00 KiB of shared memory a block, spills 28 bytes a thread'
+    assert one.strip() == f'scan_forward, 2 programs, at most {taken}'
+    assert unknown.endswith('not known, as ptxas has not reported: another')
+
+
+def test_kernels_that_cards_have_timed_count_as_fast_as_they_ran():
+    rates, target = compiled.measured(9), hardware.TARGETS['h100']
+    assert set(rates) == set(compiled.BY_BYTES) and not compiled.measured(8), 'no card of an A100 has times'
+    assert all(1e11 < rate < target.bandwidth for rate in rates.values())
+    operation = 'jit(train)/selective_scan_forward/mpmd_map'
+    kernels = [Kernel('a', 'mosaic_gpu_v2', 10**9, 3, 'f32[1]', operation=operation), Kernel('b', 'Loop', 10**9, 1, '')]
+    guess = lambda rates: estimate(kernels, [], target, flops=0, exponentials=0, measured=rates)
+    scan = rates['selective_scan']
+    assert guess(rates)['measured'] == {'selective_scan': scan} and guess({})['measured'] == {}
+    assert guess(rates)['hidden'] == pytest.approx(3e9 / scan + 1e9 / target.bandwidth)
+    assert guess({})['hidden'] == pytest.approx(4e9 / target.bandwidth)
+
+
+@pytest.mark.slow
+def test_kernels_of_a_compiled_step_are_all_reported_on(monkeypatch):
+    monkeypatch.setenv(cards.TRUST, '1')
+    options = {'model.pattern': ('mamba+mlp',), 'model.dim': 128, 'model.dtype': 'bfloat16'}
+    found = planned(1, 1, tuple(options.items()))
+    assert {one['name'] for one in found['resources']} == set(found['cublas']['gpu_kernels'])
+    assert {'selective_scan_forward', 'selective_scan_backward'} <= set(found['cublas']['gpu_kernels'])
+    for one in found['resources']:
+        assert 16 < one['registers'] <= 255 and 1024 < one['shared_bytes'] < 227 * 2**10 and not one['spilled_bytes']
+    assert set(found['cublas']['estimate']['measured']) == {'selective_scan', 'causal_conv1d'}
 
 
 # ----- what is compiled ---------------------------------------------------------------------------------------------
@@ -207,6 +306,21 @@ def test_long_rows_have_no_square_array_and_no_whole_logits():
     assert found['cublas']['largest_elements'] < length * vocab < length * length
 
 
+def test_states_are_shared_out_by_rows_and_by_nothing_that_looks_like_them():
+    """Hyena's filters, as long as there are rows, are whole everywhere, and are counted once for all rows."""
+    model = configuration(8, {'model.pattern': ('hyena', 'attention+mlp'), 'mesh.data': 8}).model
+    module = nnx.split(nnx.eval_shape(lambda: create(model)))
+    mesh = jax.make_mesh((8, 1, 1, 1, 1), AXES)
+    found = state_shardings(*module, 8, 8, mesh)['blocks'][0]
+    leaves = {jax.tree_util.keystr(path): one.spec for path, one in jax.tree_util.tree_leaves_with_path(found)}
+    whole = {name for name, spec in leaves.items() if not spec}
+    assert {re.findall(r'\w+', name)[-1] for name in whole} == {'taps', 'length'} and len(leaves) > len(whole)
+    assert all(not one.spec for one in jax.tree.leaves(state_shardings(*module, 6, 8, mesh))), 'six over eight'
+    one, eight, sixteen = (accounting.state_bytes(model, 8, rows) for rows in (1, 8, 16))
+    shared = 2 * 4 * (8 * 64 + 1)  # of one filter and a length in each of two blocks
+    assert eight - shared == 8 * (one - shared) and sixteen - shared == 16 * (one - shared)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('what', ['prefill', 'decode'])
 def test_generation_compiles(what):
@@ -231,9 +345,9 @@ def test_devices_agree_with_the_peaks_of_mfu(name):
     assert target.network <= target.nvlink < target.bandwidth < target.flops
 
 
-def test_rows_are_split_though_heads_are_as_many():
-    assert programs._batch_axis((16, 16, 64, 128), 16) == 0
-    assert programs._batch_axis((3, 16, 8), 16) == programs._batch_axis((), 1) == -1
+@pytest.mark.parametrize('file', sorted((pathlib.Path(hardware.__file__).parent / 'devices').glob('*.toml')), ids=str)
+def test_devices_say_where_their_figures_are_from(file):
+    assert re.match(r'# NVIDIA .*\. Source: \w.*(Datasheet|product page)', file.read_text())
 
 
 def test_a_search_of_which_nothing_compiles_says_so(monkeypatch):

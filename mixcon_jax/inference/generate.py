@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mixcon_jax.errors import UserError
@@ -179,20 +180,29 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'
 
 
 def _first_state(graphdef: nnx.GraphDef, variables: Any, rows: int, length: int, place: Place | None) -> State:
-    """The state before the first token; on a mesh arrays `[B, ...]` are made shared out over its rows, if it divides
-    them."""
-
-    def make(variables: Any) -> State:
-        return nnx.merge(graphdef, variables).init_state(rows, length)
-
-    if place is None:
-        return make(variables)
-    by_row, whole = layout.batch_sharding(place.mesh), layout.replicated(place.mesh)
-    splits = rows % axes.rows(place.mesh.shape) == 0
-    shardings = jax.tree.map(
-        lambda x: by_row if splits and x.shape[:1] == (rows,) else whole, jax.eval_shape(make, variables)
-    )
+    """The state before the first token, on a mesh made where it is to lie."""
+    shardings = None if place is None else state_shardings(graphdef, variables, rows, length, place.mesh)
+    make = lambda variables: nnx.merge(graphdef, variables).init_state(rows, length)
     return jax.jit(make, out_shardings=shardings)(variables)
+
+
+def state_shardings(graphdef: nnx.GraphDef, variables: Any, rows: int, max_len: int, mesh: Mesh) -> State:
+    """Where a decode state lies on a mesh: what has rows is shared out if they can be, the rest is whole everywhere.
+
+    An array has rows, in its first dimension, if its shape changes with their number; what is computed of weights alone
+    does not, such as Hyena's filters.
+
+    Args:
+      graphdef, variables: of the model, as ``nnx.split`` gives them; the arrays may be shapes and types alone.
+      rows: of the state.
+      max_len: of the state.
+      mesh: to lie on.
+    """
+    by_row, whole = layout.batch_sharding(mesh), layout.replicated(mesh)
+    splits = rows % axes.rows(mesh.shape) == 0
+    make = lambda variables, rows: nnx.merge(graphdef, variables).init_state(rows, max_len)
+    one, two = (jax.eval_shape(functools.partial(make, rows=n), variables) for n in (1, 2))
+    return jax.tree.map(lambda a, b: by_row if splits and a.shape != b.shape else whole, one, two)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames='place', donate_argnames='state')

@@ -120,9 +120,9 @@ def exponentials_per_token(model, seq_len: int) -> tuple[float, float]:
     return forward, backward
 
 
-def state_bytes(model, max_len: int) -> int:
-    """Bytes of decode state of one sequence whose attention caches hold ``max_len`` tokens."""
-    state = nnx.eval_shape(lambda: create(model).init_state(1, max_len))
+def state_bytes(model, max_len: int, rows: int = 1) -> int:
+    """Bytes of decode state of so many sequences, one if left out, whose attention caches hold ``max_len`` tokens."""
+    state = nnx.eval_shape(lambda: create(model).init_state(rows, max_len))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -1,15 +1,18 @@
 """``mixcon plan``: reads what it is asked, prints what a plan, or the best of several, says. Loads no JAX."""
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mixcon_jax import config as configs
-from mixcon_jax.errors import Exit
+from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.planner import words
 from mixcon_jax.planner.plan import plan, read_devices, read_limit, require_extra, write
 from mixcon_jax.planner.search import search
 
 DOES_NOT_FIT = 3
+PICTURES = ('.svg', '.png')
 
 
 def command(
@@ -24,8 +27,9 @@ def command(
     products: Sequence[str] = ('triton', 'cublas'),
     json_file: str = '',
     most: int = 0,
+    picture: str = '',
 ) -> int:
-    """The command line's ``plan``: prints, and writes JSON.
+    """The command line's ``plan``: prints, and writes JSON and a picture.
 
     Args:
       config: experiment file, ``FILE`` or ``FILE:ARG``.
@@ -38,6 +42,7 @@ def command(
       products: what computes matrix products.
       json_file: where everything goes as well; '' for nowhere.
       most: plans to search through for the best; 0 plans what the configuration says.
+      picture: file of the search's picture, ``.svg`` or ``.png``; '' for none.
 
     Returns:
       0 if what is planned, or one of many, fits into the memory limit, 3 if it does not.
@@ -47,6 +52,8 @@ def command(
     """
     target, hosts, per_host = read_devices(wanted)
     limit = read_limit(memory_limit, target)
+    if picture and (not most or Path(picture).suffix not in PICTURES):
+        raise UserError(f'--picture {picture} is of a --search, and its name ends in {" or ".join(PICTURES)}')
     require_extra()
     loaded = configs.load(config, overrides)
     job = {'target': target, 'hosts': hosts, 'per_host': per_host, 'what': what, 'batch': batch, 'context': context}
@@ -59,5 +66,9 @@ def command(
     for line in lines:
         print(line)
     if json_file:
-        write(json_file, found)
+        write(json_file, (json.dumps(found, indent=1) + '\n').encode())
+    if picture:
+        from mixcon_jax.planner.picture import draw
+
+        write(picture, draw(found, Path(picture).suffix[1:]))
     return Exit.DONE if found['fits'] else DOES_NOT_FIT

@@ -1,43 +1,52 @@
 """The process that compiles: reads a job from stdin, writes what it found, a JSON line at a time.
 
-A line after the layout, one after each variant: what a compiler that aborts takes along is the variant alone.
+A line after the layout, one after each variant; the variants are compiled side by side.
 """
 
 import json
 import math
-import re
+import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from kernels_pallas import cards
+from kernels_pallas import cards, cases
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.parallel.placement import placement
 from mixcon_jax.planner import programs
-from mixcon_jax.planning import collectives, hlo, memory
+from mixcon_jax.planning import collectives, hlo, memory, resources
 from mixcon_jax.planning.compiling import devices
-from mixcon_jax.planning.estimate import estimate
+from mixcon_jax.planning.estimate import estimate, gpu_kernel
 from mixcon_jax.planning.hardware import TARGETS
 from mixcon_jax.step import make_steps
 
 PRODUCTS = {'triton': True, 'cublas': False}  # xla_gpu_enable_triton_gemm
 REPLICATED = 64 * 2**20  # bytes of an array on every device that are warned of one by one
 WITHOUT_TIMING = {'xla_gpu_autotune_level': 0}  # there is no device to time candidates on
+BY_BYTES = ('selective_scan', 'adaptive_gain', 'causal_conv1d')  # kernels whose time goes with their bytes at any shape
 
 
 def main() -> None:
     """Compiles the job on stdin."""
     job = json.load(sys.stdin)
-    say = lambda record: print(json.dumps(record), flush=True)
+    answers, lock = os.fdopen(os.dup(1), 'w'), threading.Lock()
+    os.dup2(2, 1)  # what compilers print goes where they warn
+
+    def say(record: dict[str, Any]) -> None:
+        with lock:
+            print(json.dumps(record), file=answers, flush=True)
+
     plan(configs.from_dict(job.pop('config')), say=say, **job)
 
 
@@ -60,10 +69,11 @@ def plan(
         warnings.simplefilter('always')
         start = time.perf_counter()
         steps = make_steps(config, mesh)
-        if what == 'train':
-            lowered = programs.train_step(config, steps)
-        else:
-            lowered = programs.generation(config, steps, what, batch, context)
+        with resources.laid_out() as shared:
+            if what == 'train':
+                lowered = programs.train_step(config, steps)
+            else:
+                lowered = programs.generation(config, steps, what, batch, context)
         state = steps.abstract_state
         fixed = {
             'mesh': dict(mesh.shape),
@@ -74,17 +84,23 @@ def plan(
             'layout': placement(state.params, steps.logical_axes, mesh),
             'replicated': programs.replicated(steps, REPLICATED),
             'passed_over': sorted({str(one.message) for one in said if ' in place of ' in str(one.message)}),
+            'shared_bytes': shared,
             'traced': time.perf_counter() - start,
         }
         say(fixed)
-        for name in products:
-            start = time.perf_counter()
-            options = WITHOUT_TIMING | {'xla_gpu_enable_triton_gemm': PRODUCTS[name]}
+        rounds, rates = programs.unknown_rounds(config), measured(TARGETS[target].capability[0])
+
+    def compile_with(name: str) -> None:
+        start = time.perf_counter()
+        options = WITHOUT_TIMING | {'xla_gpu_enable_triton_gemm': PRODUCTS[name]}
+        with jax.default_device(found[0]):
             compiled = lowered.compile(compiler_options=options)
-            assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
-            seconds = time.perf_counter() - start
-            rounds = programs.unknown_rounds(config)
-            say({name: variant(config, compiled, mesh, target, fixed, rounds) | {'compiled': seconds}})
+        assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
+        seconds = time.perf_counter() - start
+        say({name: variant(config, compiled, mesh, target, fixed, rounds, rates) | {'compiled': seconds}})
+
+    with ThreadPoolExecutor(len(products)) as pool:
+        list(pool.map(compile_with, products))
 
 
 def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: int) -> dict[str, Any]:
@@ -106,7 +122,7 @@ def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: in
         'total': total.total, 'active': total.active, 'embedding': total.embedding, 'by_part': parts,
         'tokens': tokens, 'flops_per_token': flops, 'flops': flops * tokens,
         'exponentials': sum(exponentials[: 2 if what == 'train' else 1]) * tokens,
-        'state_bytes': accounting.state_bytes(config.model, context) * batch if what != 'train' else 0,
+        'state_bytes': accounting.state_bytes(config.model, context, batch) if what != 'train' else 0,
     }  # fmt: skip
 
 
@@ -117,55 +133,48 @@ def variant(
     target: str,
     fixed: Mapping[str, Any],
     rounds: float,
+    rates: Mapping[str, float],
 ) -> dict[str, Any]:
     """What one compiled module says of itself."""
     text, stats = compiled.as_text(), compiled.memory_analysis()
-    found = hlo.kernels(text, rounds)
+    module = hlo.parse(text)
+    found = hlo.kernels(module, rounds)
     exchanged = collectives.exchanges(found, mesh.shape, [device.process_index for device in mesh.devices.flat])
     number = mesh.size
-    kept = memory.kept_by_loops(text, config.model.num_blocks)
-    names = sorted(
-        {
-            one
-            for kernel in found
-            if kernel.kind.startswith('mosaic')
-            for one in re.findall(r'/(\w+)/mpmd', kernel.operation)
-        }
-    )
+    kept = memory.kept_by_loops(module, config.model.num_blocks)
     model, device = fixed['model'], TARGETS[target]
     return {
         'peak': stats.peak_memory_in_bytes,
         'arguments': stats.argument_size_in_bytes,
         'activations': kept,
         'temporaries': max(0, stats.peak_memory_in_bytes - stats.argument_size_in_bytes - fixed['gradients'] - kept),
-        'largest': [vars(one) for one in memory.largest_arrays(text)],
+        'largest': [vars(one) for one in memory.largest_arrays(text, module)],
         'largest_elements': hlo.largest(text),
         'exchanges': [vars(one) for one in exchanged],
-        'kernels': sum(kernel.count for kernel in found),
-        'instructions': sum(map(len, hlo.parse(text)[0].values())),
-        'bytes': sum(kernel.total for kernel in found),
-        'flops': sum(kernel.flops * kernel.count for kernel in found),
-        'gpu_kernels': names,
+        'instructions': sum(map(len, module[0].values())),
+        **hlo.totals(found),
+        'gpu_kernels': sorted({name for name in map(gpu_kernel, found) if name}),
         'estimate': estimate(
             found, exchanged, device, flops=model['flops'] / number, exponentials=model['exponentials'] / number,
-            slower=measured(device.capability[0]),
+            measured=rates,
         ),
     }  # fmt: skip
 
 
 def measured(major: int) -> dict[str, float]:
-    """By kernel, how many times its floor a call and its gradient took on GPUs of this generation: cards' median."""
+    """Bytes a second that GPUs of this generation have moved in a call and its gradient, by kernel: cards' median."""
     found = {}
-    for kernel in cards.kernels():
-        ratios = [
-            times['both'] / times['both_floor']
+    for kernel in BY_BYTES:
+        moved = {case.name: case.both_bytes for case in cases.of(kernel)[1]}
+        rates = [
+            moved[name] / (1e-3 * times['both'])
             for card in cards.shipped(kernel)
             if card.major == major and card.counts
-            for times in card.times.values()
-            if times.get('both_floor')
+            for name, times in card.times.items()
+            if name in moved
         ]
-        if ratios:
-            found[kernel] = statistics.median(ratios)
+        if rates:
+            found[kernel] = statistics.median(rates)
     return found
 
 

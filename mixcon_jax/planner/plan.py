@@ -16,6 +16,7 @@ import ml_collections
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
+from mixcon_jax.planning import resources
 from mixcon_jax.planning.hardware import TARGETS
 
 TIMEOUT = 1800  # seconds of one compile
@@ -44,7 +45,7 @@ def plan(config: ml_collections.ConfigDict, job: dict[str, Any], products: Seque
       limit: bytes that a device may hold.
     """
     job = job | {'context': job['context'] or config.data.seq_len, 'products': list(products)}
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _cpu_seconds()
     found = compile_apart(job | {'config': json.loads(configs.to_json(config))})
     peak = max(found[name]['peak'] for name in products)
     target = TARGETS[job['target']]
@@ -52,10 +53,16 @@ def plan(config: ml_collections.ConfigDict, job: dict[str, Any], products: Seque
         'name': config.name, **job, 'limit': limit, 'peak': peak, 'margin': limit - peak, 'fits': peak <= limit,
         'device': target.name, 'peak_flops': target.flops, 'remat': config.model.remat,
         'accum_steps': config.train.accum_steps, 'batch_size': config.train.batch_size, 'seq_len': config.data.seq_len,
-        'seconds': time.perf_counter() - start,
+        'seconds': time.perf_counter() - start, 'cpu_seconds': _cpu_seconds() - before,
         'compiler_memory': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 2**10,
         **found,
     }  # fmt: skip
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that have been started from here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def compile_apart(job: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +71,8 @@ def compile_apart(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: it ended otherwise than it should, with the end of what it said.
     """
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    # No compiler reports on what a cache has.
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false', resources.PTXAS: '1'}
     environment['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_root()), environment.get('PYTHONPATH', '')]))
     arguments = [sys.executable, '-m', 'mixcon_jax.planner.compiled']
     try:
@@ -83,6 +91,7 @@ def compile_apart(job: dict[str, Any]) -> dict[str, Any]:
             raise UserError(users[-1])
         end = ' | '.join(line.strip() for line in done.stderr.splitlines()[-5:] if line.strip())
         raise UserError(f'the compiler ended with code {done.returncode}: {end[-600:]}')
+    found['resources'] = [vars(one) for one in resources.summary(found.pop('shared_bytes'), done.stderr)]
     found['rematerialisations'] = sorted(
         set(re.findall(r'Involuntary full rematerialization[^\n]{0,300}', done.stderr))
     )
@@ -129,10 +138,10 @@ def require_extra() -> None:
         raise UserError('`mixcon plan` needs the extra "plan": pip install -r requirements-plan.lock')
 
 
-def write(file: str, found: Any) -> None:
-    """Writes JSON, a whole file or none."""
+def write(file: str, content: bytes) -> None:
+    """Writes a whole file or none."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'{path.name}.tmp')
-    partial.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+    partial.write_bytes(content)
     partial.replace(path)

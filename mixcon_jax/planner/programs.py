@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas.attention.xla import tile_size
 from mixcon_jax.inference import generate
-from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.rules import on_mesh
@@ -63,29 +62,24 @@ def generation(config: ml_collections.ConfigDict, steps: Steps, what: str, batch
     params, rest = both
     by_row = axes.BATCH_AXES if batch % axes.rows(mesh.shape) == 0 else None
     place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-    rows = lambda x: place(x, *(by_row if i == _batch_axis(x.shape, batch) else None for i in range(x.ndim)))
-    state = jax.tree.map(rows, nnx.eval_shape(lambda: create(config.model, config.seed).init_state(batch, context)))
-    new = 1 if what == 'decode' else context
-    tokens = rows(jax.ShapeDtypeStruct((batch, new), jnp.int32))
-    keys = place(jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(batch, jnp.uint32))))
-    index, rules = place(jax.ShapeDtypeStruct((), jnp.int32)), axes.rules(config.mesh)
     variables = nnx.merge_state(to_state(steps.abstract_state.params, params), jax.tree.map(place, rest))
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda v: nnx.merge(graphdef, v).init_state(batch, context), variables),
+        generate.state_shardings(graphdef, variables, batch, context, mesh),
+    )
+    new = 1 if what == 'decode' else context
+    tokens = place(jax.ShapeDtypeStruct((batch, new), jnp.int32), by_row)
+    seeds = place(jax.ShapeDtypeStruct((batch,), jnp.uint32))
+    index, rules = place(jax.ShapeDtypeStruct((), jnp.int32)), axes.rules(config.mesh)
 
-    def step(variables, tokens, segment_ids, positions, state, keys, index):
+    def step(variables, seeds, tokens, positions, state, index):
         with on_mesh(mesh, rules):
-            where = Context(segment_ids=segment_ids, positions=positions)
-            run = generate._step.__wrapped__
-            return run(
-                graphdef, generate.Sampling(), config.model.vocab_size, variables, tokens, where, state, keys, index
-            )
+            run, sampling = generate._step.__wrapped__, generate.Sampling()
+            return run(graphdef, sampling, config.model.vocab_size, variables, seeds, tokens, positions, state, index)
 
-    traced = jax.jit(step, donate_argnums=4).trace(variables, tokens, tokens, tokens, state, keys, index)
+    traced = jax.jit(step, donate_argnums=4).trace(variables, seeds, tokens, tokens, state, index)
     return traced.lower(lowering_platforms=('cuda',))
-
-
-def _batch_axis(shape: tuple[int, ...], batch: int) -> int:
-    """The dimension of rows, the first of whatever has them; -1 where there is none."""
-    return 0 if shape[:1] == (batch,) else -1
 
 
 def shard_bytes(tree: Any) -> int:

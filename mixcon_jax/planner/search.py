@@ -35,8 +35,9 @@ def search(
       say: shows a line of progress.
 
     Returns:
-      ``plans``: all that compiled, each with ``what`` sets it apart and whether it is ``best``: it fits, and none that
-      fits is estimated to be as fast with as little memory. ``left``: candidates that were not planned.
+      ``plans``: all that compiled, those that fit first, the fastest of them first, each with ``sets``, what sets it
+      apart, and whether it is ``best``: it fits, and none that fits is estimated to be as fast with as little memory.
+      ``left``: candidates that were not planned.
 
     Raises:
       UserError: no mesh of so many devices goes with the configuration, or no candidate could be planned.
@@ -58,6 +59,7 @@ def search(
         say(f'{number} of {min(most, len(found))}: {what}: planned in {one["seconds"]:.0f} s')
     if not plans:
         raise UserError(f'none of {min(most, len(found))} candidates could be planned; the last: {failed}')
+    plans.sort(key=lambda one: (one['peak'] > limit, one['seconds_a_step']))
     for one in plans:
         one['best'] = one['fits'] and not any(_beats(other, one) for other in plans if other['fits'])
     return {'plans': plans, 'left': len(found[most:]), 'fits': any(one['fits'] for one in plans), 'limit': limit}

@@ -28,6 +28,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f'compiled  as a {found["device"]} would choose by default; GPU kernels: {", ".join(kernels) or "none"}'
     for line in found['passed_over']:
         yield f'          {line}'
+    yield from _resources(kernels, found['resources'])
     for name in found['products']:
         yield from _variant(found, name)
     verdict = 'fits' if found['fits'] else 'DOES NOT FIT'
@@ -37,9 +38,22 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     )
     compiled = ', '.join(f'{found[name]["compiled"]:.0f} s ({name})' for name in found['products'])
     yield (
-        f'took      {found["seconds"]:.0f} s, {memory(found["compiler_memory"])} here: traced in'
-        f' {found["traced"]:.0f} s, compiled in {compiled}'
+        f'took      {found["seconds"]:.0f} s, {found["cpu_seconds"]:.0f} s of CPU time and'
+        f' {memory(found["compiler_memory"])} here: traced in {found["traced"]:.0f} s, compiled at once in {compiled}'
     )
+
+
+def _resources(kernels: list[str], found: list[dict[str, Any]]) -> Iterator[str]:
+    """What every kernel takes of a multiprocessor, or that nobody has said so."""
+    for one in found:
+        programs = f', {one["programs"]} programs, at most' if one['programs'] > 1 else ':'
+        spilled = f'spills {one["spilled_bytes"]} bytes a thread' if one['spilled_bytes'] else 'no spills'
+        yield (
+            f'          {one["name"]}{programs} {one["registers"]} registers a thread,'
+            f' {memory(one["shared_bytes"])} of shared memory a block, {spilled}'
+        )
+    if unknown := sorted(set(kernels) - {one['name'] for one in found}):
+        yield f'          registers and shared memory not known, as ptxas has not reported: {", ".join(unknown)}'
 
 
 def _variant(found: dict[str, Any], name: str) -> Iterator[str]:
@@ -70,14 +84,17 @@ def _variant(found: dict[str, Any], name: str) -> Iterator[str]:
         f' {guess["exposed"]:.3g} s if none does (MFU at most {most})'
         f'; bound by {guess["bound"]}; seconds alone: {alone}'
     )
+    if guess['measured']:
+        rates = ', '.join(f'{kernel} {rate / 1e12:.2g} TB/s' for kernel, rate in guess['measured'].items())
+        yield f'          of it as fast as GPUs of this generation have run them: {rates}; all else at its peak'
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
     """The lines of a search, the fastest plan first; a star marks those that none beats in both columns."""
-    yield f'{"":2}{"GiB":>8} {"s a step":>10}  options'
-    for one in sorted(found['plans'], key=lambda one: (not one['fits'], one['seconds_a_step'])):
+    yield f'{"":2}{"":>3} {"GiB":>8} {"s a step":>10}  options'
+    for number, one in enumerate(found['plans'], 1):
         mark = '*' if one['best'] else '' if one['fits'] else '!'
-        yield f'{mark:2}{one["peak"] / 2**30:8.2f} {one["seconds_a_step"]:10.3g}  {one["sets"]}'
+        yield f'{mark:2}{number:3} {one["peak"] / 2**30:8.2f} {one["seconds_a_step"]:10.3g}  {one["sets"]}'
     yield (
         f'* no other that fits is faster and smaller; ! does not fit into {memory(found["limit"])}; seconds are'
         f' estimates, not measured; {found["left"]} more candidates were left out (--search N plans N)'

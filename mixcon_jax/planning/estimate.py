@@ -1,6 +1,9 @@
 """An estimate of a step's time from what a compiled module moves and computes: a floor and no measurement."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mixcon_jax.planning.collectives import COLLECTIVES, Exchange
 from mixcon_jax.planning.hardware import Target
@@ -14,8 +17,8 @@ def estimate(
     *,
     flops: float,
     exponentials: float,
-    slower: Mapping[str, float],
-) -> dict[str, float | str]:
+    measured: Mapping[str, float],
+) -> dict[str, Any]:
     """Seconds of a step on one device, every part at the device's peak but for kernels that cards have timed.
 
     Args:
@@ -25,17 +28,21 @@ def estimate(
       flops: operations of the model's own products on one device; counts where more than the products found, since
         kernels that are called say nothing of theirs.
       exponentials: on one device.
-      slower: how many times its floor a kernel takes, as cards of verification have measured it, by its name.
+      measured: bytes a second of kernels, by the start of their names, as GPUs have been seen to move them.
 
     Returns:
       ``compute``, ``memory``, ``exponentials``, ``nvlink`` and ``network``, each alone; ``bound``, the largest of them;
-      ``hidden``: kernels one after the other, exchanges behind them; ``exposed``: exchanges after them.
+      ``hidden``: kernels one after the other, exchanges behind them; ``exposed``: exchanges after them; ``measured``:
+      what of the argument has counted.
     """
     local = [kernel for kernel in found if kernel.kind.removesuffix('-start') not in COLLECTIVES]
     products = max(flops, sum(kernel.flops * kernel.count for kernel in local))
     serial, counted = 0.0, 0
+    timed: dict[str, float] = {}
     for kernel in local:
-        seconds = max(kernel.flops / target.flops, kernel.bytes / target.bandwidth * _factor(kernel, slower))
+        rate = {name: measured[name] for name in measured if gpu_kernel(kernel).startswith(name)}
+        timed |= rate
+        seconds = max(kernel.flops / target.flops, kernel.bytes / min(target.bandwidth, *rate.values(), math.inf))
         serial += seconds * kernel.count
         counted += kernel.flops * kernel.count
     serial += max(0.0, products - counted) / target.flops
@@ -51,11 +58,10 @@ def estimate(
     serial = max(serial, parts['exponentials'])
     travel = max(nvlink, network)
     bound = max(parts, key=parts.__getitem__)
-    return {**parts, 'bound': bound, 'hidden': max(serial, travel), 'exposed': serial + travel}
+    return {**parts, 'bound': bound, 'hidden': max(serial, travel), 'exposed': serial + travel, 'measured': timed}
 
 
-def _factor(kernel: Kernel, slower: Mapping[str, float]) -> float:
-    """How many times its bytes' time a kernel takes, if a card says so."""
-    if not kernel.kind.startswith('mosaic_gpu'):
-        return 1.0
-    return next((factor for name, factor in slower.items() if f'/{name}' in kernel.operation), 1.0)
+def gpu_kernel(kernel: Kernel) -> str:
+    """The name that its source gives a kernel of Mosaic's; '' of any other."""
+    found = re.search(r'/(\w+)/mpmd', kernel.operation) if kernel.kind.startswith('mosaic_gpu') else None
+    return found[1] if found else ''

@@ -60,6 +60,7 @@ class Target:
     bandwidth: float  # of the memory, bytes per second
     nvlink: float  # to the devices of the same host, bytes per second one way
     network: float  # to other hosts, bytes per second one way, of one device
+    threads: int = 2048  # that a multiprocessor holds
     aliases: tuple[str, ...] = ()
 
     @property
@@ -74,7 +75,7 @@ class Target:
         feature = ' feature_extension: ACCELERATED_FEATURES' if major >= 9 else ''
         return f"""
             gpu_device_info {{
-              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {self.threads}
               shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_bytes}
               shared_memory_per_block_optin: {self.shared_bytes_block}
               core_count: {self.cores} fpus_per_core: {self.fpus}

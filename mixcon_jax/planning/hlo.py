@@ -4,12 +4,12 @@ A fusion is one kernel that reads its operands and writes its results; what it r
 once. Of an operand that it only slices, or updates in place, the slice counts. A loop's body counts as often as XLA
 knows it runs; of a loop whose number of rounds depends on data the caller says how many to count, and its condition,
 which the host waits for before every round and after the last, counts as well. Calls of kernels (`custom-call`) count
-their operands and results.
+their operands and results, but for the bytes that cuBLAS may work in.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SIZES = {
@@ -23,6 +23,7 @@ NO_KERNEL = {
 SLICES = {'dynamic-slice', 'slice', 'gather'}
 INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
+WORKSPACE = re.compile(r's8\[\d+\]')  # of cuBLAS, a result beside the product
 GROUPS = re.compile(r'(?:replica_groups|source_target_pairs)=(.*?)(?:, [a-z_]+=|$)')
 
 
@@ -59,7 +60,13 @@ class Instruction:
         return found.group(1) if found else ''
 
     @property
+    def operation(self) -> str:
+        """What XLA names it after; '' of most that it has made itself."""
+        return (re.search(r'op_name="([^"]*)"', self.attributes) or ['', ''])[1]
+
+    @property
     def frame(self) -> int:
+        """Where in the program's source it comes from, for `memory.Frames`; 0 is unknown."""
         found = re.search(r'stack_frame_id=(\d+)', self.attributes)
         return int(found[1]) if found else 0
 
@@ -72,7 +79,6 @@ class Kernel:
       float32: of the bytes, those of float32 arrays.
       flops: a launch's operations in matrix products, two a multiply-add; of custom calls, those of cuBLAS alone.
       groups: of an exchange, the text that says between which devices.
-      frame: where in the program's source it comes from, for `Frames`; 0 is unknown.
     """
 
     name: str
@@ -85,7 +91,6 @@ class Kernel:
     float32: int = 0
     flops: int = 0
     groups: str = ''
-    frame: int = 0
 
     @property
     def total(self) -> int:
@@ -102,8 +107,13 @@ class Loop:
     rounds: int | None
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, each its instructions by name, and the entry's name."""
+Module = tuple[dict[str, dict[str, Instruction]], str]
+
+
+def parse(text: str | Module) -> Module:
+    """Computations by name, each its instructions by name, and the entry's name; what is parsed comes back as it is."""
+    if not isinstance(text, str):
+        return text
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ''
     current: dict[str, Instruction] | None = None
@@ -133,31 +143,37 @@ def _closing(rest: str) -> tuple[str, str]:
     return rest, ''
 
 
-def kernels(text: str, rounds: float = 1) -> list[Kernel]:
+def kernels(text: str | Module, rounds: float = 1) -> list[Kernel]:
     """Every kernel of an optimised module's text (`compiled.as_text()`), loops followed.
 
     Args:
-      text: of the module.
+      text: of the module, or what `parse` makes of it.
       rounds: to count of a loop whose number of rounds is not known, in the mean.
     """
-    computations, entry = parse(text)
-    return [found for found in _walk(computations, entry, 1, rounds) if isinstance(found, Kernel)]
+    return [found for found in _walk(*parse(text), 1, rounds) if isinstance(found, Kernel)]
 
 
-def loops(text: str, rounds: float = 1) -> list[Loop]:
+def totals(found: Sequence[Kernel]) -> dict[str, int]:
+    """``kernels``, all launches, and what they move and compute together: ``bytes``, ``float32`` of them, ``flops``."""
+    total = lambda of: sum(of(kernel) * kernel.count for kernel in found)
+    return {
+        'kernels': total(lambda kernel: 1), 'bytes': total(lambda kernel: kernel.bytes),
+        'float32': total(lambda kernel: kernel.float32), 'flops': total(lambda kernel: kernel.flops),
+    }  # fmt: skip
+
+
+def loops(text: str | Module, rounds: float = 1) -> list[Loop]:
     """Every loop of an optimised module's text; `rounds` as of `kernels`, for the loops inside."""
-    computations, entry = parse(text)
-    return [found for found in _walk(computations, entry, 1, rounds) if isinstance(found, Loop)]
+    return [found for found in _walk(*parse(text), 1, rounds) if isinstance(found, Loop)]
 
 
 def _walk(computations, name: str, times: float, rounds: float) -> Iterator[Kernel | Loop]:
     body = computations[name]
     for instruction in body.values():
         opcode = instruction.opcode
-        operation = (re.search(r'op_name="([^"]*)"', instruction.attributes) or ['', ''])[1]
         if opcode == 'while':
             known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', instruction.attributes)
-            yield Loop(instruction.name, operation, round(times), int(known[1]) if known else None)
+            yield Loop(instruction.name, instruction.operation, round(times), int(known[1]) if known else None)
             yield from _walk(
                 computations, instruction.called('body'), times * (int(known[1]) if known else rounds), rounds
             )
@@ -170,20 +186,27 @@ def _walk(computations, name: str, times: float, rounds: float) -> Iterator[Kern
             continue
         operands = [body[operand] for operand in instruction.operands]
         inside = computations.get(instruction.called('calls')) if opcode.startswith('fusion') else None
+        call = source(instruction, computations)
         moved = [
-            _fusion_bytes(operands, inside, only) if inside else _plain_bytes(instruction, operands, only)
+            _fusion_bytes(operands, inside, call, only) if inside else _plain_bytes(instruction, operands, only)
             for only in ('', 'f32')
         ]
         kind = (re.search(r'kind=k(\w+)', instruction.attributes) or ['', opcode])[1]
-        target = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
+        target = re.search(r'custom_call_target="([^"]+)"', call.attributes)
         if '__triton' in instruction.attributes:
             kind = 'triton'
         flops = sum(_flops(product, inside or body) for product in (inside or {instruction.name: instruction}).values())
         yield Kernel(
             instruction.name, target.group(1) if target else kind, moved[0], round(times), instruction.shape,
-            [operand.shape for operand in operands], operation, moved[1], flops,
-            (GROUPS.search(instruction.attributes) or ['', ''])[1], instruction.frame,
+            [operand.shape for operand in operands], call.operation, moved[1], flops,
+            (GROUPS.search(instruction.attributes) or ['', ''])[1],
         )  # fmt: skip
+
+
+def source(instruction: Instruction, computations: Mapping[str, Mapping[str, Instruction]]) -> Instruction:
+    """What says whence an instruction comes: of a fusion that slices what a kernel is called with, that call."""
+    inside = computations.get(instruction.called('calls'), {}) if instruction.opcode == 'fusion' else {}
+    return next((one for one in inside.values() if one.opcode == 'custom-call'), instruction)
 
 
 def _flops(instruction: Instruction, body: dict[str, Instruction]) -> int:
@@ -200,7 +223,7 @@ def _flops(instruction: Instruction, body: dict[str, Instruction]) -> int:
 
 
 def _plain_bytes(instruction: Instruction, operands: list[Instruction], only: str) -> int:
-    result = array_bytes(instruction.shape, only)
+    result = array_bytes(_written(instruction, instruction), only)
     if instruction.opcode in SLICES:
         return 2 * result
     if instruction.opcode == 'dynamic-update-slice':
@@ -208,7 +231,11 @@ def _plain_bytes(instruction: Instruction, operands: list[Instruction], only: st
     return result + sum(array_bytes(operand.shape, only) for operand in operands)
 
 
-def _fusion_bytes(operands: list[Instruction], body: dict[str, Instruction], only: str) -> int:
+def _written(result: Instruction, by: Instruction) -> str:
+    return WORKSPACE.sub('', result.shape) if '__cublas' in by.attributes else result.shape
+
+
+def _fusion_bytes(operands: list[Instruction], body: dict[str, Instruction], call: Instruction, only: str) -> int:
     users: dict[str, list[Instruction]] = {name: [] for name in body}
     for inner in body.values():
         for operand in inner.operands if inner.opcode != 'parameter' else ():
@@ -243,7 +270,7 @@ def _fusion_bytes(operands: list[Instruction], body: dict[str, Instruction], onl
         while behind.opcode in ('bitcast', 'convert'):
             behind = body[behind.operands[0]]
         in_place = behind.opcode == 'dynamic-update-slice'
-        total += array_bytes(body[behind.operands[1]].shape if in_place else result.shape, only)
+        total += array_bytes(body[behind.operands[1]].shape if in_place else _written(result, call), only)
     return total
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from mixcon_jax.planning.hlo import ARRAY, NO_KERNEL, Instruction, array_bytes, parse, sizes
+from mixcon_jax.planning.hlo import ARRAY, NO_KERNEL, Instruction, Module, array_bytes, parse, sizes, source
 
 MODELS = ('mixcon_jax/', 'kernels_pallas/')  # where a model's lines are; below them lie JAX's
 
@@ -58,9 +58,15 @@ class Frames:
         return ''
 
 
-def largest_arrays(text: str, most: int = 10) -> list[Large]:
-    """The largest arrays that kernels write outside of arguments, alike ones as one entry, largest first."""
-    computations, _ = parse(text)
+def largest_arrays(text: str, module: Module | None = None, most: int = 10) -> list[Large]:
+    """The largest arrays that kernels write outside of arguments, alike ones as one entry, largest first.
+
+    Args:
+      text: of the optimised module.
+      module: `hlo.parse` of it, where that is at hand.
+      most: entries.
+    """
+    computations, _ = module or parse(text)
     frames = Frames(text)
     inside = {
         instruction.called(attribute)
@@ -74,37 +80,32 @@ def largest_arrays(text: str, most: int = 10) -> list[Large]:
         for instruction in body.values() if name not in inside else ():
             if instruction.opcode in NO_KERNEL or instruction.opcode.endswith('-done'):
                 continue
-            line = frames.line(instruction.frame)
+            line = frames.line(source(instruction, computations).frame)
             for kind, dims in set(ARRAY.findall(instruction.shape)):
                 if kind != 's8':  # what cuBLAS works in
                     found.setdefault((f'{kind}[{dims}]', line), []).append(instruction)
     ranked = sorted(found.items(), key=lambda item: -array_bytes(item[0][0]))
     return [
-        Large(shape, array_bytes(shape), len(group), line, _operation(group[0]))
+        Large(shape, array_bytes(shape), len(group), line, source(group[0], computations).operation)
         for (shape, line), group in ranked[:most]
     ]
 
 
-def _operation(instruction: Instruction) -> str:
-    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return found[1] if found else ''
-
-
-def kept_by_loops(text: str, rounds: int) -> int:
+def kept_by_loops(text: str | Module, rounds: int) -> int:
     """Bytes of what the forward loop over blocks stacks up for the backward pass, on one device.
 
     These are the results of loops of the forward pass (named ``jvp`` but not ``transpose``) with one entry a round,
     that the loop writes slice by slice. 0 where XLA has unrolled the loop.
 
     Args:
-      text: of the optimised module.
+      text: of the optimised module, or what `hlo.parse` makes of it.
       rounds: blocks of the model.
     """
     computations, _ = parse(text)
     most = 0
     for body in computations.values():
         for loop in body.values():
-            operation = _operation(loop)
+            operation = loop.operation
             if loop.opcode != 'while' or 'jvp(' not in operation or 'transpose(' in operation:
                 continue
             trips = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.attributes)

@@ -1,7 +1,8 @@
 """Figures of a report as files: drawn without a display, with text as text, and the same bytes from the same runs."""
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -20,9 +21,7 @@ def draw(
     Returns:
       ``{name: {'png': bytes, 'svg': bytes}}``.
     """
-    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **style.RC}  # whatever a matplotlibrc says
-    del settings['backend']
-    with mpl.rc_context(settings):
+    with in_style():
         figures = {
             'loss-tokens': curves.losses(arms, curves.TOKENS, lambda arm: 1.0),
             'loss-flops': curves.losses(arms, curves.FLOPS, lambda arm: arm.costs.flops_per_token),
@@ -30,10 +29,20 @@ def draw(
             'differences': points.differences(arms, baseline, score, differences),
             'accuracy-by-length': curves.accuracy_by_length(arms),
         }
-        return {name: {kind: _render(one, kind) for kind in ('png', 'svg')} for name, one in figures.items() if one}
+        return {name: {kind: render(one, kind) for kind in ('png', 'svg')} for name, one in figures.items() if one}
 
 
-def _render(figure: Figure, kind: str) -> bytes:
+@contextlib.contextmanager
+def in_style() -> Iterator[None]:
+    """What is drawn and rendered inside looks as all our figures do, whatever a matplotlibrc says."""
+    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **style.RC}
+    del settings['backend']
+    with mpl.rc_context(settings):
+        yield
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """The file of a figure, 'png' or 'svg'; the same bytes each time."""
     buffer = io.BytesIO()
     metadata = {'Software': None} if kind == 'png' else {'Date': None, 'Creator': None}
     figure.savefig(buffer, format=kind, metadata=metadata)

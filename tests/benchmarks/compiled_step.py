@@ -79,26 +79,22 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
         compiled = lowered.compile(compiler_options={'xla_gpu_enable_triton_gemm': products == 'triton'})
     assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
     seconds = traced - start, time.process_time() - traced
-    text = compiled.as_text()
-    found, loops = hlo.kernels(text, rounds), [loop for loop in hlo.loops(text, rounds) if loop.rounds is None]
+    module = hlo.parse(compiled.as_text())
+    loops = [loop for loop in hlo.loops(module, rounds) if loop.rounds is None]
     by_name: dict[str, int] = {}
     for loop in loops:
         by_name[loop.operation] = by_name.get(loop.operation, 0) + loop.entered
-    total = lambda values: sum(value * kernel.count for value, kernel in zip(values, found))
     parameters = parameter_count(config.model).total
     kept = kept_bytes(config, device)
     return {
         'parameters': parameters,
         'peak': compiled.memory_analysis().peak_memory_in_bytes,
-        'kernels': sum(kernel.count for kernel in found),
+        **hlo.totals(hlo.kernels(module, rounds)),
         'conditions': round(sum(loop.entered for loop in loops) * (rounds + 1)),
         'rounds': rounds,
         'unknown': by_name,
-        'bytes': total(kernel.bytes for kernel in found),
-        'float32': total(kernel.float32 for kernel in found),
         'necessary': 32 * parameters + 2 * kept * config.train.accum_steps,
         'kept': kept,
-        'flops': total(kernel.flops for kernel in found),
         'flops_of_model': flops_per_token(config.model, length) * rows * length,
         'traced': seconds[0],
         'compiled': seconds[1],

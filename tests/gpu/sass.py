@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from mixcon_jax.planning import resources
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -38,16 +40,10 @@ class Kernel:
 def read(folder: pathlib.Path, name: str) -> Kernel:
     """Reads the dumps of the kernel ``name`` (MOSAIC_GPU_DUMP_TO, _PTXAS, _SASS_CTRL and _RESOURCES were set)."""
     (report,) = folder.glob(f'{name}_*.ptxas')
-    text = report.read_text()
-    (registers,) = re.findall(r'Used (\d+) registers', text)
-    # Once: where any are, ptxas says so a second time.
-    (spills,) = re.findall(r'stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads', text)
+    ((_, registers, spilled),) = resources.reported(report.read_text())
     (used,) = folder.glob(f'{name}_*.resources.txt')  # numbered in another order
-    resources = used.read_text()
-    (shared,) = re.findall(r'smem_scratch_bytes=(\d+)', resources)
-    barriers = sum(8 * int(n) for n in re.findall(r'num_barriers=(\d+)', resources))
     opcodes, loops = _loops(report.with_suffix('.sass_ctrl').read_text())
-    return Kernel(name, int(registers), sum(map(int, spills)), int(shared) + barriers, loops, Counter(opcodes))
+    return Kernel(name, registers, spilled, resources.shared_bytes(used.read_text()), loops, Counter(opcodes))
 
 
 def _loops(sass: str) -> tuple[list[str], tuple[Loop, ...]]:

@@ -1,6 +1,6 @@
 """Bytes counted from a compiled module's text, on one written by hand."""
 
-from mixcon_jax.planning.hlo import Loop, array_bytes, kernels, largest, loops
+from mixcon_jax.planning.hlo import Loop, array_bytes, kernels, largest, loops, totals
 
 MODULE = """
 HloModule hand, is_scheduled=true
@@ -121,8 +121,54 @@ def test_products_float32_and_loops_of_unknown_rounds():
     """Two and a half rounds in the mean, so three and a half conditions."""
     fusion, call, negated, condition = kernels(PRODUCTS, rounds=2.5)
     assert fusion.flops == call.flops == 2 * 4 * 6 * 8
+    assert call.bytes == fusion.bytes, 'what cuBLAS works in is not moved'
     assert (fusion.bytes, fusion.float32) == (48 + 96 + 128, 128)
     assert (negated.count, negated.float32, negated.flops) == (2, 256, 0)
     assert condition.count == 4
     assert loops(PRODUCTS) == [Loop('loop', 'jit(f)/while', 1, None)]
     assert [loop.rounds for loop in loops(MODULE)] == [8]
+
+
+CALLED = """
+HloModule hand, is_scheduled=true
+
+%dynamic-slice-fusion (p0: f32[8,100], p1: s32[], p2: f32[100]) -> (f32[100], s32[4]) {
+  %p0 = f32[8,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+  %row = f32[100]{0} bitcast(%part)
+  %p2 = f32[100]{0} parameter(2)
+  ROOT %call = (f32[100]{0}, s32[4]{0}) custom-call(%row, %p2), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/scan_forward/mpmd_map" stack_frame_id=7}
+}
+
+%product (q0: f32[4,6], q1: f32[6,8]) -> (f32[4,8], s8[64]) {
+  %q0 = f32[4,6]{1,0} parameter(0)
+  %q1 = f32[6,8]{1,0} parameter(1)
+  %gemm = (f32[4,8]{1,0}, s8[64]{0}) custom-call(%q0, %q1), custom_call_target="__cublas$lt$matmul", backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}
+  %y = f32[4,8]{1,0} get-tuple-element(%gemm), index=0
+  %room = s8[64]{0} get-tuple-element(%gemm), index=1
+  ROOT %both = (f32[4,8]{1,0}, s8[64]{0}) tuple(%y, %room)
+}
+
+ENTRY %main (a: f32[8,100], i: s32[], b: f32[100], c: f32[4,6], d: f32[6,8]) -> (f32[100], s32[4]) {
+  %a = f32[8,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[100]{0} parameter(2)
+  %c = f32[4,6]{1,0} parameter(3)
+  %d = f32[6,8]{1,0} parameter(4)
+  %gemm_fusion = (f32[4,8]{1,0}, s8[64]{0}) fusion(%c, %d), kind=kCustom, calls=%product
+  ROOT %fusion = (f32[100]{0}, s32[4]{0}) fusion(%a, %i, %b), kind=kCustom, calls=%dynamic-slice-fusion
+}
+"""  # noqa: E501
+
+
+def test_a_call_in_a_fusion_that_slices_for_it_is_that_call():
+    """Its bytes are a row's and not all rows'; of a product, without what cuBLAS works in."""
+    product, kernel = kernels(CALLED)
+    assert (kernel.kind, kernel.operation) == ('mosaic_gpu_v2', 'jit(f)/scan_forward/mpmd_map')
+    assert kernel.bytes == 400 + 4 + 400 + 400 + 16
+    assert (product.kind, product.flops, product.bytes) == ('__cublas$lt$matmul', 2 * 4 * 6 * 8, 4 * (24 + 48 + 32))
+    assert totals([product, kernel]) == {
+        'kernels': 2, 'bytes': product.bytes + kernel.bytes, 'float32': 4 * (24 + 48 + 32) + 1200, 'flops': 384,
+    }  # fmt: skip

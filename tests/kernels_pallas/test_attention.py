@@ -1,5 +1,6 @@
 """Attention: the other forms equal dense softmax attention, in float64, for any lengths, documents and caches."""
 
+import functools
 import inspect
 import re
 
@@ -10,6 +11,8 @@ import pytest
 
 from kernels_pallas import platform
 from kernels_pallas.attention import attention, whole_tiles, xla
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 WIDTH = 8
 TOLERANCE = {'rtol': 1e-11, 'atol': 1e-12}
@@ -49,10 +52,13 @@ def assert_close(actual, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or TOLERANCE)), actual, expected)
 
 
+ALIKE = [(7, 7, 0, 16), (13, 32, 19, 16), (6, 6, 0, 1)]
+
+
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize(
     'length, keys, q_offset, block_size',
-    [(1, 1, 0, 16), (7, 7, 0, 16), (64, 64, 0, 16), (41, 41, 0, 8), (5, 23, 11, 8), (13, 32, 19, 16), (6, 6, 0, 1)],
+    [(1, 1, 0, 16), (64, 64, 0, 16), (41, 41, 0, 8), (5, 23, 11, 8), *(slow(*case) for case in ALIKE)],
 )
 def test_blockwise_equals_dense(length, keys, q_offset, block_size, packed):
     """Outputs and the gradients of q, k and v."""

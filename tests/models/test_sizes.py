@@ -8,9 +8,25 @@ from mixcon_jax import config as configs
 from mixcon_jax.cli import main
 from mixcon_jax.models.sizes import SIZES
 from mixcon_jax.reports import presets
+from tests.models.cases import traced_once
 from tests.tiny import ROOT
 
 EXACT = sorted(name for name, size in SIZES.items() if size.total)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def counted_once():
+    """Several tests ask for all figures."""
+    count, known = presets.figures, {}
+
+    def figures(size):
+        if id(size) not in known:
+            known[id(size)] = count(size)
+        return known[id(size)]
+
+    with traced_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, 'figures', figures)
+        yield
 
 
 @pytest.mark.parametrize('name', EXACT)

@@ -187,6 +187,7 @@ def test_equals_the_sequential_loop(case: Case):
     assert all(errors[name] <= TOLERANCE[actual.dtype] for name, (actual, _) in pairs.items()), errors
 
 
+@pytest.mark.slow  # the cases of the cards, which tests/gpu/test_accept.py runs, ask it, too
 def test_the_same_call_gives_the_same_bits():
     case = Case((2, 19, 200, 16), **FULL, resets=(3,))
     arrays, reset = draw(case, 0)

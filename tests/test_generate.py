@@ -36,6 +36,7 @@ def test_prompts_of_unequal_lengths_get_the_tokens_they_get_alone(model, samplin
         np.testing.assert_array_equal(together[row], run(model, [prompt], sampling, [3 + row])[0])
 
 
+@pytest.mark.slow  # the same of their tokens is above
 def test_prompts_of_unequal_lengths_get_the_logits_they_get_alone(model):
     tokens, context = left_padded(PROMPTS)
     hidden, _, _ = called(model, jnp.asarray(tokens), context, model.init_state(3, tokens.shape[1]))

@@ -91,9 +91,10 @@ def want_two_steps(**options):
     return two_steps(step_config(**LINEAR, **options), 1)
 
 
+# A step of every layer on such a mesh is in tests/test_meshes.py, and microbatches on four devices are below.
 AXES = [
     *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ('data', 'fsdp')),
-    {'data': 2, 'fsdp': 2, 'tensor': 2},
+    pytest.param({'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
 ]
 
 

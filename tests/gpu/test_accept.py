@@ -19,7 +19,7 @@ from tests.gpu.accept.runner import Outcome, Runner, Stage
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-CHEAP = ('device', 'kernel', 'layers', 'train', 'speed')  # 'run' trains and resumes, which other tests do, too
+CHEAP = ('device', 'kernel', 'layers')  # the others train, which other tests do, too
 ALIKE = ('diagonal32', 'diagonal64')  # variants whose cases are made as those of another, diagonal16, are
 
 

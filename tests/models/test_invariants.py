@@ -70,7 +70,10 @@ def test_any_split_of_prefill_and_decode_equals_the_whole(name, sizes):
 
 
 # Parts of others.
-@pytest.mark.parametrize('name', but_slow('conba_code', 'conba_diag', 'conba_companion', 'moe_mamba_all'))
+ALIKE = ('conba_code', 'conba_diag', 'conba_companion', 'moe_mamba_all', 'mamba_norms', 'attention_named', 'moe_dense')
+
+
+@pytest.mark.parametrize('name', but_slow(*ALIKE))
 def test_packed_documents_equal_separate_ones(name):
     """Outputs and the gradients of inputs and parameters; padding follows the last document."""
     lengths = [5, 1, 9]
@@ -149,12 +152,13 @@ def test_a_models_structure_may_be_a_static_argument(name):
     assert isinstance(hash(nnx.split(model)[0]), int)
 
 
-# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's
-# primitive, RWKV-6 is on gla's. Named attention is attention_rope; experts are moe's, and those of
-# a mixer on Mamba's scan.
+# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's, and the diagonal gain has a test of its
+# own in tests/kernels_pallas/test_adaptive_gain.py; retention is Mamba-2's primitive, RWKV-6 is on gla's. Attention with
+# positions is attention; experts are moe's, and those of a mixer on Mamba's scan.
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
-    'moe_switch', 'hyena_modal', 'rwkv6', 'attention_named', 'moe_dense', 'moe_bias', 'moe_mamba',
+    'moe_switch', 'hyena_modal', 'rwkv6', 'attention_named', 'moe_dense', 'moe_bias', 'moe_grouped', 'moe_mamba',
+    'conba_diag', 'attention_rope',
 )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ def refused(capsys, *argv):
 def trained(tmp_path_factory):
     """A finished tiny run: its folder, experiment file and workdir."""
     folder = tmp_path_factory.mktemp('cli')
-    experiment = write_experiment(folder / 'experiment.py', tiny_config(folder, train__steps=4))
+    config = tiny_config(folder, train__steps=4, model__pattern=('attention+moe',))
+    experiment = write_experiment(folder / 'experiment.py', config)
     with pytest.raises(SystemExit) as end:
         cli.main(['train', '--config', str(experiment), '--workdir', str(folder / 'run')])
     assert end.value.code == 0

@@ -10,9 +10,17 @@ import pytest
 from launch.sweep import cases
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting, kinds
+from tests.models.cases import traced_once
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / 'experiments').rglob('*.py') if path.name != '__init__.py')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def counted_once():
+    """Sweeps and their arms share models."""
+    with traced_once():
+        yield
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))

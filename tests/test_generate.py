@@ -9,7 +9,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.inference.generate import Sampling, generate, left_padded, sample
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
-from tests.models.cases import model_config, perturbed
+from tests.models.cases import called, model_config, perturbed
 
 PROMPTS = [[0, 5, 9, 3, 7, 1], [0, 8], [0, 2, 4, 6]]
 VOCAB = 60
@@ -25,29 +25,34 @@ def run(model, prompts, sampling, seeds, count=6):
     return np.stack(list(generate(model, prompts, count, sampling, seeds, VOCAB)), axis=1)
 
 
-@pytest.mark.parametrize('sampling', [Sampling(temperature=0), Sampling(1.3, top_k=20, top_p=0.9)], ids=str)
+# Greedy decoding has a test of its own below.
+GREEDY = pytest.param(Sampling(temperature=0), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, Sampling(1.3, top_k=20, top_p=0.9)], ids=str)
 def test_prompts_of_unequal_lengths_get_the_tokens_they_get_alone(model, sampling):
     together = run(model, PROMPTS, sampling, [3, 4, 5])
     for row, prompt in enumerate(PROMPTS):
         np.testing.assert_array_equal(together[row], run(model, [prompt], sampling, [3 + row])[0])
 
 
+@pytest.mark.slow  # the same of their tokens is above
 def test_prompts_of_unequal_lengths_get_the_logits_they_get_alone(model):
     tokens, positions = left_padded(PROMPTS)
     context = Context(jnp.asarray(positions >= 0, jnp.int32), jnp.asarray(positions))
-    hidden, _, _ = model(jnp.asarray(tokens), context, model.init_state(3, tokens.shape[1]))
+    hidden, _, _ = called(model, jnp.asarray(tokens), context, model.init_state(3, tokens.shape[1]))
     for row, prompt in enumerate(PROMPTS):
-        alone, _, _ = model(jnp.asarray([prompt]), Context.whole(1, len(prompt)))
+        alone, _, _ = called(model, jnp.asarray([prompt]), Context.whole(1, len(prompt)))
         np.testing.assert_allclose(hidden[row, -len(prompt) :], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_greedy_decoding_equals_running_the_whole_text_again_for_each_token(model):
-    new = run(model, PROMPTS[:1], Sampling(temperature=0), [0])[0]
-    text = list(PROMPTS[0])
-    for token in new:
-        hidden, _, _ = model(jnp.asarray([text]), Context.whole(1, len(text)))
-        assert token == jnp.argmax(model.logits(hidden[0, -1])[:VOCAB])
-        text.append(int(token))
+    text = np.zeros((1, 12), np.int32)  # of one length, to compile once: what comes after a token changes nothing
+    text[0, :6] = PROMPTS[0]
+    for place, token in enumerate(run(model, PROMPTS[:1], Sampling(temperature=0), [0])[0], 6):
+        hidden, _, _ = called(model, jnp.asarray(text), Context.whole(*text.shape))
+        assert token == jnp.argmax(model.logits(hidden[0, place - 1])[:VOCAB])
+        text[0, place] = token
 
 
 def test_seeds_decide_the_draws(model):

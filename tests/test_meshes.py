@@ -60,7 +60,11 @@ MESHES = [
     slow({'fsdp': 2, 'tensor': 4}, {}),
     slow({'fsdp': 2, 'expert': 4}, {}),
     slow({'context': 4, 'fsdp': 2}, {}),
-    ({'data': 2, 'expert': 2, 'tensor': 2}, {}),
+    slow({'data': 2, 'expert': 2, 'tensor': 2}, {}),
+    (
+        {'data': 2, 'expert': 2, 'tensor': 2},
+        {'model__pattern': ('conba+moe', 'attention|moe')},
+    ),  # a scan is Conba's, too
     slow({'context': 2, 'expert': 2, 'tensor': 2}, {}),
     slow({'expert': 8}, {}),
     slow({'expert': 8}, SIXTEEN),

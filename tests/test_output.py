@@ -73,8 +73,6 @@ def shell(line: str, **settings: str) -> subprocess.CompletedProcess:
     """Runs a line in which ``$MIXCON`` is the command."""
     command = f'{sys.executable} -m mixcon_jax.cli'
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'MIXCON': command, 'COLUMNS': '300'} | settings
-    # Most of it is importing: keep the compiled modules even where the environment says not to.
-    environment |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
     return subprocess.run(['bash', '-c', line], env=environment, capture_output=True, text=True)
 
 

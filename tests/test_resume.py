@@ -73,7 +73,8 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_alike(tmp_path):
     print(f'seed {seed}')  # shown when the test fails
     chance = random.Random(seed)
     steps = 24
-    config = tiny_config(tmp_path, train__steps=steps, log__tensorboard=True, model__conba__process_noise=0.01)
+    options = {'model__pattern': ('conba+moe',), 'model__conba__process_noise': 0.01}
+    config = tiny_config(tmp_path, train__steps=steps, log__tensorboard=True, **options)
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     begin = time.monotonic()
     finish(config, whole)

@@ -91,9 +91,10 @@ def want_two_steps(**options):
     return two_steps(step_config(**LINEAR, **options), 1)
 
 
+# A step of every layer on such a mesh is in tests/test_meshes.py, and microbatches on four devices are below.
 AXES = [
     *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in ('data', 'fsdp')),
-    {'data': 2, 'fsdp': 2, 'tensor': 2},
+    pytest.param({'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
 ]
 
 
@@ -108,7 +109,7 @@ def test_devices_share_a_batch_as_if_it_were_one(axes):
     assert_same(state, want_state)
 
 
-@pytest.mark.parametrize('accum, devices', [(2, 1), pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)])
+@pytest.mark.parametrize('accum, devices', [*(pytest.param(n, 1, marks=pytest.mark.slow) for n in (2, 8)), (2, 4)])
 def test_accumulation_is_one_big_batch(accum, devices):
     """Balance coefficients are 0: that loss is a mean over microbatches, each with its own statistics."""
     options = {'model__moe__balance': 'none', 'train__z_loss_coef': 0.001}
@@ -275,7 +276,7 @@ def test_named_experts_move_a_bias_of_their_own():
 
 
 # ----- evaluation -----
-@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('devices', [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_evaluation_sums_each_scored_token_once(devices):
     config = step_config(train__batch_size=16, train__loss_chunk=7)
     steps = steps_of(config, devices)
@@ -301,7 +302,11 @@ def test_evaluation_takes_batches_of_any_size_and_rows_of_padding():
 
 
 # ----- learning, and starting from other weights -----
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'lion', 'adafactor'])
+# Updates of all are compared with their formulas in tests/test_optim.py.
+OPTIMIZERS = ['adamw', 'muon', *(pytest.param(name, marks=pytest.mark.slow) for name in ('lion', 'adafactor'))]
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
 def test_every_optimizer_learns_a_batch_by_heart(optimizer):
     rate = {'adamw': 0.02, 'muon': 0.02, 'lion': 0.005, 'adafactor': 0.1}[optimizer]
     config = step_config(

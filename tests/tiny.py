@@ -79,8 +79,6 @@ def start_training(
     # One device, compiled as the tests are: most of a short run is compiling, and the rest importing.
     flags = ' '.join(flag for flag in os.environ.get('XLA_FLAGS', '').split() if 'device_count' not in flag)
     settings = os.environ | {'PYTHONPATH': path, 'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'}
-    # Keep the compiled modules even where the environment says not to.
-    settings |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
     settings |= environment or {}
     return subprocess.Popen(
         command, cwd=workdir.parent, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

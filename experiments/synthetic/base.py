@@ -71,17 +71,16 @@ def arms(get_config):
 
     total = parameter_count(get_config().model).total
     models = {name: get_config(name).model for name in ARCHITECTURES}
-    return [
+    made = [
         {
             'name': name,
-            'seed': seed,
             'model.pattern': model.pattern,
             'model.attention.rope': model.attention.rope,
             'model.mlp.hidden_dim': width_for(model, total),
         }
-        for seed in range(3)
         for name, model in models.items()
     ]
+    return [arm | {'seed': seed} for seed in range(3) for arm in made]
 
 
 def changed(arms, names, changes):

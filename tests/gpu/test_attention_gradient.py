@@ -23,7 +23,8 @@ AT_LAUNCH = 65536 // (3 * 128) // 8 * 8  # registers a thread, of three warpgrou
 # KiB of shared memory; instructions of a turn
 CEILINGS = {('dq', 64): (81, 430), ('dkv', 64): (83, 475), ('dq', 128): (161, 490), ('dkv', 128): (163, 505)}
 PRODUCTS = {'dq': 3, 'dkv': 4}  # of a tile
-FORMS = [(64, True), (128, True), pytest.param((128, False), marks=pytest.mark.slow)]  # width, packed
+# Width, packed; 128 takes the most registers and shared memory.
+FORMS = [(128, True), *(pytest.param(form, marks=pytest.mark.slow) for form in ((64, True), (128, False)))]
 
 
 @pytest.fixture(scope='module', params=FORMS, ids=str)

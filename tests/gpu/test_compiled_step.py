@@ -44,7 +44,8 @@ def test_a_small_step_and_its_table(capsys):
     assert 'no rung' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('mixer', ['mamba', 'conba'])
+# Conba has Mamba's kernels, and the gain's.
+@pytest.mark.parametrize('mixer', [pytest.param('mamba', marks=pytest.mark.slow), 'conba'])
 def test_selective_rematerialisation_runs_no_gpu_kernel_again(mixer):
     def program(remat):
         options = {'pattern': (f'{mixer}+mlp',), 'remat': remat, 'dim': 128, 'conba.head_dim': 32, 'ssm.d_state': 16}

@@ -1,5 +1,6 @@
 """Adaptive gains: chunked equals sequential to 1e-12 in float64, documents packed or not."""
 
+import functools
 import inspect
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas.adaptive_gain import diagonal_gain, matrix_gain
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 B, H, P = 2, 2, 6
 GAINS = {'matrix': matrix_gain, 'diagonal': diagonal_gain}
@@ -54,7 +57,7 @@ def assert_close(actual, expected, **tolerance):
 
 
 @pytest.mark.parametrize('kind', GAINS)
-@pytest.mark.parametrize('length', [1, 7, 64, 129, 300])
+@pytest.mark.parametrize('length', [1, slow(7), slow(64), 129, 300])
 def test_chunked_equals_sequential(kind, length):
     """Reads, final gain and the gradient of every array, with documents that start anywhere; 300 is two groups."""
     arrays, reset = draw(kind, length, length)
@@ -99,7 +102,7 @@ def test_reference_is_the_written_law(kind, seed):
 
 
 @pytest.mark.parametrize('kind', GAINS)
-@pytest.mark.parametrize('lengths', [(7, 9, 3), (8, 8, 1), (1, 1, 9)], ids=str)
+@pytest.mark.parametrize('lengths', [(7, 9, 3), slow((8, 8, 1)), slow((1, 1, 9))], ids=str)
 def test_packed_documents_equal_separate_ones(kind, lengths):
     """The trap: a first token must read zero, not the document before it."""
     length = sum(lengths)
@@ -120,7 +123,7 @@ def test_packed_documents_equal_separate_ones(kind, lengths):
 
 
 @pytest.mark.parametrize('kind', GAINS)
-@pytest.mark.parametrize('cut', [1, 37])
+@pytest.mark.parametrize('cut', [slow(1), 37])
 def test_a_call_in_two_equals_one_call(kind, cut):
     arrays, reset = draw(kind, cut, 45)
     gain = arrays.pop('initial_gain')

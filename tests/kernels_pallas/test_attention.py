@@ -1,5 +1,6 @@
 """Attention: the other forms equal dense softmax attention, in float64, for any lengths, documents and caches."""
 
+import functools
 import inspect
 import re
 
@@ -10,6 +11,8 @@ import pytest
 
 from kernels_pallas import platform
 from kernels_pallas.attention import attention, whole_tiles, xla
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 WIDTH = 8
 TOLERANCE = {'rtol': 1e-11, 'atol': 1e-12}
@@ -49,10 +52,13 @@ def assert_close(actual, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or TOLERANCE)), actual, expected)
 
 
+ALIKE = [(7, 7, 0, 16), (13, 32, 19, 16), (6, 6, 0, 1)]
+
+
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize(
     'length, keys, q_offset, block_size',
-    [(1, 1, 0, 16), (7, 7, 0, 16), (64, 64, 0, 16), (41, 41, 0, 8), (5, 23, 11, 8), (13, 32, 19, 16), (6, 6, 0, 1)],
+    [(1, 1, 0, 16), (64, 64, 0, 16), (41, 41, 0, 8), (5, 23, 11, 8), *(slow(*case) for case in ALIKE)],
 )
 def test_blockwise_equals_dense(length, keys, q_offset, block_size, packed):
     """Outputs and the gradients of q, k and v."""
@@ -159,10 +165,11 @@ def test_packed_documents_equal_dense_as_each_platform_goes_through_them(on, siz
     same = rows(length, *sizes, batch=2)
     others = jnp.stack([same[0], 1 + jnp.arange(length, dtype=jnp.int32) // 9])
     padded = jnp.where((jnp.arange(length) < 9) | (jnp.arange(length) // 10 == 3), 0, others)
+    qkv = draw(length, length, length)
+    by = lambda **options: jax.jit(lambda segment_ids: graded(qkv, segment_ids=segment_ids, **options))
+    dense, blockwise = by(implementation='reference'), by(implementation='blockwise', block_size=8)
     for segment_ids in (same, others, padded):
-        qkv = draw(length, length, length)
-        expected = graded(qkv, segment_ids=segment_ids, implementation='reference')
-        assert_close(graded(qkv, segment_ids=segment_ids, implementation='blockwise', block_size=8), expected)
+        assert_close(blockwise(segment_ids), dense(segment_ids))
 
 
 def test_documents_whose_numbers_do_not_rise_see_their_own_keys():

@@ -1,5 +1,6 @@
 """Causal convolutions equal a float64 loop, documents, states and gradients included."""
 
+import functools
 import inspect
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 
 from kernels_pallas.causal_conv1d import causal_conv1d, mosaic_gpu, past_reach, xla
 from tests.kernels_pallas import interpreted
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 BATCH, CHANNELS = 2, 5
 SHAPES = {
@@ -75,7 +78,7 @@ def assert_close(actual, expected, **tolerance):
     )
 
 
-@pytest.mark.parametrize('length', [1, 2, 7, 33])
+@pytest.mark.parametrize('length', [1, slow(2), slow(7), 33])
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('implementation', ['reference', 'xla'])
 def test_equals_the_loop(implementation, shape, length):
@@ -84,7 +87,7 @@ def test_equals_the_loop(implementation, shape, length):
     assert_close(y, by_hand(arrays, reset, **SHAPES[shape]))
 
 
-@pytest.mark.parametrize('length', [1, 7, 33])
+@pytest.mark.parametrize('length', [1, slow(7), 33])
 @pytest.mark.parametrize('shape', SHAPES)
 def test_gradients_equal_those_of_the_sequential_form(shape, length):
     """Of x, weight, bias and the initial state, through outputs and the final state."""
@@ -106,7 +109,7 @@ def test_without_bias_and_state_both_are_zero():
 
 @pytest.mark.parametrize('given', ['reset', 'positions'])
 @pytest.mark.parametrize('shape', ['width 4 + SiLU', 'taps'])
-@pytest.mark.parametrize('cut', [1, 2, 7, 19])
+@pytest.mark.parametrize('cut', [1, slow(2), 7, slow(19)])
 def test_a_call_in_two_equals_one_call(shape, cut, given):
     """A state never hands on a token of an earlier document, whichever way documents are told."""
     arrays, reset = draw(cut, 20, SHAPES[shape]['lags'])

@@ -14,7 +14,10 @@ from kernels_pallas import adaptive_gain, attention, context_parallel, exchange
 from kernels_pallas.selective_scan import selective_scan
 
 B, T, D, N, H, P = 2, 16, 4, 3, 2, 4
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SHARDS = (2, 4, 8)
+# Each number of shards compiles anew: all are always run of the scan without delay and of the exchange itself.
+DEAR = (slow(2), 4, slow(8))
 SPLIT, WHOLE = PartitionSpec(None, 'context'), PartitionSpec()
 TOLERANCE = {'rtol': 1e-9, 'atol': 1e-10}
 
@@ -112,8 +115,11 @@ def scan_on_shards(shards, delay):
 
 
 @pytest.mark.parametrize('borders', BORDERS)
-@pytest.mark.parametrize('delay', [False, True], ids=['plain', 'delay'])
-@pytest.mark.parametrize('shards', SHARDS)
+@pytest.mark.parametrize(
+    'shards, delay',
+    [*((shards, False) for shards in SHARDS), slow(2, True), (4, True), slow(8, True)],
+    ids=lambda value: {False: 'plain', True: 'delay'}[value] if isinstance(value, bool) else str(value),
+)
 def test_selective_scan(shards, delay, borders):
     """Outputs, a-priori outputs, final state and all gradients, with readout, skip, gate and process noise."""
     arrays, readout = draw_scan(len(borders), delay)
@@ -165,7 +171,7 @@ def gain_on_shards(kind, shards):
 
 @pytest.mark.parametrize('borders', BORDERS)
 @pytest.mark.parametrize('kind', ['matrix', 'diagonal'])
-@pytest.mark.parametrize('shards', SHARDS)
+@pytest.mark.parametrize('shards', DEAR)
 def test_gain(shards, kind, borders):
     """Reads, final gain and all gradients."""
     args = (draw_gain(kind, len(borders)), resets(borders))
@@ -194,7 +200,7 @@ def test_previous_tokens_reach_over_several_shards(shards, length):
 
 
 @pytest.mark.parametrize('dtype', ['float64', 'bfloat16'])
-@pytest.mark.parametrize('shards', SHARDS)
+@pytest.mark.parametrize('shards', DEAR)
 def test_attention(shards, dtype):
     """In bfloat16 too, of which XLA:CPU refuses some sums over devices."""
     rng = np.random.default_rng(shards)

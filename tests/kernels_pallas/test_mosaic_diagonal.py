@@ -82,7 +82,7 @@ def test_outputs_and_gradients_equal_the_law_and_are_the_same_bits_twice(case):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize('segments', [1, 2])
+@pytest.mark.parametrize('segments', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_without_a_gradient_the_outputs_are_the_same_bits(segments):
     (e, alpha, log_decay, gain), reset, _ = arguments = draw(7, 2, 33, 4, 32, True)
     options = {'segments': segments, 'interpret': interpreted.parameters()}

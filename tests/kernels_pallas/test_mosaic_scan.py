@@ -49,9 +49,9 @@ TABLE = {'settings': None}  # the tuned tile sizes in place of the small ones
 CASES = [
     # lengths
     Case((2, 1, 128, 8)),
-    Case((1, 7, 128, 16)),
+    Case((1, 7, 128, 16), slow=True),
     Case((2, 64, 128, 8), state=True, slow=True),
-    Case((1, 73, 128, 8), **FULL, resets=(0, 40, 72)),
+    Case((1, 73, 128, 8), **FULL, resets=(0, 40, 72), slow=True),
     Case((1, 257, 128, 8), **FULL, resets=(0, 100, 256), slow=True),
     # channels and states that fill no tile
     Case((2, 7, 5, 3), **FULL),
@@ -62,9 +62,9 @@ CASES = [
     Case((1, 9, 128, 64), **FULL, resets=(4,)),
     # one option at a time
     Case((1, 24, 128, 8), gate=True, slow=True),
-    Case((1, 24, 128, 8), softplus=True),
+    Case((1, 24, 128, 8), softplus=True, slow=True),
     Case((1, 24, 128, 8), skip=True, slow=True),
-    Case((1, 24, 128, 8), state=True),
+    Case((1, 24, 128, 8), state=True, slow=True),
     Case((1, 24, 128, 8), softplus=True, padded=True, resets=(16,)),
     Case((1, 24, 128, 8), padded=True, state=True, slow=True),
     # documents that start on the borders of tiles, beside them, and all at once
@@ -74,14 +74,14 @@ CASES = [
     # bfloat16
     Case((1, 24, 128, 16), jnp.bfloat16, slow=True),
     Case((2, 40, 128, 16), jnp.bfloat16, **FULL, resets=(16, 20), slow=True),
-    Case((1, 7, 5, 8), jnp.bfloat16, **FULL),
+    Case((1, 7, 5, 8), jnp.bfloat16, **FULL, slow=True),
     # the tuned tiles
     Case((1, 64, 128, 16), jnp.bfloat16, **FULL, resets=(32,), options=TABLE),
     Case((1, 40, 128, 16), **FULL, resets=(16,), options=TABLE, slow=True),
     # time in slices, evenly and not
-    Case((1, 32, 128, 8), **FULL, resets=(3, 16), options={'splits': 2}),
+    Case((1, 32, 128, 8), **FULL, resets=(3, 16), options={'splits': 2}, slow=True),
     Case((1, 64, 128, 8), **FULL, resets=(3, 32), options={'splits': 4}, slow=True),
-    Case((2, 37, 128, 8), state=True, options={'splits': 2}),
+    Case((1, 37, 128, 8), **FULL, resets=(3, 16), options={'splits': 2}),
     Case((1, 32, 128, 8), jnp.bfloat16, **FULL, options={'splits': 2}, slow=True),
     # states kept less often
     Case((2, 70, 128, 8), **FULL, resets=(40,), options={'keep_every': 32}),
@@ -92,9 +92,9 @@ CASES = [
     Case((1, 32, 128, 8), softplus=True, state=True, options={'prior': True, 'splits': 2}, slow=True),
     # Conba's scaled readout
     Case((1, 11, 128, 16), **FULL, resets=(5,), readout=True),
-    Case((1, 8, 5, 3), readout=True),
-    Case((1, 16, 128, 16), jnp.bfloat16, **FULL, readout=True),
-    Case((1, 16, 128, 16), state=True, readout=True, options={'splits': 2}),
+    Case((1, 8, 5, 3), readout=True, slow=True),
+    Case((1, 16, 128, 16), jnp.bfloat16, **FULL, readout=True, slow=True),
+    Case((1, 16, 128, 16), state=True, readout=True, options={'splits': 2}, slow=True),
 ]
 
 
@@ -187,6 +187,7 @@ def test_equals_the_sequential_loop(case: Case):
     assert all(errors[name] <= TOLERANCE[actual.dtype] for name, (actual, _) in pairs.items()), errors
 
 
+@pytest.mark.slow  # the cases of the cards, which tests/gpu/test_accept.py runs, ask it, too
 def test_the_same_call_gives_the_same_bits():
     case = Case((2, 19, 200, 16), **FULL, resets=(3,))
     arrays, reset = draw(case, 0)

@@ -1,5 +1,6 @@
 """Selective scan: every implementation is the sequential loop, in float64, with every option and gradient."""
 
+import functools
 import inspect
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas.selective_scan import selective_scan
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 B, D, N = 2, 5, 4
 TOLERANCE = {'rtol': 1e-10, 'atol': 1e-11}
@@ -83,7 +86,7 @@ def with_options(name, seed, length):
 
 
 CASES = [
-    ('plain', 129), ('packed', 7), ('packed', 64), ('packed readout', 11), ('packed delay', 1),
+    ('plain', 129), slow('packed', 7), ('packed', 64), slow('packed readout', 11), ('packed delay', 1),
     ('packed readout delay noise', 17),
 ]  # fmt: skip
 

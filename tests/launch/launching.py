@@ -28,8 +28,6 @@ def launch(module: str, *arguments: object, environment: Mapping[str, str] | Non
     """Starts ``python -m module`` with one CPU device a process; both streams come as one text pipe."""
     flags = [flag for flag in os.environ.get('XLA_FLAGS', '').split() if 'device_count' not in flag]
     settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ' '.join(flags), 'PYTHONUNBUFFERED': ''}
-    # Most of a short run is importing: keep the compiled modules even where the environment says not to.
-    settings |= {'PYTHONDONTWRITEBYTECODE': '', 'PYTHONPYCACHEPREFIX': str(ROOT / '.cache' / 'pycache')}
     settings |= environment or {}
     command = [sys.executable, '-m', module, *map(str, arguments)]
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -3,16 +3,18 @@
 Every registered kind has a case by itself, under its own name; here stand those with options that change what it does.
 """
 
+import contextlib
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import ConfigError
-from mixcon_jax.models import kinds, pattern, presets
+from mixcon_jax.models import accounting, kinds, pattern, presets
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Parameters
 
@@ -133,6 +135,16 @@ def runner(name, dtype='float32'):
     return functools.partial(apply, variables)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _called(graphdef, variables, args):
+    return nnx.merge(graphdef, variables)(*args)
+
+
+def called(module, *args):
+    """`module(*args)`, compiled as a whole: op by op each would be compiled by itself."""
+    return _called(*nnx.split(module), args)
+
+
 def packed_context(lengths, total):
     """Documents of the given lengths one after another, then padding up to ``total`` tokens; one row."""
     segments = [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
@@ -142,3 +154,19 @@ def packed_context(lengths, total):
         segment_ids=jnp.array([segments + [0] * padding], jnp.int32),
         positions=jnp.array([positions + [0] * padding], jnp.int32),
     )
+
+
+@contextlib.contextmanager
+def traced_once():
+    """Within, the parameters of a model are traced once, however often they are counted."""
+    trace, known = accounting.parameters, {}
+
+    def parameters(model):
+        key = model.to_json(sort_keys=True)
+        if key not in known:
+            known[key] = tuple(trace(model))
+        return iter(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accounting, 'parameters', parameters)
+        yield

@@ -1,5 +1,8 @@
 """The invariants of every layer: causality, one result in every mode, documents kept apart, finite gradients."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,9 @@ from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from tests.models.cases import CASES, DIM, layer, model_config, of_every_kind, packed_context, runner
 
-T = 18
+# Pieces are of one token or of nine, and rows two: a layer is compiled for few shapes.
+T, PIECE = 19, 9
+ROOM = T + PIECE // 2  # of a state, as rows may be padded
 NAMES = list(CASES)
 TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
 
@@ -30,7 +35,7 @@ def whole(name, x):
 
 def in_pieces(name, x, sizes):
     """Feeds x in pieces of the given sizes, handing the state on."""
-    state = layer(name).init_state(x.shape[0], x.shape[1])
+    state = layer(name).init_state(x.shape[0], ROOM)
     pieces, start = [], 0
     for size in sizes:
         context = Context.whole(x.shape[0], size, start)
@@ -52,7 +57,9 @@ def test_causality(name):
         assert jnp.abs(before[:, t] - after[:, t]).max() > 1e-3
 
 
-SPLITS = [[1] * T, [9, 9], pytest.param([1, 17], marks=pytest.mark.slow), [9, 1, 8]]
+# From pieces to tokens and back, and tokens alone; what remains is other sizes.
+OTHERS = [9, 10], [1, 18], [10, 1, 8]
+SPLITS = [[1] * T, [PIECE, 1, PIECE], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in OTHERS)]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -63,53 +70,64 @@ def test_any_split_of_prefill_and_decode_equals_the_whole(name, sizes):
 
 
 # Parts of others.
-@pytest.mark.parametrize('name', but_slow('conba_code', 'conba_diag', 'conba_companion', 'moe_mamba_all'))
+ALIKE = ('conba_code', 'conba_diag', 'conba_companion', 'moe_mamba_all', 'mamba_norms', 'attention_named', 'moe_dense')
+
+
+@pytest.mark.parametrize('name', but_slow(*ALIKE))
 def test_packed_documents_equal_separate_ones(name):
     """Outputs and the gradients of inputs and parameters; padding follows the last document."""
     lengths = [5, 1, 9]
+    starts = np.cumsum([0, *lengths])
     x, cotangent = tokens(3, batch=1), tokens(4, batch=1)
-    graphdef, variables = nnx.split(layer(name), nnx.Param, ...)[0], nnx.split(layer(name), nnx.Param, ...)[1:]
+    rows = lambda values: jnp.concatenate([pad(values[:, a:b]) for a, b in itertools.pairwise(starts)])
+    pad = lambda values: jnp.pad(values, ((0, 0), (0, T - values.shape[1]), (0, 0)))
+    graphdef, params, rest = nnx.split(layer(name), nnx.Param, ...)
 
     @jax.jit
-    def packed(params, x):
-        y, _, _ = nnx.merge(graphdef, params, variables[1])(x, packed_context(lengths, T), None)
-        return jnp.vdot(y[:, : sum(lengths)], cotangent[:, : sum(lengths)]), y
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def graded(params, x, cotangent, context):
+        y, _, _ = nnx.merge(graphdef, params, rest)(x, context, None)
+        y = jnp.where(context.mask[..., None], y, 0)
+        return jnp.vdot(y, cotangent), y
 
-    @jax.jit
-    def separate(params, x):
-        total, outputs, start = 0.0, [], 0
-        for n in lengths:
-            y, _, _ = nnx.merge(graphdef, params, variables[1])(x[:, start : start + n], Context.whole(1, n), None)
-            total += jnp.vdot(y, cotangent[:, start : start + n])
-            outputs.append(y)
-            start += n
-        return total, jnp.concatenate(outputs, axis=1)
-
-    grads, y = jax.grad(packed, argnums=(0, 1), has_aux=True)(variables[0], x)
-    expected_grads, expected = jax.grad(separate, argnums=(0, 1), has_aux=True)(variables[0], x)
-    np.testing.assert_allclose(y[:, : sum(lengths)], expected, **TOLERANCE)
-    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+    # One program for both: in its first row all documents, or in each row one.
+    empty = packed_context([], T)
+    together = [packed_context(lengths, T), empty, empty]
+    apart = [packed_context([n], T) for n in lengths]
+    join = lambda contexts: jax.tree.map(lambda *parts: jnp.concatenate(parts), *contexts)
+    first = lambda values: jnp.zeros((3, *values.shape[1:])).at[:1].set(values)
+    (grads, dx), y = graded(params, first(x), first(cotangent), join(together))
+    (expected_grads, expected_dx), expected = graded(params, rows(x), rows(cotangent), join(apart))
+    np.testing.assert_allclose(rows(y[:1]), expected, **TOLERANCE)
+    pairs = zip(jax.tree.leaves((grads, rows(dx[:1]))), jax.tree.leaves((expected_grads, expected_dx)), strict=True)
+    for got, want in pairs:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * float(jnp.abs(want).max() + 1))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_padding_on_either_side_leaves_outputs_and_states_alone(name):
     """A row padded on the left, or on the right, then continued, gives what it gives alone."""
-    x = tokens(5, batch=1)
+    x = tokens(5)
     expected = whole(name, x)
-    filler = jax.random.normal(jax.random.key(6), (1, 4, DIM))
+    filler = jax.random.normal(jax.random.key(6), (2, ROOM - T, DIM))
+    some = PIECE - (ROOM - T)
 
     def padded(pad_left):
-        positions = jnp.arange(9)[None]
-        ones, zeros = jnp.ones((1, 9), jnp.int32), jnp.zeros((1, 4), jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(some), (2, some))
+        ones, zeros = jnp.ones_like(positions), jnp.zeros(filler.shape[:2], jnp.int32)
         parts = (zeros, ones) if pad_left else (ones, zeros)
         places = (zeros - 1, positions) if pad_left else (positions, zeros)
-        values = (filler, x[:, :9]) if pad_left else (x[:, :9], filler)
+        values = (filler, x[:, :some]) if pad_left else (x[:, :some], filler)
         context = Context(jnp.concatenate(parts, 1), jnp.concatenate(places, 1))
-        state = layer(name).init_state(1, T + 4)
+        state = layer(name).init_state(2, ROOM)
         y, state, _ = runner(name)(jnp.concatenate(values, 1), context, state)
-        rest, _, _ = runner(name)(x[:, 9:], Context.whole(1, 9, 9), state)
-        return jnp.concatenate([y[:, 4:] if pad_left else y[:, :9], rest], axis=1)
+        outputs, start = [y[:, -some:] if pad_left else y[:, :some]], some
+        while start < T:
+            size = PIECE if start + PIECE <= T else 1
+            y, state, _ = runner(name)(x[:, start : start + size], Context.whole(2, size, start), state)
+            outputs.append(y)
+            start += size
+        return jnp.concatenate(outputs, axis=1)
 
     np.testing.assert_allclose(padded(True), expected, **TOLERANCE)
     np.testing.assert_allclose(padded(False), expected, **TOLERANCE)
@@ -134,11 +152,13 @@ def test_a_models_structure_may_be_a_static_argument(name):
     assert isinstance(hash(nnx.split(model)[0]), int)
 
 
-# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's; retention is Mamba-2's
-# primitive, RWKV-6 is on gla's.
+# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's, and the diagonal gain has a test of its
+# own in tests/kernels_pallas/test_adaptive_gain.py; retention is Mamba-2's primitive, RWKV-6 is on gla's. Attention
+# with positions is attention; experts are moe's, and those of a mixer on Mamba's scan.
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
-    'moe_switch', 'hyena_modal', 'rwkv6',
+    'moe_switch', 'hyena_modal', 'rwkv6', 'attention_named', 'moe_dense', 'moe_bias', 'moe_grouped', 'moe_mamba',
+    'conba_diag', 'attention_rope',
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from mixcon_jax.cli import main
 from mixcon_jax.models.sizes import SIZES
 from mixcon_jax.planner import plan as planner
 from mixcon_jax.reports import presets
+from tests.models.cases import traced_once
 from tests.tiny import ROOT
 
 # H100s that each is planned for, of docs/models.md: 8, or for what is larger, a power of two.
@@ -16,6 +17,21 @@ DEVICES = dict.fromkeys(SIZES, 8) | {
     'conba': 16, 'rwkv4-14b': 16, 'mixtral-8x7b': 32, 'jamba-v0.1': 64, 'mixcon': 64, 'llama2-70b': 256,
 }  # fmt: skip
 EXACT = sorted(name for name, size in SIZES.items() if size.total)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def counted_once():
+    """Several tests ask for all figures."""
+    count, known = presets.figures, {}
+
+    def figures(size):
+        if id(size) not in known:
+            known[id(size)] = count(size)
+        return known[id(size)]
+
+    with traced_once(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, 'figures', figures)
+        yield
 
 
 @pytest.mark.parametrize('name', EXACT)

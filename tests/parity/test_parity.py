@@ -76,7 +76,17 @@ def compare(gradients, expected, untouched):
     assert set(gradients) - set(expected) == untouched
 
 
-@pytest.mark.parametrize('name', LAYERS)
+# Scans and tiles of attention equal one another in tests/kernels_pallas, and every preset starts as the Mamba mixer in
+# tests/models/test_conba.py: of each kind one is always compared.
+ALIKE = ('mamba, sequential scan', 'mamba, associative scan', 'attention in one tile', 'moe dense, renormalized')
+ALIKE += ('conba_paper', 'conba_code', 'conba with diagonal gain')
+
+
+def but_slow(names, slow):
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+
+
+@pytest.mark.parametrize('name', but_slow(LAYERS, ALIKE))
 def test_layer(name):
     fixture, kind, options = LAYERS[name]
     theirs = cases.fixture(fixture)
@@ -103,7 +113,7 @@ def test_rms_norm():
 SLOW = ('jamba with conba in place of mamba', 'jamba, recomputed', 'llama, unstacked')
 
 
-@pytest.mark.parametrize('name', [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MODELS])
+@pytest.mark.parametrize('name', but_slow(MODELS, SLOW))
 def test_model(name):
     fixture, num_blocks, options = MODELS[name]
     theirs = cases.fixture(fixture)

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
+from launch import member
 from mixcon_jax import config as configs
 from mixcon_jax.cli import build_parser, parse_overrides
 from mixcon_jax.config import leaves
@@ -255,6 +256,9 @@ def check(command: list[str], written: Path, extended: bool) -> None:
     else:
         return
     with contextlib.redirect_stderr(sys.stdout):  # argparse says there what is wrong
+        if program == 'python' and not parser.prog.endswith('.sweep'):  # several processes of a command of mixcon
+            asked, arguments = member.command_of(arguments, parser.prog)
+            parser, arguments = build_parser(), [asked, *parser.parse_known_args(arguments)[1]]
         known, rest = parser.parse_known_args(arguments)
     config = getattr(known, 'config', None)
     overrides = parse_overrides(rest, shlex.join(command), takes=config is not None or hasattr(known, 'step'))

@@ -40,7 +40,7 @@ BY_BYTES = ('selective_scan', 'adaptive_gain', 'causal_conv1d')  # kernels whose
 def main() -> None:
     """Compiles the job on stdin."""
     job = json.load(sys.stdin)
-    answers, lock = os.fdopen(os.dup(1), 'w'), threading.Lock()
+    answers, lock = os.fdopen(os.dup(1), 'w', encoding='utf-8'), threading.Lock()
     os.dup2(2, 1)  # what compilers print goes where they warn
 
     def say(record: dict[str, Any]) -> None:

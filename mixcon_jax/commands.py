@@ -86,6 +86,7 @@ def merge(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def import_model(known: argparse.Namespace, overrides: list[str]) -> int:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # weights pass through: the host holds what a GPU may not
     from mixcon_jax.interop.importing import import_model
 
     if overrides:

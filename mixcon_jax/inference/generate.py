@@ -179,11 +179,13 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'
     return tokens, positions
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def _first_state(graphdef: nnx.GraphDef, variables: Any, rows: int, length: int, place: Place | None) -> State:
     """The state before the first token, on a mesh made where it is to lie."""
-    shardings = None if place is None else state_shardings(graphdef, variables, rows, length, place.mesh)
-    make = lambda variables: nnx.merge(graphdef, variables).init_state(rows, length)
-    return jax.jit(make, out_shardings=shardings)(variables)
+    state = nnx.merge(graphdef, variables).init_state(rows, length)
+    if place is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, state_shardings(graphdef, variables, rows, length, place.mesh))
 
 
 def state_shardings(graphdef: nnx.GraphDef, variables: Any, rows: int, max_len: int, mesh: Mesh) -> State:

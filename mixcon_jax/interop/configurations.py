@@ -26,6 +26,17 @@ class Given:
             raise UserError(f'the config.json of {self.architecture} lacks {name}')
         return default[0] if value is None else value
 
+    def count(self, name: str, *default: int) -> int:
+        """A positive integer; as ``of``.
+
+        Raises:
+          UserError: it is something else, too.
+        """
+        value = self.of(name, *default)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f'{name}={value!r} of {self.architecture} must be a positive integer')
+        return value
+
     def only(self, **expected: Any) -> None:
         """Refuses values that ours cannot have; one that is not there is the architecture's, which ours is.
 
@@ -52,7 +63,7 @@ def model_options(values: Mapping[str, Any]) -> Options:
     given = Given(values)
     if given.architecture not in READERS:
         raise UserError(f'model_type {given.architecture!r} cannot be imported; choose from {", ".join(READERS)}')
-    shared = {'vocab_size': given.of('vocab_size'), 'dim': given.of('hidden_size')}
+    shared = {'vocab_size': given.count('vocab_size'), 'dim': given.count('hidden_size')}
     given.only(hidden_act='silu')
     return shared | READERS[given.architecture](given)
 
@@ -66,74 +77,77 @@ def _blocks(layers: list[str]) -> Options:
 
 def _multiple(given: Given, inner: int) -> int:
     """The inner width as a multiple of the outer, which it must be here."""
-    if inner % given.of('hidden_size'):
+    if inner % given.count('hidden_size'):
         raise UserError(f'an inner width of {inner} of {given.architecture} is no multiple of hidden_size')
-    return inner // given.of('hidden_size')
+    return inner // given.count('hidden_size')
 
 
-def _attention(given: Given, rope: bool = True, share: float = 1.0) -> Options:
-    """Heads and rotary positions; ``share`` of a head's channels rotates where the file does not say it."""
+def _attention(given: Given, rope: bool = True, share: float = 1.0, theta: float = 1e4) -> Options:
+    """Heads and rotary positions, of which ``share`` and ``theta`` are those of a file that does not say them."""
     given.only(attention_bias=False)
     if given.of('sliding_window', 0):
         raise UserError(f'sliding_window of {given.architecture} has not been compared; only null can be imported')
-    heads = given.of('num_attention_heads')
-    head_dim = given.of('head_dim', given.of('hidden_size') // heads)
-    found = {'num_heads': heads, 'num_kv_heads': given.of('num_key_value_heads', heads), 'head_dim': head_dim}
+    heads = given.count('num_attention_heads')
+    head_dim = given.count('head_dim', given.count('hidden_size') // heads)
+    found = {'num_heads': heads, 'num_kv_heads': given.count('num_key_value_heads', heads), 'head_dim': head_dim}
     if not rope:
         return found
     rules = given.of('rope_parameters', given.of('rope_scaling', {}))  # of newer files and of older ones
     if (kind := rules.get('rope_type', rules.get('type', 'default'))) != 'default':
         raise UserError(f'rotary positions of type {kind!r} of {given.architecture} have no counterpart here')
-    width = int(head_dim * rules.get('partial_rotary_factor', share))
-    theta = float(rules.get('rope_theta', given.of('rope_theta', 10000.0)))
+    stated = Given({'model_type': given.architecture} | rules)
+    width = int(head_dim * stated.of('partial_rotary_factor', share))
+    if width < 1:
+        raise UserError(f'partial_rotary_factor of {given.architecture} leaves no channel of {head_dim} to rotate')
+    theta = float(stated.of('rope_theta', given.of('rope_theta', theta)))
     return found | {'rope': True, 'rope_theta': theta, 'rope_dim': width if width < head_dim else 0}
 
 
 def _llama(given: Given) -> Options:
     given.only(mlp_bias=False)
-    return _blocks(['attention+mlp'] * given.of('num_hidden_layers')) | {
+    return _blocks(['attention+mlp'] * given.count('num_hidden_layers')) | {
         'norm_eps': given.of('rms_norm_eps'),
         'attention': _attention(given),
-        'mlp': {'hidden_dim': given.of('intermediate_size')},
+        'mlp': {'hidden_dim': given.count('intermediate_size')},
     }
 
 
 def _moe(given: Given, experts: str, renormalize: bool) -> Options:
     return {
-        'num_experts': given.of(experts),
-        'top_k': given.of('num_experts_per_tok'),
-        'hidden_dim': given.of('intermediate_size'),
+        'num_experts': given.count(experts),
+        'top_k': given.count('num_experts_per_tok'),
+        'hidden_dim': given.count('intermediate_size'),
         'renormalize': renormalize,
     }
 
 
 def _mixtral(given: Given) -> Options:
-    return _blocks(['attention+moe'] * given.of('num_hidden_layers')) | {
+    return _blocks(['attention+moe'] * given.count('num_hidden_layers')) | {
         'norm_eps': given.of('rms_norm_eps'),
-        'attention': _attention(given),
+        'attention': _attention(given, theta=1e6),
         'moe': _moe(given, 'num_local_experts', True),
     }
 
 
 def _jamba(given: Given) -> Options:
     given.only(mamba_conv_bias=True, mamba_proj_bias=False)
-    at = lambda kind, index: index % given.of(f'{kind}_layer_period') == given.of(f'{kind}_layer_offset')
-    routed = lambda index: given.of('num_experts') > 1 and at('expert', index)
+    at = lambda kind, index: index % given.count(f'{kind}_layer_period') == given.of(f'{kind}_layer_offset')
+    routed = lambda index: given.count('num_experts') > 1 and at('expert', index)
     layers = [
         f'{"attention" if at("attn", i) else "mamba"}+{"moe" if routed(i) else "mlp"}'
-        for i in range(given.of('num_hidden_layers'))
+        for i in range(given.count('num_hidden_layers'))
     ]
     return _blocks(layers) | {
         'norm_eps': given.of('rms_norm_eps'),
         'attention': _attention(given, rope=False),
         'mamba': {'norms': True},
         'ssm': {
-            'd_state': given.of('mamba_d_state'),
-            'd_conv': given.of('mamba_d_conv'),
-            'expand': given.of('mamba_expand'),
+            'd_state': given.count('mamba_d_state'),
+            'd_conv': given.count('mamba_d_conv'),
+            'expand': given.count('mamba_expand'),
             'dt_rank': _rank(given.of('mamba_dt_rank')),
         },
-        'mlp': {'hidden_dim': given.of('intermediate_size')},
+        'mlp': {'hidden_dim': given.count('intermediate_size')},
         'moe': _moe(given, 'num_experts', False),
     }
 
@@ -144,14 +158,14 @@ def _rank(value: int | str) -> int:
 
 def _mamba(given: Given) -> Options:
     given.only(use_bias=False, use_conv_bias=True)
-    width = given.of('hidden_size')
-    return _blocks(['mamba'] * given.of('num_hidden_layers')) | {
+    width = given.count('hidden_size')
+    return _blocks(['mamba'] * given.count('num_hidden_layers')) | {
         'norm_eps': given.of('layer_norm_epsilon'),
         'ssm': {
-            'd_state': given.of('state_size'),
-            'd_conv': given.of('conv_kernel'),
+            'd_state': given.count('state_size'),
+            'd_conv': given.count('conv_kernel'),
             # FalconMamba 7B has another expand, which its intermediate_size overrides.
-            'expand': _multiple(given, given.of('intermediate_size', given.of('expand', 2) * width)),
+            'expand': _multiple(given, given.count('intermediate_size', given.count('expand', 2) * width)),
             'dt_rank': _rank(given.of('time_step_rank')),
         },
     }
@@ -165,20 +179,20 @@ def _falcon_mamba(given: Given) -> Options:
 def _mamba2(given: Given) -> Options:
     given.only(use_bias=False, use_conv_bias=True)
     _require_unbounded(given)
-    return _blocks(['mamba2'] * given.of('num_hidden_layers')) | {
+    return _blocks(['mamba2'] * given.count('num_hidden_layers')) | {
         'norm_eps': given.of('layer_norm_epsilon'),
         'mamba2': {
-            'd_state': given.of('state_size'),
-            'd_conv': given.of('conv_kernel'),
-            'expand': _multiple(given, given.of('num_heads') * given.of('head_dim')),
-            'head_dim': given.of('head_dim'),
-            'groups': given.of('n_groups'),
+            'd_state': given.count('state_size'),
+            'd_conv': given.count('conv_kernel'),
+            'expand': _multiple(given, given.count('num_heads') * given.count('head_dim')),
+            'head_dim': given.count('head_dim'),
+            'groups': given.count('n_groups'),
         },
     }
 
 
 def _require_unbounded(given: Given) -> None:
-    if list(given.of('time_step_limit', UNBOUNDED[0])) not in UNBOUNDED:
+    if given.of('time_step_limit', UNBOUNDED[0]) not in UNBOUNDED:
         raise UserError(f'time_step_limit of {given.architecture} has no counterpart here: step sizes have no bounds')
 
 
@@ -186,19 +200,19 @@ def _bamba(given: Given) -> Options:
     given.only(mamba_conv_bias=True, mamba_proj_bias=False, mlp_bias=False)
     _require_unbounded(given)
     attention = given.of('attn_layer_indices', [])
-    kinds = ['attention' if i in attention else 'mamba2' for i in range(given.of('num_hidden_layers'))]
-    inner = given.of('mamba_expand') * given.of('hidden_size')
+    kinds = ['attention' if i in attention else 'mamba2' for i in range(given.count('num_hidden_layers'))]
+    inner = given.count('mamba_expand') * given.count('hidden_size')
     return _blocks([f'{kind}+mlp' for kind in kinds]) | {
         'norm_eps': given.of('rms_norm_eps'),
         'attention': _attention(given, share=0.5),
         'mamba2': {
-            'd_state': given.of('mamba_d_state'),
-            'd_conv': given.of('mamba_d_conv'),
-            'expand': given.of('mamba_expand'),
-            'head_dim': inner // given.of('mamba_n_heads'),
-            'groups': given.of('mamba_n_groups'),
+            'd_state': given.count('mamba_d_state'),
+            'd_conv': given.count('mamba_d_conv'),
+            'expand': given.count('mamba_expand'),
+            'head_dim': inner // given.count('mamba_n_heads'),
+            'groups': given.count('mamba_n_groups'),
         },
-        'mlp': {'hidden_dim': given.of('intermediate_size')},
+        'mlp': {'hidden_dim': given.count('intermediate_size')},
     }
 
 

@@ -156,7 +156,9 @@ def of_modules(theirs: Mapping[str, np.ndarray]) -> Weights:
     ours: Weights = {}
     experts: dict[str, dict[tuple[str, int], np.ndarray]] = {}
     for name, value in theirs.items():
-        name = name.replace('.block_sparse_moe.', '.mlp.')
+        if name.endswith('.rotary_emb.inv_freq'):  # of older Llamas: no weights, as the configuration says them
+            continue
+        name = name.replace('.block_sparse_moe.', '.mlp.').replace('backbone.embedding.', 'backbone.embeddings.')
         if match := re.fullmatch(r'(.+\.experts)\.(\d+)\.(\w+)\.weight', name):
             experts.setdefault(match[1], {})[MATRICES.get(match[3], match[3]), int(match[2])] = value
         else:

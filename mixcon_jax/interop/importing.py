@@ -48,10 +48,10 @@ def import_model(
             f' {model.vocab_size} rows: name its own with --tokenizer'
         )
     config.data.tokenizer = str(Workdir(target).tokenizer_file)
-    params = unflatten_dict({name: jnp.asarray(weight) for name, weight in weights.items()}, sep='/')
+    count = sum(weight.size for weight in weights.values())
+    params = unflatten_dict({name: jnp.asarray(weights.pop(name)) for name in list(weights)}, sep='/')  # not held twice
     trees = {'params': params, 'buffers': _buffers(model)}
     derived.write(target, config, trees, Meta(0, config.to_dict(), words.to_json()), folder, say)
-    count = sum(weight.size for weight in weights.values())
     say(f'{folder} in {target}: {count:,} parameters of {model.num_blocks} x {" ".join(model.pattern)}')
 
 

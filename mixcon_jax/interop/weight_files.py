@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
 
+TYPES = ('F64', 'F32', 'F16', 'BF16')
 ONE, INDEX = 'model.safetensors', 'model.safetensors.index.json'  # of a model: in one file, or a list of several
 
 
@@ -19,7 +20,7 @@ def read_model(folder: Path) -> dict[str, np.ndarray]:
       folder: holds ``model.safetensors``, or several files and ``model.safetensors.index.json``.
 
     Raises:
-      UserError: neither is there, or a file is no such file or was cut short.
+      UserError: neither is there, a file is no such file or was cut short, or holds another type.
     """
     if (index := parsing.json_file(folder / INDEX)) is None:
         return read(folder / ONE)
@@ -40,6 +41,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f'there is no file {path}; weights are read from safetensors files alone')
     try:
         with safe_open(path, 'numpy') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (cannot be iterated)
+            names = list(file.keys())
+            for name in names:
+                if (dtype := file.get_slice(name).get_dtype()) not in TYPES:
+                    raise UserError(f'{name} in {path} is of type {dtype}; ours are read from {", ".join(TYPES)}')
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path} is no intact safetensors file: {error}') from error

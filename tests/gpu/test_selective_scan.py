@@ -21,6 +21,7 @@ FEW = [
 ]
 FEW += [Variant('backward', 64, 'float32', FULL), Variant('backward', options=FULL | {'readout': True})]
 FEW += [variant for variant in VARIANTS if variant.options.get('prior') and variant.kernel == 'backward']
+assert len(FEW) == 8, 'a name of an option has changed'
 SETS = {'h100': ('h100', FEW), 'h100, all': ('h100', VARIANTS), 'a100, all': ('a100', VARIANTS)}
 
 

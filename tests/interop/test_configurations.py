@@ -95,6 +95,9 @@ def test_rotary_positions_in_older_and_newer_files():
         (True, 1e4, 0), (True, 5e5, 0), (True, 5e5, 32), (True, 1e4, 64),
     ]  # fmt: skip
     assert not options_of(JAMBA).attention.rope
+    assert (
+        options_of({name: value for name, value in MIXTRAL.items() if name != 'rope_theta'}).attention.rope_theta == 1e6
+    )
 
 
 def test_norms_of_falcon_mamba_have_no_scales_and_an_epsilon_of_their_own():
@@ -116,6 +119,10 @@ def test_norms_of_falcon_mamba_have_no_scales_and_an_epsilon_of_their_own():
         (MAMBA2 | {'time_step_limit': [0.0, 0.1]}, r'time_step_limit of mamba2 has no counterpart here'),
         (BAMBA | {'mamba_proj_bias': True}, r'mamba_proj_bias=True of bamba'),
         (JAMBA | {'mamba_conv_bias': False}, r'mamba_conv_bias=False of jamba'),
+        (MIXTRAL | {'hidden_size': '4096'}, r"hidden_size='4096' of mixtral must be a positive integer$"),
+        (LLAMA | {'num_hidden_layers': 0}, r'num_hidden_layers=0 of llama must be a positive integer$'),
+        (BAMBA | {'rope_parameters': {'partial_rotary_factor': 0.0}}, r'partial_rotary_factor of bamba leaves no'),
+        (MAMBA2 | {'time_step_limit': 5}, r'time_step_limit of mamba2 has no counterpart here'),
         ({'model_type': 'llama', 'hidden_size': 8}, r'the config\.json of llama lacks vocab_size$'),
         ({}, r'model_type None cannot be imported; choose from bamba, falcon_mamba, jamba, llama, mamba, mamba2, mix'),
     ],

@@ -160,3 +160,16 @@ def test_an_expert_without_one_of_its_matrices_is_refused(lost):
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(UserError, match=r"^the architecture 'gpt2' is not known; choose from bamba, falcon_mamba, ja"):
         huggingface.model_weights({}, model_config(), 'gpt2')
+
+
+def test_names_of_older_files():
+    """Llama's had what positions rotate by among their weights, Mamba's another name of the embedding."""
+    ours = huggingface.of_modules({
+        'model.layers.0.self_attn.rotary_emb.inv_freq': np.zeros(2),
+        'backbone.embedding.weight': np.ones(3),
+        'backbone.embeddings.scale': np.ones(4),
+    })  # fmt: skip
+    assert {name: len(value) for name, value in ours.items()} == {
+        'backbone.embeddings.weight': 3,
+        'backbone.embeddings.scale': 4,
+    }

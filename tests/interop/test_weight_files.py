@@ -72,3 +72,11 @@ def test_a_damaged_file_is_refused_by_name(damage, tmp_path):
 def test_weights_of_another_kind_are_refused(tmp_path):
     with pytest.raises(UserError, match=r'no file .*model\.safetensors; weights are read from safetensors files alone'):
         read_model(tmp_path)
+
+
+@pytest.mark.parametrize('dtype', ['I8', 'F8_E4M3'])
+def test_other_types_are_refused_by_name(dtype, tmp_path):
+    header = json.dumps({'a': {'dtype': dtype, 'shape': [3], 'data_offsets': [0, 3]}}).encode()
+    (tmp_path / 'model.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + b'abc')
+    with pytest.raises(UserError, match=rf'^a in .*model\.safetensors is of type {dtype}; ours are read from F64'):
+        read_model(tmp_path)

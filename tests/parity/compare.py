@@ -37,10 +37,11 @@ def main(committed: pathlib.Path, new: pathlib.Path) -> int:
             largest = max(difference(a[key], b[key]) for key in a.files) if same_keys else np.inf
         print(f'{name:26} {largest:.1e}')
         worst = max(worst, largest)
-    for path in sorted(new.glob('*/config.json')):
-        found = [_configuration(folder / path.relative_to(new)) for folder in (committed, new)]
+    files = {path.relative_to(folder) for folder in (committed, new) for path in folder.glob('*/config.json')}
+    for path in sorted(files):
+        found = [_configuration(folder / path) for folder in (committed, new)]
         if found[0] != found[1]:
-            print(f'{path.parent.name} has another config.json')
+            print(f'{path.parent} has another config.json')
             worst = np.inf
     return 0 if names and worst <= TOLERANCE else 1
 

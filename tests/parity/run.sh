@@ -28,7 +28,7 @@ echo 'Largest difference from the committed fixtures, as a share of each array:'
 if .venv/bin/python -m tests.parity.compare tests/parity/fixtures "$new"; then
     echo 'The committed fixtures are up to date.'
 else
-    echo "error: the fixtures differ; if that is meant, copy $new/*.npz to tests/parity/fixtures/" >&2
+    echo "error: the fixtures differ; if that is meant, copy $new/*.npz and $new/*/config.json to tests/parity/fixtures/" >&2
     exit 1
 fi
 MIXCON_PARITY_FIXTURES="$PWD/$new" exec .venv/bin/python -m pytest -q tests/parity

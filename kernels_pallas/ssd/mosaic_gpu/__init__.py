@@ -27,6 +27,7 @@ KEYS = (64, 128)
 FORGET = 160.0
 HOPPER = 9  # major compute capability
 MOST = 2**31  # what indices of 32 bits can count
+GRID = 65535  # blocks along all axes of a grid but the first
 LOG2E = math.log2(math.e)
 
 
@@ -49,6 +50,8 @@ def unsupported(x: Any, log_decay: Any, B: Any, C: Any, exclusive: bool) -> str 
     padded = length + -length % CHUNK
     if batch * max(padded * max(heads, groups), padded // CHUNK * heads * width) >= MOST:
         return f'indices of 32 bits cannot count the tokens and heads of x, {x.shape}'
+    if max(batch, padded // CHUNK) > GRID:
+        return f'a GPU counts {GRID} rows, and chunks of {CHUNK} tokens, not those of {x.shape}'
     capability = platform.compute_capability()
     if capability is None:
         return 'it needs an NVIDIA GPU'

@@ -89,34 +89,37 @@ def _launch(argv: Sequence[str]) -> int:
     else:
         mesh = mesh_of(overrides)
     devices = known.devices_per_process or mesh.cpu_devices or 1
-    arguments = [command, *argv, f'--config.mesh.cpu_devices={devices}']
-    arguments += ['--coordinator', f'127.0.0.1:{_free_port()}']
     folder = Path(tempfile.mkdtemp(prefix='mixcon-local-'))
-    arguments += ['--folder', str(folder)]
+    own = ['--devices-per-process', str(devices), '--coordinator', f'127.0.0.1:{_free_port()}', '--folder', str(folder)]
     children: list[Child] = []
     try:
         with Signals() as signals:
             for rank, share in enumerate(shares):
-                options = [*arguments, '--rank', str(rank)]
+                options = [command, *own, '--rank', str(rank), *argv]  # what follows a -- are files
                 if rank == 0:
                     children.append(processes.start('launch.local', options, share, os.environ, None))
                     continue
                 with open(_output(folder, rank), 'wb') as file:
                     children.append(processes.start('launch.local', options, share, os.environ, file))
-            return _watch(children, folder, known, signals)
+            return _watch(children, folder, known, signals, resumable=command == 'train')
     finally:
         processes.kill(children)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(children: Sequence[Child], folder: Path, known: argparse.Namespace, signals: Signals) -> int:
-    """Waits for all to end, and sees to it that they do; returns the launcher's exit code."""
+def _watch(
+    children: Sequence[Child], folder: Path, known: argparse.Namespace, signals: Signals, resumable: bool
+) -> int:
+    """Waits for all to end, and sees to it that they do; returns the launcher's exit code.
+
+    What is told to stop and is resumable finishes its step; else there is nothing to go on with.
+    """
     begin, stopping, together = time.monotonic(), False, False
     while True:
         codes = [child.poll() for child in children]
         if all(code in (Exit.DONE, Exit.STOPPED) for code in codes):
             return max(code for code in codes if code is not None)
-        if signals.kill:
+        if signals.kill or (signals.stop and not resumable):
             processes.kill(children)
             return Exit.INTERRUPTED
         if signals.stop and not stopping:
@@ -234,7 +237,8 @@ def _take_part(argv: Sequence[str]) -> int:
     """Runs the command as one of the processes."""
     command, argv = member.command_of(argv, PROGRAM)
     known, rest = build_parser().parse_known_args(argv)
-    run = member.prepared(command, *member.asked(command, rest, PROGRAM))
+    asked, overrides = member.asked(command, rest, PROGRAM)
+    run = member.prepared(command, asked, [*overrides, f'mesh.cpu_devices={known.devices_per_process}'])
     if run is None:
         return Exit.DONE
     member.watch(known.patience, _mark(known.folder, ALIVE, known.rank))

@@ -19,7 +19,7 @@ from mixcon_jax.config import load, mesh_of
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host import stuck
 from mixcon_jax.host.ending import failed, prepare
-from mixcon_jax.host.output import go_on, guarded
+from mixcon_jax.host.output import OutputLost, go_on, guarded
 from mixcon_jax.runs.workdir import report_if_finished
 
 COMMANDS = ('train', 'eval', 'generate')
@@ -104,6 +104,7 @@ def prepared(command: str, known: argparse.Namespace, overrides: list[str]) -> C
         return train
 
     devices = mesh_of(overrides).cpu_devices
+    os.environ['JAX_ENABLE_PREEMPTION_SERVICE'] = 'false'  # it takes SIGTERM, and training alone asks what came
 
     def run() -> int:
         import jax
@@ -127,7 +128,7 @@ def be(run: Callable[[], int]) -> NoReturn:
         go_on()
         try:
             code = run()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, OutputLost) as error:
             _leave(failed(error))
     sys.exit(code)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,10 +56,10 @@ def write(
       UserError: the disk is full, or the like.
     """
     path = path.resolve()  # what is renamed replaces no link
-    scratch = Workdir(path.with_name(f'.{path.name}.{os.getpid()}'))
-    shutil.rmtree(scratch.path, ignore_errors=True)
     with explained(path):
-        scratch.path.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    scratch = Workdir(folder / path.name)
     try:
         checkpoints = Checkpoints(scratch.checkpoints, say=say)
         try:
@@ -70,7 +71,7 @@ def write(
         with explained(path):
             os.rename(scratch.path, path)
     finally:
-        shutil.rmtree(scratch.path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fresh(config: ml_collections.ConfigDict, trees: Mapping[str, Tree], step: int) -> TrainState:

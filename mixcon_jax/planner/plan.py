@@ -77,7 +77,13 @@ def compile_apart(job: dict[str, Any]) -> dict[str, Any]:
     arguments = [sys.executable, '-m', 'mixcon_jax.planner.compiled']
     try:
         done = subprocess.run(
-            arguments, input=json.dumps(job), capture_output=True, text=True, env=environment, timeout=TIMEOUT
+            arguments,
+            input=json.dumps(job),
+            capture_output=True,
+            encoding='utf-8',
+            errors='replace',
+            env=environment,
+            timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(f'not compiled in {TIMEOUT} s; try fewer layers or --products cublas') from error

@@ -42,12 +42,14 @@ def laid_out() -> Iterator[dict[str, int]]:
     found: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         asked = {FOLDER: folder, LAYOUT: '1'}
+        before = {name: os.environ[name] for name in asked if name in os.environ}
         os.environ |= asked
         try:
             yield found
         finally:
             for name in asked:
                 del os.environ[name]
+            os.environ |= before
         for path in Path(folder).glob('*.resources.txt'):
             name = path.name.rpartition('_')[0]
             found[name] = max(found.get(name, 0), shared_bytes(path.read_text(encoding='utf-8')))
@@ -55,8 +57,8 @@ def laid_out() -> Iterator[dict[str, int]]:
 
 def shared_bytes(text: str) -> int:
     """Of a block of a kernel, as Mosaic writes its resources."""
-    (scratch,) = re.findall(r'smem_scratch_bytes=(\d+)', text)
-    return int(scratch) + sum(8 * int(number) for number in re.findall(r'num_barriers=(\d+)', text))
+    scratch = sum(map(int, re.findall(r'smem_scratch_bytes=(\d+)', text)))
+    return scratch + sum(8 * int(number) for number in re.findall(r'num_barriers=(\d+)', text))
 
 
 def reported(text: str) -> list[tuple[str, int, int]]:

@@ -9,7 +9,6 @@ checkpoint that is damaged is set aside as ``<step>.damaged`` and the one before
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -251,9 +250,9 @@ class Checkpoints:
         steps = self.steps()
         if expected is not None and expected not in steps and (not steps or steps[-1] < expected):
             self._say(f'checkpoint {expected} is missing from {self.folder}')
-        for step in reversed(steps):
+        for step in _agreed(steps[::-1]):
             try:
-                return self._together(step, functools.partial(self._restore, step, abstract_state))
+                return self._restore(step, abstract_state)
             except Damaged as error:
                 self._report(step, str(error))
         if steps or expected is not None or any(self.folder.glob('*.damaged*')):
@@ -283,31 +282,37 @@ class Checkpoints:
             raise UserError(f'there is no checkpoint in {self.folder}')
         for candidate in _agreed([step] if step is not None else steps[::-1]):
             try:
-                return self._together(candidate, functools.partial(self._load, candidate, shardings or {}))
+                return self._load(candidate, shardings or {})
             except Damaged as error:
                 self._report(candidate, str(error))
         raise UserError(f'{"no checkpoint" if step is None else f"checkpoint {step} is not"} intact in {self.folder}')
 
     def _restore(self, step: int, abstract_state: Tree) -> tuple[Tree, Meta]:
-        contents, meta = self._meta(step)
         wanted = named_leaves(abstract_state)
-        _require_equal({n: [str(x.dtype), list(x.shape)] for n, x in wanted.items()}, contents['arrays'], step)
-        arrays: dict[str, jax.Array] = {}
-        for item in ARRAYS:
-            arrays |= self._arrays(step, item, _part(wanted, item))
-        _verify(arrays, contents['checksums'])
+
+        def read() -> tuple[Meta, dict[str, jax.Array], dict[str, str]]:
+            contents, meta = self._meta(step)
+            _require_equal({n: [str(x.dtype), list(x.shape)] for n, x in wanted.items()}, contents['arrays'], step)
+            arrays: dict[str, jax.Array] = {}
+            for item in ARRAYS:
+                arrays |= self._arrays(step, item, _part(wanted, item))
+            return meta, arrays, contents['checksums']
+
+        meta, arrays = restoring.verified(read)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), meta
 
     def _load(self, step: int, shardings: Shardings) -> tuple[Tree, Meta]:
-        contents, meta = self._meta(step)
-        shardings = shardings(meta) if callable(shardings) else shardings
-        whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {
-            name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings.get(name, whole))
-            for name, (dtype, shape) in _part(contents['arrays'], 'model').items()
-        }
-        arrays = self._arrays(step, 'model', wanted)
-        _verify(arrays, contents['checksums'])
+        def read() -> tuple[Meta, dict[str, jax.Array], dict[str, str]]:
+            contents, meta = self._meta(step)
+            where = shardings(meta) if callable(shardings) else shardings
+            whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            wanted = {
+                name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where.get(name, whole))
+                for name, (dtype, shape) in _part(contents['arrays'], 'model').items()
+            }
+            return meta, self._arrays(step, 'model', wanted), contents['checksums']
+
+        meta, arrays = restoring.verified(read)
         tree: dict[str, Any] = {'params': {}, 'buffers': {}}
         for name, array in arrays.items():
             *parents, last = name.split('/')
@@ -328,20 +333,6 @@ class Checkpoints:
         except KeyError as error:
             raise Damaged(f'its metadata lacks {error}') from error
         return contents, Meta(**fields | {'data': tuple(fields['data'])})
-
-    def _together(self, step: int, restore: Callable[[], tuple[Tree, Meta]]) -> tuple[Tree, Meta]:
-        """Runs ``restore``; with several processes, all succeed or all take it as damaged."""
-        if jax.process_count() == 1:
-            return restore()
-        result, reason = None, ''
-        try:
-            result = restore()
-        except Damaged as error:
-            reason = str(error)
-        intact = multihost_utils.process_allgather(np.array(result is not None))
-        if result is None or not np.all(intact):
-            raise Damaged(reason or 'another process could not read it')
-        return result
 
     def _report(self, step: int, reason: str) -> None:
         """Says that a checkpoint is damaged and, unless read only, renames it."""
@@ -370,12 +361,6 @@ def _agreed(steps: list[int]) -> list[int]:
 def _part(arrays: Mapping[str, Any], item: str) -> dict[str, Any]:
     """Those of the arrays, or of what is known of each, that are of an item."""
     return {name: array for name, array in arrays.items() if item_of(name) == item}
-
-
-def _verify(arrays: Mapping[str, jax.Array], saved: Mapping[str, str]) -> None:
-    for name, checksum in checksums(arrays).items():
-        if saved[name] != checksum:
-            raise Damaged(f'{name} does not match its checksum')
 
 
 def _require_equal(wanted: Mapping[str, list], saved: Mapping[str, list], step: int) -> None:

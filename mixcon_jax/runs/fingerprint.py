@@ -19,17 +19,17 @@ PART = 1 << 24  # elements read and hashed at once
 def fingerprint(params: Tree, checkpoint: Path | None = None) -> str:
     """SHA-256, in hex, over names, types, shapes and bytes of all leaves in order of their names.
 
-    It does not depend on how the arrays lie on devices or processes. Where several share them out, the first process
+    It does not depend on how the arrays lie on devices or processes. Where several processes share them out, the first
     reads them from the checkpoint, part by part, since it cannot hold them; every process must call this.
 
     Args:
       params: nested dicts of arrays.
       checkpoint: folder of a checkpoint that was verified to hold them, ``workdir/checkpoints/100``; may be left out
-        where no arrays are shared out over processes. Then they are gathered, and stay so as long as they are there.
+        where no arrays are shared out over processes.
     """
     leaves = sorted(named_leaves(params).items())
-    if all(not isinstance(leaf, jax.Array) or _is_here(leaf, checkpoint) for _, leaf in leaves):
-        return _digest((name, np.asarray(leaf)) for name, leaf in leaves).hex()
+    if all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for _, leaf in leaves):
+        return _digest((name, _gathered(leaf)) for name, leaf in leaves).hex()
     if checkpoint is None:
         raise ValueError('arrays of several processes: name the checkpoint that holds them')
     own = b''
@@ -41,9 +41,14 @@ def fingerprint(params: Tree, checkpoint: Path | None = None) -> str:
     return np.asarray(shared).astype(np.uint8).tobytes().hex()
 
 
-def _is_here(leaf: jax.Array, checkpoint: Path | None) -> bool:
-    """Whether to look at an array itself: a device of this process has all of it, or there is no other way."""
-    return leaf.is_fully_addressable and (leaf.is_fully_replicated or checkpoint is None)
+def _gathered(leaf: Any) -> np.ndarray:
+    """An array as one in this process's memory, of which the array itself keeps no copy."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        whole[shard.index] = np.asarray(shard.data)
+    return whole
 
 
 def _digest(arrays: Iterable[tuple[str, Any]]) -> bytes:

@@ -1,17 +1,20 @@
 """Arrays of a checkpoint, read from disk onto devices so that the host never holds many of them at once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mixcon_jax.runs import readback, stored
+from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.saved import Damaged
 
+Arrays = dict[str, jax.Array]
 IN_FLIGHT = 512 << 20  # bytes that a process reads at once, unless one device's part of one array takes more
 
 
@@ -50,3 +53,31 @@ def _most(item: Path, name: str, wanted: jax.ShapeDtypeStruct) -> int:
 
     indices = wanted.sharding.addressable_devices_indices_map(tuple(wanted.shape)).values()
     return max(map(touched, indices)) * array.dtype.numpy_dtype.itemsize
+
+
+def verified[T](read: Callable[[], tuple[T, Arrays, Mapping[str, str]]]) -> tuple[T, Arrays]:
+    """What ``read`` gives, by its checksums; with several processes, all have read it or all take it as damaged.
+
+    They agree before the checksums, which they add up together.
+
+    Args:
+      read: something about a checkpoint, its arrays and their checksums, by name.
+
+    Raises:
+      Damaged: one of them could not read it, or an array is not what was saved.
+    """
+    found, reason = None, ''
+    try:
+        found = read()
+    except Damaged as error:
+        reason = str(error)
+    intact = found is not None
+    if jax.process_count() > 1:
+        intact = bool(np.all(multihost_utils.process_allgather(np.array(intact))))
+    if found is None or not intact:
+        raise Damaged(reason or 'another process could not read it')
+    what, arrays, saved = found
+    for name, checksum in checksums(arrays).items():
+        if saved[name] != checksum:
+            raise Damaged(f'{name} does not match its checksum')
+    return what, arrays

@@ -1,6 +1,9 @@
 """Scores and samples of a checkpoint by two processes are those of one, and only the first of them prints."""
 
+import os
 import re
+import signal
+import time
 
 import pytest
 
@@ -8,7 +11,7 @@ from launch import local
 from mixcon_jax import cli
 from mixcon_jax.evaluate import evaluate
 from mixcon_jax.train import train
-from tests.launch.launching import finish, launch
+from tests.launch.launching import all_end, children_of, finish, launch, wait_until
 from tests.launch.test_failures import free_port
 from tests.test_inference_on_meshes import SMALL
 from tests.tiny import tiny_config
@@ -78,6 +81,27 @@ def test_two_that_are_told_where_the_first_is_score_as_one(run, capsys):
     wanted = numbers(described(capsys, 'eval', '--workdir', run))
     assert numbers(first[first.index('step 2') :]) == pytest.approx(wanted, rel=1e-3)
     assert 'bits per byte' not in second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', ['the launcher', 'the launcher, killed', 'a process'])
+def test_a_signal_ends_an_evaluation(run, tmp_path, who):
+    (tmp_path / 'long.txt').write_text('one two three four five six seven ' * 200_000)
+    launcher = launch('launch.local', 'eval', '--processes', 2, '--workdir', run, '--', tmp_path / 'long.txt')
+    wait_until(launcher, lambda: len(children_of(launcher.pid)) == 2)
+    time.sleep(12)  # they have met, and are about it
+    children = children_of(launcher.pid)
+    assert launcher.poll() is None and len(children) == 2
+    if who == 'a process':
+        os.kill(children[1], signal.SIGTERM)
+        assert 'killed by SIGTERM' in finish(launcher, code=1, seconds=40)
+    elif who == 'the launcher':
+        launcher.send_signal(signal.SIGINT)
+        finish(launcher, code=130, seconds=20)
+    else:
+        launcher.kill()
+        launcher.wait()
+    assert all_end(children, 20)
 
 
 @pytest.mark.slow

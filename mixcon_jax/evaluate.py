@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import sys
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from mixcon_jax import config as configs
 from mixcon_jax import step as steps
@@ -107,6 +109,19 @@ def _documents(paths: Sequence[str], config: ml_collections.ConfigDict) -> list[
     return documents
 
 
+def _require_same_everywhere(documents: Sequence[Document]) -> None:
+    """Refuses files that are others for another process, with which it would score other rows, or more of them."""
+    if jax.process_count() == 1:
+        return
+    lengths = ' '.join(str(len(document.text)) for document in documents)
+    digest = hashlib.sha256(lengths.encode())
+    for document in documents:
+        digest.update(document.text.encode())
+    own = np.frombuffer(digest.digest(), np.uint8)
+    if (multihost_utils.process_allgather(own) != own).any():
+        raise UserError('the files to score are not the same for all processes; put them where all find them')
+
+
 def rows_to_score(
     trained: TrainedModel, config: ml_collections.ConfigDict, workdir: str | Path, paths: Sequence[str], batch_size: int
 ) -> Any:
@@ -131,7 +146,9 @@ def rows_to_score(
     if paths:
         if is_synthetic(config.data):
             raise UserError(f'{workdir} was trained on {config.data.sources[0]}, not on text: leave out the files')
-        return heldout_from_texts(_documents(paths, config), trained.tokenizer, config, rows, share)
+        documents = _documents(paths, config)
+        _require_same_everywhere(documents)
+        return heldout_from_texts(documents, trained.tokenizer, config, rows, share)
     dataset = open_dataset(config, trained.data)
     dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
     if trained.data != dataset.identity:

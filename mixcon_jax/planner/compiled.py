@@ -6,6 +6,7 @@ A line after the layout, one after each variant; the variants are compiled side 
 import json
 import math
 import os
+import resource
 import statistics
 import sys
 import threading
@@ -101,6 +102,7 @@ def plan(
 
     with ThreadPoolExecutor(len(products)) as pool:
         list(pool.map(compile_with, products))
+    say({'compiler_memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10})
 
 
 def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: int) -> dict[str, Any]:

@@ -54,7 +54,6 @@ def plan(config: ml_collections.ConfigDict, job: dict[str, Any], products: Seque
         'device': target.name, 'peak_flops': target.flops, 'remat': config.model.remat,
         'accum_steps': config.train.accum_steps, 'batch_size': config.train.batch_size, 'seq_len': config.data.seq_len,
         'seconds': time.perf_counter() - start, 'cpu_seconds': _cpu_seconds() - before,
-        'compiler_memory': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 2**10,
         **found,
     }  # fmt: skip
 

@@ -108,6 +108,7 @@ def test_the_exit_code_says_whether_it_fits(tmp_path, capsys, monkeypatch):
 
 
 FOUND = {
+    'compiler_memory': 2**30,
     'mesh': {'data': 1, 'fsdp': 4}, 'parameters': 10, 'gradients': 10, 'moments': 20, 'layout': [], 'replicated': {},
     'passed_over': [], 'rematerialisations': [], 'traced': 1.0, 'resources': [],
     'model': {

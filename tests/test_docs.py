@@ -241,19 +241,16 @@ def check(command: list[str], written: Path, extended: bool) -> None:
       written: folder with the files that the page has its reader write.
       extended: whether it also has its reader extend the package, and with it what a configuration may say.
     """
-    program, *arguments = command
-    program = program.removeprefix('.venv/bin/')
+    program, arguments, parser = command[0].removeprefix('.venv/bin/'), command[1:], build_parser()
     if program == 'make':
         targets = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE)
         assert {word for word in arguments if '=' not in word} <= set(targets), 'no such target'
         return
-    if program == 'mixcon':
-        parser = build_parser()
-    elif program == 'python' and arguments[:1] == ['-m'] and arguments[1].startswith('launch.'):
+    if program == 'python' and arguments[:1] == ['-m'] and arguments[1].startswith('launch.'):
         module = importlib.util.find_spec(arguments[1])
         name = f'{module.name}.sweep' if module.submodule_search_locations else module.name
         parser, arguments = importlib.import_module(name).build_parser(), arguments[2:]
-    else:
+    elif program != 'mixcon':
         return
     with contextlib.redirect_stderr(sys.stdout):  # argparse says there what is wrong
         if program == 'python' and not parser.prog.endswith('.sweep'):  # several processes of a command of mixcon

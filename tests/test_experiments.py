@@ -53,7 +53,13 @@ def load_cases(path):
     return cases.cases(path)
 
 
-SWEEPS = [path for path in FILES if 'def sweep(' in path.read_text()]
+# The slow ones try many widths for many arms; others of the same folder are checked alike.
+DEAR = ('ablations/family.py', 'ablations/attention_conba_ratio.py')
+SWEEPS = [
+    pytest.param(path, marks=[pytest.mark.slow] if path.as_posix().endswith(DEAR) else [])
+    for path in FILES
+    if 'def sweep(' in path.read_text()
+]
 
 
 @pytest.mark.parametrize('path', SWEEPS, ids=lambda path: path.stem)

@@ -210,11 +210,13 @@ def accumulate(function: Callable[[Batch, Array], Tree], batch: Batch, accum_ste
     if accum_steps == 1:
         return function({key: x[0] for key, x in split.items()}, jnp.zeros((), jnp.int32))
 
+    traced = jax.jit(function, inline=True)  # once, for the shapes and for the loop
+
     def body(total: Tree, xs: tuple[Batch, Array]) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, total, function(*xs)), None
+        return jax.tree.map(jnp.add, total, traced(*xs)), None
 
     xs = (split, jnp.arange(accum_steps, dtype=jnp.int32))
-    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs))
+    shapes = jax.eval_shape(traced, *jax.tree.map(lambda x: x[0], xs))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(body, zeros, xs)[0]
 

@@ -32,8 +32,10 @@ OPTIONS = {
     'train__z_loss_coef': 0.001,
     'optim__clip_norm': 0.0,
 }
-FAMILY = {
-    'model__pattern': ('mamba2+rwkv_channel_mix', 'retnet+mlp', 'gla', 'rwkv4', 'large_kernel', 'rwkv6', 'rwkv7'),
+# No more of them in a row: rounding grows with each, and beyond these even a batch apart by rows is not within 2e-5.
+RWKV = {'model__pattern': ('rwkv4+rwkv_channel_mix', 'rwkv6+mlp', 'rwkv7', 'gla')}
+MATRICES = {
+    'model__pattern': ('mamba2+mlp', 'large_kernel', 'retnet'),
     'model__mamba2__head_dim': 8,
     'model__mamba2__groups': 2,
     'model__mamba2__d_state': 4,
@@ -68,7 +70,8 @@ MESHES = [
     slow({'context': 2, 'expert': 2, 'tensor': 2}, {}),
     slow({'expert': 8}, {}),
     slow({'expert': 8}, SIXTEEN),
-    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, FAMILY),
+    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, MATRICES),
+    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, RWKV),
     slow({'expert': 4, 'tensor': 2}, INNER),
     slow({'fsdp': 2, 'context': 2, 'expert': 2}, INNER),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, CONVOLUTIONS),

@@ -21,6 +21,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.parallel import kernels, layout
 from mixcon_jax.parallel.axes import RULES
 from mixcon_jax.parallel.mesh import make_mesh
+from mixcon_jax.parallel.rules import on_mesh, traced_once
 
 B, T, D = 2, 6, 4
 
@@ -154,6 +155,22 @@ def test_noise_is_drawn_for_all_rows_at_once():
         run = lambda a: kernels.selective_scan(**a, prior=True, **noise)
         arrays = {key: value for key, value in CALLS['selective_scan'].items() if isinstance(value, jax.Array)}
         assert 'shard_map' not in str(jax.make_jaxpr(run)(arrays))
+
+
+def test_what_layers_call_alike_is_traced_once_a_step():
+    traced = []
+
+    def times(x, *, by):
+        traced.append(by)
+        return by * x
+
+    def step(x):
+        with on_mesh(mesh(data=2), RULES):
+            return functools.reduce(lambda x, by: traced_once(times, by=by)(x), (2, 2, 3, 2), x + 0)
+
+    assert jax.jit(step)(1.0) == 24 and traced == [2, 3]
+    assert jax.make_jaxpr(lambda x: step(x))(1.0) and traced == [2, 3] * 2  # of another step's tracing nothing is left
+    assert traced_once(times, by=5)(1.0) == 5 and traced_once(times, by=5)(1.0) == 5 and traced[4:] == [5, 5]
 
 
 @pytest.mark.parametrize(

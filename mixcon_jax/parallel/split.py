@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from kernels_pallas.call import Call, bind
 from mixcon_jax.parallel.axes import SEQUENCE_AXIS
-from mixcon_jax.parallel.rules import current
+from mixcon_jax.parallel.rules import current, traced_once
 
 Partition = dict[str, tuple[str, ...]]  # the mesh axes over which each dimension is split
 
@@ -28,18 +28,17 @@ def split(call: Call) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(call.function, *args, **kwargs)
         arrays = {name: arguments[name] for name in call.dims if hasattr(arguments[name], 'ndim')}
+        trees = {name: arguments[name] for name in call.trees if arguments[name] is not None}
+        static = {name: value for name, value in arguments.items() if name not in arrays | trees}
         whole = call.whole(arguments)
         axes = {dim: logical for dim, logical in call.axes.items() if dim not in whole}
         partition = _partition(axes, {name: call.dims[name] for name in arrays}, arrays)
         if not partition:
-            return call.function(**arguments)
+            return traced_once(call.function, **static)(**arrays, **trees)
         function = call.function
         if call.context_parallel is not None and any(SEQUENCE_AXIS in axes for axes in partition.values()):
-            function = functools.partial(call.context_parallel, axis_name=SEQUENCE_AXIS)
-        trees = {name: arguments[name] for name in call.trees if arguments[name] is not None}
-        static = {name: value for name, value in arguments.items() if name not in arrays | trees}
-        local = functools.partial(function, **static)
-        return _mapped(local, arrays, call.dims, trees, call.results(arguments), partition)
+            function, static = call.context_parallel, static | {'axis_name': SEQUENCE_AXIS}
+        return _mapped(traced_once(function, **static), arrays, call.dims, trees, call.results(arguments), partition)
 
     return run
 

@@ -39,3 +39,12 @@ def test_bytes_are_those_of_rings():
     assert total.sent == 160 * 3 / 4 * 2 and total.across == 0
     (scatter,) = exchanges([kernel('reduce-scatter', 'f32[40]', 'f32[10]', everywhere)], {'fsdp': 4}, [0] * 4)
     assert scatter.sent == 160 * 3 / 4
+
+
+def test_what_starts_an_exchange_lists_operands_too_and_counts_once():
+    started = [
+        kernel('all-reduce-start', 'f32[40]', '((f32[40]), f32[40])', ''),
+        kernel('all-gather-start', 'f32[10]', '((f32[10]), f32[40])', ''),
+        kernel('reduce-scatter-start', 'f32[40]', '((f32[40]), f32[10])', ''),
+    ]
+    assert [one.bytes for one in exchanges(started, {'fsdp': 4}, [0] * 4)] == [160] * 3

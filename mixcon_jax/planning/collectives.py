@@ -18,11 +18,8 @@ def collectives(module: str) -> dict[str, tuple[int, int]]:
     for kernel in kernels(module):
         kind = re.sub('-start$', '', kernel.kind)
         if kind in found:
-            size = sum(map(array_bytes, kernel.operands))
-            if kind != 'all-to-all':  # gives as much as it takes, and what starts one is both
-                size = max(array_bytes(kernel.shape), size)
             number, total = found[kind]
-            found[kind] = number + kernel.count, total + kernel.count * size
+            found[kind] = number + kernel.count, total + kernel.count * payload(kernel, kind)
     return found
 
 
@@ -87,7 +84,7 @@ def exchanges(found: Sequence[Kernel], mesh: Mapping[str, int], host_of: Sequenc
 def payload(kernel: Kernel, kind: str) -> int:
     """Bytes of the whole array of one exchange: the larger of what a device gives and gets."""
     given, got = sum(map(array_bytes, kernel.operands)), array_bytes(kernel.shape)
-    if kernel.kind.endswith('-start') and kind != 'all-reduce':  # its result lists what it takes as well
+    if kernel.kind.endswith('-start'):  # its result lists what it takes as well
         got -= given
     return max(given, got)
 

@@ -141,6 +141,12 @@ def test_one_number_that_differs_is_an_axis_and_what_follows_from_it_is_not_show
     assert numeric_axis(arms) is None
 
 
+def test_lists_that_follow_from_one_number_are_not_shown(tmp_path):
+    for number, kernel in enumerate((5, 31)):
+        write_run(tmp_path / str(number), started=START + number, model__large_kernel__kernel=kernel)
+    assert [arm.options for arm in collect([tmp_path]).arms] == [{'model.large_kernel.kernel': n} for n in (5, 31)]
+
+
 def test_arms_with_named_layers_differ_in_what_they_give(tmp_path):
     """An expert's width follows from the named top_k; what an arm does not give is a dash."""
     pattern = ('conba+big', 'attention+mlp')

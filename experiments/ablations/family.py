@@ -1,13 +1,12 @@
 """Every mixer of the family, at equal parameters, equal tokens and paired seeds, each as its own baseline file has it.
 
-Attention with RoPE, Mamba, Mamba-2, Conba, MixCon 2:6, RetNet, GLA, RWKV-4, 6 and 7, Hyena, StripedHyena, large
+Attention without positions, Mamba, Mamba-2, Conba, MixCon 2:6, RetNet, GLA, RWKV-4, 6 and 7, Hyena, StripedHyena, large
 kernels and PanGu-π at the nano size, without experts. An arm is its file of experiments/baselines but for the width of
 its FFNs, which makes up for the mixers' different sizes, so that every arm has the parameters of 2:6 within 1 %. For
 one seed, data order is the same, and so are initial values wherever two arms have a parameter of one name and shape.
 All arms share one learning rate, which was found on a hybrid.
 
-42 runs of 717k tokens, 3 seeds of 14 arms: about three hours on 2 CPU cores, judged by single runs; the whole was not
-run yet.
+42 runs of 717k tokens, 3 seeds of 14 arms: about two and a half hours on 2 CPU cores.
 
     python -m launch.sweep --config experiments/ablations/family.py --workdir runs/family --jobs 2
 """

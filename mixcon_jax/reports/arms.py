@@ -183,13 +183,14 @@ def _differing(groups: Sequence[Sequence[ReportedRun]]) -> list[Options]:
 
 
 def _is_derived(run: ReportedRun, key: str) -> bool:
-    """Whether the option has the value that 0 would have given it, or is left to others as in no ``model.layers``."""
+    """Whether the option has the value that follows from others, or is left to others as in no ``model.layers``."""
     if configs.get(run.config, key, None) is None:
         return True
-    if configs.known(run.config)[key].derive is None:
+    option = configs.known(run.config)[key]
+    if option.derive is None:
         return False
     config = configs.canonical(run.config)
-    configs.put(config, key, 0)
+    configs.put(config, key, option.default)
     return configs.get(configs.resolve(config), key) == configs.get(run.config, key)
 
 

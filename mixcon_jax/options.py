@@ -136,7 +136,9 @@ OPTIONS: dict[str, Any] = {
                 0, 'A narrow shortcut around every mixer, of width dim / reduction; 0 has none, PanGu-pi has 32.', COUNT
             ),
         },
-        'norm_eps': Option(1e-6, 'Epsilon of every RMSNorm.', above(0.0)),
+        'norm': Option('rms', 'Norms before mixers and FFNs and before the head: "rms", or "layer", which takes off the mean and adds a bias.', one_of('rms', 'layer')),
+        'norm_eps': Option(1e-6, 'Epsilon of every norm.', above(0.0)),
+        'embedding_norm': Option(False, 'A norm of the same kind between embedding and first block.'),
         'tie_embeddings': Option(False, 'Use the embedding as the output head.'),
         'init_std': Option(0.02, 'Standard deviation of initial weights; output projections divide it by sqrt(2 layers).', above(0.0)),
         'dtype': Option('float32', 'Compute type; parameters and recurrent states stay float32.', DTYPE),

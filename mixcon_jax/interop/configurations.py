@@ -216,6 +216,18 @@ def _bamba(given: Given) -> Options:
     }
 
 
+def _rwkv(given: Given) -> Options:
+    given.only(layer_norm_epsilon=1e-5)  # its last norm has no other
+    width = given.count('hidden_size')
+    return _blocks(['rwkv4+rwkv_channel_mix'] * given.count('num_hidden_layers')) | {
+        'norm': 'layer',
+        'norm_eps': 1e-5,
+        'embedding_norm': True,
+        'rwkv4': {'inner_dim': given.count('attention_hidden_size', width)},
+        'rwkv_channel_mix': {'hidden_dim': given.count('intermediate_size', 4 * width)},
+    }
+
+
 READERS: dict[str, Callable[[Given], Options]] = {
     'bamba': _bamba,
     'falcon_mamba': _falcon_mamba,
@@ -224,4 +236,5 @@ READERS: dict[str, Callable[[Given], Options]] = {
     'mamba': _mamba,
     'mamba2': _mamba2,
     'mixtral': _mixtral,
+    'rwkv': _rwkv,
 }

@@ -20,33 +20,46 @@ class Architecture(NamedTuple):
     """What a published model has beside its layers.
 
     Attributes:
-      body: what it calls all but the head; its decoder layers are ``layers`` below that.
+      body: what it calls all but the head.
       embedding, final_norm: what it calls these, below the body.
       norms: what it calls a decoder layer's norms, by our names.
+      layers: what it calls its decoder layers, below the body.
+      embedding_norm: what it calls the norm after the embedding, below the body, if it has one.
+      head: the weight of a head that is not the embedding.
     """
 
     body: str
     embedding: str
     final_norm: str
     norms: Mapping[str, str]
+    layers: str = 'layers'
+    embedding_norm: str = ''
+    head: str = 'lm_head.weight'
 
-    def top(self, tied: bool) -> dict[str, Place]:
-        """``{name: what makes ours of it}`` of the weights outside the decoder layers."""
-        return {
-            f'{self.body}.{self.embedding}.weight': same('embedding'),
-            f'{self.body}.{self.final_norm}.weight': same('final_norm/scale'),
-        } | ({} if tied else {HEAD: linear('output')})
+    def top(self, model) -> dict[str, Place]:
+        """``{name: what makes ours of it}`` of the weights outside the decoder layers of ``config.model``."""
+        norms = {'final_norm': self.final_norm, 'embedding_norm': self.embedding_norm}
+        placed = {
+            f'{self.body}.{theirs}.{weight}': same(f'{ours}/{name}')
+            for ours, theirs in norms.items()
+            if theirs
+            for weight, name in NORMS[model.norm].items()
+        }
+        head = {} if model.tie_embeddings else {self.head: linear('output')}
+        return {f'{self.body}.{self.embedding}.weight': same('embedding')} | placed | head
 
 
 MATRICES = {'w1': 'gate_proj', 'w3': 'up_proj', 'w2': 'down_proj'}  # of an expert, by Mixtral's names
-HEAD = 'lm_head.weight'  # of a model whose head is not its embedding
-NORM: dict[str, Place] = {'weight': same('scale')}  # of a norm alone
+NORMS = {'rms': {'weight': 'scale'}, 'layer': {'weight': 'scale', 'bias': 'bias'}}  # weights of a norm, by model.norm
 MAMBA = Architecture('backbone', 'embeddings', 'norm_f', {'mixer_norm': 'norm'})
 JAMBA = Architecture(
     'model', 'embed_tokens', 'final_layernorm', {'mixer_norm': 'input_layernorm', 'ffn_norm': 'pre_ff_layernorm'}
 )
 LLAMA = Architecture(
     'model', 'embed_tokens', 'norm', {'mixer_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
+)
+RWKV = Architecture(
+    'rwkv', 'embeddings', 'ln_out', {'mixer_norm': 'ln1', 'ffn_norm': 'ln2'}, 'blocks', 'blocks.0.pre_ln', 'head.weight'
 )
 # By the model_type of transformers, as in Layer.PUBLISHED.
 ARCHITECTURES = {
@@ -57,12 +70,13 @@ ARCHITECTURES = {
     'mamba': MAMBA,
     'mamba2': MAMBA,
     'mixtral': LLAMA,
+    'rwkv': RWKV,
 }
 
 
-def norm_weights(theirs: Mapping[str, np.ndarray]) -> Weights:
-    """Maps the weights of one norm; errors as of ``layer_weights``."""
-    return _placed(theirs, NORM, 'a norm', None)
+def norm_weights(theirs: Mapping[str, np.ndarray], kind: str = 'rms') -> Weights:
+    """Maps the weights of one norm, of a kind of ``model.norm``; errors as of ``layer_weights``."""
+    return _placed(theirs, _norm(kind), 'a norm', None)
 
 
 def layer_weights(theirs: Mapping[str, np.ndarray], kind: str, model, architecture: str) -> Weights:
@@ -118,10 +132,12 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
     if architecture not in ARCHITECTURES:
         raise UserError(f'the architecture {architecture!r} is not known; choose from {", ".join(ARCHITECTURES)}')
     known = ARCHITECTURES[architecture]
+    top = known.top(model)
     layers: dict[int, dict[str, dict[str, np.ndarray]]] = {}
     outside: dict[str, np.ndarray] = {}
     for name, value in theirs.items():
-        if match := re.fullmatch(known.body + r'\.layers\.(\d+)\.(\w+)\.(.+)', name):
+        match = re.fullmatch(rf'{known.body}\.{known.layers}\.(\d+)\.(\w+)\.(.+)', name)
+        if match and name not in top:
             layers.setdefault(int(match[1]), {}).setdefault(match[2], {})[match[3]] = value
         else:
             outside[name] = value
@@ -144,7 +160,7 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
             for name, value in _whole(found.get(module, {}), place.weights, what, place.model).items():
                 stacks.setdefault(f'blocks/layers/{j}/{place.part}/{name}', []).append(value)
     stacked = {name: np.stack(values) for name, values in stacks.items()}
-    return _whole(outside, known.top(model.tie_embeddings), f'a model from {architecture}', model) | stacked
+    return _whole(outside, top, f'a model from {architecture}', model) | stacked
 
 
 def of_modules(theirs: Mapping[str, np.ndarray]) -> Weights:
@@ -192,7 +208,11 @@ def _modules(model, text: str, norms: Mapping[str, str], architecture: str) -> d
     for role, part in parts.items():
         module, weights = published(part.kind, architecture, role)
         found[module] = _Module(role, weights, part.model)
-    return {norms[ours]: _Module(ours, NORM, model) for ours in normed} | found
+    return {norms[ours]: _Module(ours, _norm(model.norm), model) for ours in normed} | found
+
+
+def _norm(kind: str) -> dict[str, Place]:
+    return {theirs: same(ours) for theirs, ours in NORMS[kind].items()}
 
 
 def _whole(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str, model) -> Weights:

@@ -62,7 +62,8 @@ def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:
         raise UserError(f'{folder} has no config.json that can be read; give the folder of a published model')
     config, theirs = configs.default(), huggingface.of_modules(weight_files.read_model(folder))
     config.model.update(configurations.model_options(values))
-    config.model.tie_embeddings = huggingface.HEAD not in theirs and values.get('tie_word_embeddings') is not False
+    head = huggingface.ARCHITECTURES[values['model_type']].head
+    config.model.tie_embeddings = head not in theirs and values.get('tie_word_embeddings') is not False
     config = configs.resolve(configs.validate(config))
     weights = huggingface.model_weights(theirs, config.model, values['model_type'])
     wanted = {name: leaf.shape for name, leaf in _shapes(config.model).items()}

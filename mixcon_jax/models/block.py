@@ -11,7 +11,7 @@ from mixcon_jax.errors import ConfigError
 from mixcon_jax.models import reported
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Loss, Parameters, RMSNorm, State, kept, selective
+from mixcon_jax.models.layers import Aux, Loss, Parameters, State, kept, selective, stream_norm
 from mixcon_jax.models.pattern import named_kinds, parse_layer, parts
 from mixcon_jax.models.shortcut import AugmentedShortcut
 from mixcon_jax.parallel.layout import stream
@@ -25,7 +25,7 @@ class Residual(nnx.Module):
 
     def __init__(self, config, spec: str, params: Parameters, num_layers: int) -> None:
         self.parallel = parse_layer(spec, named_kinds(config)).parallel
-        self.mixer_norm = RMSNorm(config.dim, params.scope('mixer_norm'), config.norm_eps, axis='embed')
+        self.mixer_norm = stream_norm(config, params.scope('mixer_norm'))
         made = {
             role: part.load()(part.model, params.scope(role), num_layers) for role, part in parts(config, spec).items()
         }
@@ -33,7 +33,7 @@ class Residual(nnx.Module):
         self.shortcut = AugmentedShortcut(config, params.scope('shortcut')) if config.shortcut.reduction else None
         if 'ffn' in made:
             if not self.parallel:
-                self.ffn_norm = RMSNorm(config.dim, params.scope('ffn_norm'), config.norm_eps, axis='embed')
+                self.ffn_norm = stream_norm(config, params.scope('ffn_norm'))
             self.ffn = made['ffn']
 
     def parts(self) -> dict[str, Layer]:

@@ -13,7 +13,7 @@ from kernels_pallas import platform
 from mixcon_jax.models.block import Block
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.embedding import lookup
-from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, normal
+from mixcon_jax.models.layers import Aux, Parameters, State, normal, stream_norm
 from mixcon_jax.models.pattern import resolve
 from mixcon_jax.parallel.layout import constrain, stream
 
@@ -59,11 +59,12 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
         init, shape = normal(config.init_std), (config.vocab_size, config.dim)
         self.embedding = params('embedding', shape, ('vocab', 'embed'), init, decay=False)
+        self.embedding_norm = stream_norm(config, params.scope('embedding_norm')) if config.embedding_norm else None
         self.blocks = nnx.vmap(lambda index: Block(config, params, index))(jnp.arange(config.num_blocks))
         for _, variable in nnx.iter_graph(self.blocks):
             if isinstance(variable, nnx.Variable):
                 variable.set_metadata(logical_axes=('layers', *variable.get_metadata()['logical_axes']))
-        self.final_norm = RMSNorm(config.dim, params.scope('final_norm'), config.norm_eps, axis='embed')
+        self.final_norm = stream_norm(config, params.scope('final_norm'))
         if not config.tie_embeddings:
             self.output = params('output', shape[::-1], ('embed', 'vocab'), init)
 
@@ -110,7 +111,8 @@ class Decoder(nnx.Module):
         """Returns the features that the first block reads."""
         # Gathered as a whole: XLA would otherwise look up columns, and exchange features.
         table = constrain(self.embedding[...], 'vocab', None)
-        return stream(lookup(table, tokens, embedding_gradient(self.config)).astype(self.dtype))
+        x = stream(lookup(table, tokens, embedding_gradient(self.config)).astype(self.dtype))
+        return x if self.embedding_norm is None else stream(self.embedding_norm(x))
 
     def block(self, index: int | Int[Array, '']) -> Block:
         """Returns one repeat of the pattern, with its own part of the stacked parameters."""

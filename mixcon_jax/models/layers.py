@@ -239,6 +239,36 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, scale, self.eps)
 
 
+@keeping_arguments
+def layer_norm(
+    x: Float[Array, '*b d'], scale: Float[Array, ' d'], bias: Float[Array, ' d'], eps: float | Float[Array, '']
+) -> Float[Array, '*b d']:
+    """``rms_norm`` of what is left without the mean over the last axis, and a bias."""
+    wide = widened(x)
+    centered = wide - jnp.mean(wide, -1, keepdims=True)
+    return (rms_norm(centered, scale, eps) + bias.astype(wide.dtype)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Norm of mean 0 and variance 1 (Ba, Kiros and Hinton, 2016), with a learned scale and a learned bias."""
+
+    def __init__(self, width: int, params: Parameters, eps: float, axis: str = 'norm') -> None:
+        self.scale = params('scale', (width,), (axis,), ones)
+        self.bias = params('bias', (width,), (axis,), zeros)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+
+
+def stream_norm(config, params: Parameters) -> nnx.Module:
+    """A norm of the residual stream, of the kind that ``config.norm`` names."""
+    return NORMS[config.norm](config.dim, params, config.norm_eps, axis='embed')
+
+
 def project(x: Float[Array, '*b i'], weight: nnx.Param) -> Float[Array, '*b o']:
     """Multiplies by a weight matrix in x's dtype."""
     return kept(x @ weight[...].astype(x.dtype))

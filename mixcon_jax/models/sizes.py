@@ -1,7 +1,7 @@
 """Published models by name, as options of ``config.model``: `mixcon presets` lists them, experiments/presets.py trains.
 
 Sizes are those of the papers or of the released configurations. What a paper does not say is this project's: initial
-values, and RMSNorm where a model has LayerNorm.
+values.
 """
 
 from typing import Any, NamedTuple
@@ -73,9 +73,11 @@ def _rwkv4(dim: int, layers: int) -> Size:
         'pattern': ('rwkv4+rwkv_channel_mix',),
         'vocab_size': 50277,
         'tie_embeddings': False,
+        'norm': 'layer',
         'norm_eps': 1e-5,
+        'embedding_norm': True,
     }
-    return Size(options, 'Peng et al., 2023; RMSNorm for its LayerNorm')
+    return Size(options, 'Peng et al., 2023')
 
 
 def _pangu_pi(dim: int, layers: int, heads: int, hidden: int) -> Size:

@@ -26,7 +26,7 @@ def fixture(name: str) -> dict[str, np.ndarray]:
 
 def architecture(name: str) -> str:
     """The published architecture that a fixture is of, as ``Layer.PUBLISHED`` calls it."""
-    return next(each for each in ('rwkv', *huggingface.ARCHITECTURES) if name.startswith(f'{each}_'))
+    return next(each for each in huggingface.ARCHITECTURES if name.startswith(f'{each}_'))
 
 
 def below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

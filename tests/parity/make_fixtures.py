@@ -42,6 +42,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     RwkvConfig,
+    RwkvForCausalLM,
 )
 from transformers.models.bamba.modeling_bamba import BambaAttention, BambaMixer, BambaRotaryEmbedding
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
@@ -195,6 +196,7 @@ MODELS = {
     'mamba2_model': lambda: Mamba2ForCausalLM(mamba2_config(2)),
     'falcon_mamba_model': lambda: FalconMambaForCausalLM(falcon_mamba_config()),
     'bamba_model': lambda: BambaForCausalLM(bamba_config()),
+    'rwkv_model': lambda: RwkvForCausalLM(rwkv_config()),
 }
 
 

@@ -14,6 +14,7 @@ LENGTHS = (1, 3, 17, 64, 129)
 MAMBA2 = {'mamba2.d_state': 8, 'mamba2.head_dim': 16, 'mamba2.chunk': 16}
 GROUPS = MAMBA2 | {'mamba2.groups': 2}
 FALCON_MAMBA = {'mamba.norms': True, 'mamba.norm_scales': False, 'mamba.norm_eps': 1e-3, 'ssm.chunk': 16}
+RWKV = {'norm': 'layer', 'norm_eps': 1e-5, 'embedding_norm': True, 'rwkv_channel_mix.hidden_dim': 48}
 HALF_ROTATED = {'attention.rope': True, 'attention.rope_dim': 4}
 
 # fixture -> our layer, options of config.model
@@ -24,12 +25,13 @@ LAYERS = {
     'bamba_mixer': ('mamba2', GROUPS),
     'bamba_attention': ('attention', HALF_ROTATED),
     'rwkv_attention': ('rwkv4', {}),
-    'rwkv_feed_forward': ('rwkv_channel_mix', {'rwkv_channel_mix.hidden_dim': 48}),
+    'rwkv_feed_forward': ('rwkv_channel_mix', RWKV),
 }
 # fixture -> blocks, options of config.model
 MODELS = {
     'mamba2_model': (2, GROUPS | {'pattern': ('mamba2',)}),
     'falcon_mamba_model': (2, FALCON_MAMBA | {'pattern': ('mamba',), 'norm_eps': 1e-5}),
+    'rwkv_model': (2, RWKV | {'pattern': ('rwkv4+rwkv_channel_mix',)}),
     'bamba_model': (1, GROUPS | HALF_ROTATED | {'pattern': ('mamba2+mlp', 'attention+mlp')}),
 }
 SLOW = [pytest.mark.slow]

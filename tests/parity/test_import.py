@@ -23,7 +23,7 @@ from tests.parity import cases
 FAST = ('bamba', 'mixtral')
 MODELS = [
     pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
-    for name in ('bamba', 'falcon_mamba', 'jamba', 'llama', 'mamba', 'mamba2', 'mixtral')
+    for name in ('bamba', 'falcon_mamba', 'jamba', 'llama', 'mamba', 'mamba2', 'mixtral', 'rwkv')
 ]
 
 
@@ -77,7 +77,7 @@ def test_an_imported_model_has_the_published_logits(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'model_type': 'rwkv'}, "model_type 'rwkv' cannot be imported; choose from bamba, falcon_mamba, jamba"),
+        ({'model_type': 'gpt2'}, "model_type 'gpt2' cannot be imported; choose from bamba, falcon_mamba, jamba"),
         ({'hidden_act': 'gelu'}, "hidden_act='gelu' of bamba has no counterpart here, only 'silu'"),
         ({'num_hidden_layers': 1, 'attn_layer_indices': []}, 'there is a layer 1 from bamba, but the model has 1'),
         ({'intermediate_size': 64}, 'ffn/w_down of shape (1, 48, 32), where its config.json says (1, 64, 32)'),

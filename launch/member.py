@@ -76,7 +76,7 @@ def asked(command: str, rest: Sequence[str], program: str) -> tuple[argparse.Nam
     Raises:
       UserError: an argument is unknown, or a number too large.
     """
-    known, rest = cli.build_parser().parse_known_args([command, *rest])
+    known, rest = cli.build_parser(program).parse_known_args([command, *rest])
     overrides = cli.parse_overrides(rest, program)
     cli.require_numbers(known)
     return known, overrides

@@ -30,9 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     exit_with(run)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of every command; ``known.run(known, overrides)`` runs what was asked for."""
-    parser = argparse.ArgumentParser(prog='mixcon', description=DESCRIPTION, allow_abbrev=False)
+def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
+    """Returns the parser of every command; ``known.run(known, overrides)`` runs what was asked for.
+
+    Args:
+      program: its name in usage errors.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     subparsers = parser.add_subparsers(metavar='command', required=True)
 
     def add(name: str, run, text: str, parent=subparsers) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from mixcon_jax.runs.checkpoints import Checkpoints, Meta, Say
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.workdir import Workdir, explained
 from mixcon_jax.step import TrainState
-from mixcon_jax.trees import Tree, logical_axes, rates, undecayed
+from mixcon_jax.trees import Tree, logical_axes, rates, to_state, undecayed
 
 
 def new_folder(out: str | Path) -> Path:
@@ -76,12 +76,18 @@ def write(
 
 def fresh(config: ml_collections.ConfigDict, trees: Mapping[str, Tree], step: int) -> TrainState:
     """The state of a run that has made so many steps, but for its optimizer, which is new."""
-    _, params, _ = split(config)
+    _, params, _ = split(config.model)
     optimizer = optim.make_optimizer(config.optim, logical_axes(params), undecayed(params), rates(params))
     state, zero = optimizer.init(trees['params']), jnp.zeros((), jnp.int32)
     return TrainState(jnp.int32(step), trees['params'], trees['buffers'], state, zero, zero)
 
 
-def split(config: ml_collections.ConfigDict) -> tuple:
-    """Structure, parameters and buffers of a configuration's decoder, abstract."""
-    return nnx.split(nnx.eval_shape(lambda: decoder.create(config.model)), nnx.Param, Buffer)
+def built(model: ml_collections.ConfigDict, trees: Mapping[str, Tree]) -> decoder.Decoder:
+    """The decoder of ``config.model`` with ``params`` and ``buffers``."""
+    graphdef, *templates = split(model)
+    return nnx.merge(graphdef, *(to_state(trees[name], each) for name, each in zip(('params', 'buffers'), templates)))
+
+
+def split(model: ml_collections.ConfigDict) -> tuple:
+    """Structure, parameters and buffers of the decoder of ``config.model``, abstract."""
+    return nnx.split(nnx.eval_shape(lambda: decoder.create(model)), nnx.Param, Buffer)

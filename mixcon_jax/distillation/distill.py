@@ -7,14 +7,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mixcon_jax import derived
 from mixcon_jax.data import files
-from mixcon_jax.derived import split
 from mixcon_jax.distillation.filters import Fit, distilled, hyena_layers
 from mixcon_jax.evaluate import rows_to_score
 from mixcon_jax.host.paths import expand_folder
@@ -25,7 +23,6 @@ from mixcon_jax.runs import saved
 from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.run import CHECKPOINTS
-from mixcon_jax.trees import Tree, to_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +72,8 @@ def distill(
             f'layer {fit.layer}, filter {fit.index + 1}: {fit.states} modes a channel, relative error {fit.error:.2e},'
             f' {fit.worst:.2e} of the worst channel'
         )
-    found = compare(trained.model, built(modal, trees), itertools.islice(batches, -(-rows // batches.batch_size)))
+    modal_net, few = derived.built(modal.model, trees), itertools.islice(batches, -(-rows // batches.batch_size))
+    found = compare(trained.model, modal_net, few)
     say(
         f'KL {found.kl:.2e} nats a token over {found.tokens:,} tokens; loss {found.before:.4f} before,'
         f' {found.after:.4f} after'
@@ -115,9 +113,3 @@ def compare(before: decoder.Decoder, after: decoder.Decoder, batches: Iterable[M
     kl, first, second, tokens = total
     count = max(int(tokens), 1)
     return Divergence(float(kl) / count, float(first) / count, float(second) / count, int(tokens))
-
-
-def built(config: ml_collections.ConfigDict, trees: Mapping[str, Tree]) -> decoder.Decoder:
-    """The decoder of a whole configuration with the parameters and buffers of ``filters.distilled``."""
-    graphdef, *templates = split(config)
-    return nnx.merge(graphdef, *(to_state(trees[name], each) for name, each in zip(('params', 'buffers'), templates)))

@@ -7,19 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from mixcon_jax import config as configs
 from mixcon_jax import derived
 from mixcon_jax.errors import UserError
-from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.layers import Buffer
 from mixcon_jax.models.pattern import named_kinds, parts, resolve
 from mixcon_jax.runs.weights import load_params
-from mixcon_jax.trees import Tree, named_leaves, to_state
+from mixcon_jax.trees import Tree, named_leaves
 
 TOKENS = 64  # on which both models are compared
 
@@ -90,8 +87,6 @@ def _logits(trees: Mapping[str, Tree], model: ml_collections.ConfigDict) -> Arra
     """Of a row of random tokens, in float32."""
     model = ml_collections.ConfigDict(model.to_dict())
     model.dtype = 'float32'
-    abstract = nnx.eval_shape(lambda: decoder.create(model))
-    graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)  # type: ignore[misc]
-    net = nnx.merge(graphdef, to_state(trees['params'], params), to_state(trees['buffers'], buffers))
+    net = derived.built(model, trees)
     tokens = jax.random.randint(jax.random.key(0), (1, TOKENS), 0, model.vocab_size)
     return net.logits(net(tokens, Context.whole(1, TOKENS))[0])

@@ -11,7 +11,7 @@ from flax import nnx
 from mixcon_jax import cli, derived
 from mixcon_jax import config as configs
 from mixcon_jax.data import open_dataset
-from mixcon_jax.distillation.distill import built, compare, distill
+from mixcon_jax.distillation.distill import compare, distill
 from mixcon_jax.distillation.filters import distilled
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.models import accounting, decoder
@@ -89,9 +89,9 @@ def test_the_models_come_together_with_their_filters():
     found = []
     for order in (1, 5, 14):
         modal, trees, _ = distilled(model, config, order, 0.1)
-        found.append(compare(model, built(modal, trees), [batch]))
+        found.append(compare(model, derived.built(modal.model, trees), [batch]))
     assert found[0].kl > 2 * found[1].kl > 4 * found[2].kl > 0, found
-    tokens, models = jnp.asarray(batch['tokens']), (model, built(modal, trees))
+    tokens, models = jnp.asarray(batch['tokens']), (model, derived.built(modal.model, trees))
     scores = [jax.nn.log_softmax(each.logits(each(tokens, whole)[0])) for each in models]
     before, after = (np.asarray(score, np.float64)[batch['loss_mask']] for score in scores)
     targets = batch['targets'][batch['loss_mask']]

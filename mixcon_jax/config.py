@@ -269,7 +269,7 @@ def read(path: str | Path) -> ml_collections.ConfigDict:
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a copy in which every 0 that means "derive it" is spelled out."""
+    """Returns a copy in which every 0 or () that means "derive it" is spelled out."""
     config = canonical(config)
     config.model = pattern.resolve(config.model)
     config.eval.batch_size = config.eval.batch_size or config.train.batch_size

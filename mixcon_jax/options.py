@@ -44,7 +44,9 @@ class Option:
     most: int = INT32  # of an integer
     between: str = ','  # a pattern of what lies between elements that the command line gives as one
     path: str = ''  # of an option that holds a path: what to name there; it may be empty only where that is the default
-    derive: Callable[[Any], Any] | None = None  # of a layer's option: what 0 stands for, from ``config.model``
+    derive: Callable[[Any], Any] | None = (
+        None  # of a layer's option: what its default, 0 or (), stands for, from ``config.model``
+    )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,11 @@ OPTIONS = {
     'optim__clip_norm': 0.0,
 }
 # No more of them in a row: rounding grows with each, and beyond these even a batch apart by rows is not within 2e-5.
-RWKV = {'model__pattern': ('rwkv4+rwkv_channel_mix', 'rwkv6+mlp', 'rwkv7', 'gla')}
+RWKV = {
+    'model__pattern': ('rwkv4+rwkv_channel_mix', 'rwkv6+mlp', 'rwkv7', 'gla'),
+    'model__norm': 'layer',
+    'model__embedding_norm': True,
+}
 MATRICES = {
     'model__pattern': ('mamba2+mlp', 'large_kernel', 'retnet'),
     'model__mamba2__head_dim': 8,

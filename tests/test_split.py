@@ -5,6 +5,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -14,14 +15,18 @@ from kernels_pallas.causal_conv1d.context_parallel import CALL as CAUSAL_CONV1D
 from kernels_pallas.delta_rule.context_parallel import CALL as DELTA_RULE
 from kernels_pallas.long_conv.context_parallel import CALL as LONG_CONV
 from kernels_pallas.modal_conv.context_parallel import CALL as MODAL_CONV
+from kernels_pallas.selective_scan import api as selective_scan
 from kernels_pallas.selective_scan.context_parallel import CALL as SELECTIVE_SCAN
 from kernels_pallas.ssd.context_parallel import CALL as SSD
 from kernels_pallas.wkv.context_parallel import CALL as WKV
 from mixcon_jax import config as configs
+from mixcon_jax import step
 from mixcon_jax.parallel import kernels, layout
 from mixcon_jax.parallel.axes import RULES
 from mixcon_jax.parallel.mesh import make_mesh
-from mixcon_jax.parallel.rules import on_mesh, traced_once
+from mixcon_jax.parallel.rules import on_mesh
+from mixcon_jax.parallel.shared import shared
+from tests.training import mesh_of, random_batch, step_config
 
 B, T, D = 2, 6, 4
 
@@ -162,15 +167,30 @@ def test_what_layers_call_alike_is_traced_once_a_step():
 
     def times(x, *, by):
         traced.append(by)
-        return by * x
+        return by[0] * x if isinstance(by, list) else by * x
 
-    def step(x):
+    def run(x, factors=(2, 2, 3, 2)):
         with on_mesh(mesh(data=2), RULES):
-            return functools.reduce(lambda x, by: traced_once(times, by=by)(x), (2, 2, 3, 2), x + 0)
+            return functools.reduce(lambda x, by: shared(times, by=by)(x), factors, x + 0)
 
-    assert jax.jit(step)(1.0) == 24 and traced == [2, 3]
-    assert jax.make_jaxpr(lambda x: step(x))(1.0) and traced == [2, 3] * 2  # of another step's tracing nothing is left
-    assert traced_once(times, by=5)(1.0) == 5 and traced_once(times, by=5)(1.0) == 5 and traced[4:] == [5, 5]
+    assert jax.jit(run)(1.0) == 24 and traced == [2, 3]
+    assert jax.make_jaxpr(lambda x: run(x))(1.0) and traced == [2, 3] * 2  # of another step's tracing nothing is left
+    assert run(1.0, ([5], [5])) == 25 and traced[4:] == [[5], [5]], 'a list cannot be told from another'
+    assert shared(times, by=6)(shared(times, by=6)(1.0)) == 36 and traced[6:] == [6, 6], 'in no step'
+
+
+def test_a_step_traces_a_kernel_and_a_microbatch_once(monkeypatch):
+    """Four layers of two microbatches; three are called alike, one has chunks of its own."""
+    chosen, microbatches = [], []
+    choose, loss = selective_scan.choose, step.microbatch_loss
+    monkeypatch.setattr(selective_scan, 'choose', lambda *args, **kwargs: chosen.append(1) or choose(*args, **kwargs))
+    monkeypatch.setattr(step, 'microbatch_loss', lambda *args: microbatches.append(1) or loss(*args))
+    config = step_config(train__accum_steps=2, model__pattern=('mamba', 'mamba', 'short', 'mamba'))
+    config.model.layers.short = ml_collections.ConfigDict({'kind': 'mamba', 'chunk': 3})
+    config = configs.validate(config, 1)
+    steps = step.make_steps(config, mesh_of(config))
+    steps.train_step.trace(steps.abstract_state, steps.put(random_batch(1, 8, 13)))
+    assert (len(chosen), len(microbatches)) == (2, 1)
 
 
 @pytest.mark.parametrize(

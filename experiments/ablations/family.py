@@ -6,7 +6,7 @@ its FFNs, which makes up for the mixers' different sizes, so that every arm has 
 one seed, data order is the same, and so are initial values wherever two arms have a parameter of one name and shape.
 All arms share one learning rate, which was found on a hybrid.
 
-42 runs of 717k tokens, 3 seeds of 14 arms: about three hours on 2 CPU cores.
+42 runs of 717k tokens, 3 seeds of 14 arms: about three hours on 2 CPU cores, one after the other beside other work.
 
     python -m launch.sweep --config experiments/ablations/family.py --workdir runs/family --jobs 2
 """

@@ -38,19 +38,23 @@ class Architecture(NamedTuple):
 
     def top(self, model) -> dict[str, Place]:
         """``{name: what makes ours of it}`` of the weights outside the decoder layers of ``config.model``."""
-        norms = {'final_norm': self.final_norm, 'embedding_norm': self.embedding_norm}
+        norms = {'final_norm': self.final_norm}
+        if model.embedding_norm:
+            norms['embedding_norm'] = self.embedding_norm
         placed = {
             f'{self.body}.{theirs}.{weight}': same(f'{ours}/{name}')
             for ours, theirs in norms.items()
-            if theirs
-            for weight, name in NORMS[model.norm].items()
+            for weight, name in NORM_WEIGHTS[model.norm].items()
         }
         head = {} if model.tie_embeddings else {self.head: linear('output')}
         return {f'{self.body}.{self.embedding}.weight': same('embedding')} | placed | head
 
 
 MATRICES = {'w1': 'gate_proj', 'w3': 'up_proj', 'w2': 'down_proj'}  # of an expert, by Mixtral's names
-NORMS = {'rms': {'weight': 'scale'}, 'layer': {'weight': 'scale', 'bias': 'bias'}}  # weights of a norm, by model.norm
+NORM_WEIGHTS = {
+    'rms': {'weight': 'scale'},
+    'layer': {'weight': 'scale', 'bias': 'bias'},
+}  # by model.norm
 MAMBA = Architecture('backbone', 'embeddings', 'norm_f', {'mixer_norm': 'norm'})
 JAMBA = Architecture(
     'model', 'embed_tokens', 'final_layernorm', {'mixer_norm': 'input_layernorm', 'ffn_norm': 'pre_ff_layernorm'}
@@ -74,9 +78,9 @@ ARCHITECTURES = {
 }
 
 
-def norm_weights(theirs: Mapping[str, np.ndarray], kind: str = 'rms') -> Weights:
-    """Maps the weights of one norm, of a kind of ``model.norm``; errors as of ``layer_weights``."""
-    return _placed(theirs, _norm(kind), 'a norm', None)
+def norm_weights(theirs: Mapping[str, np.ndarray]) -> Weights:
+    """Maps the weights of one RMSNorm; errors as of ``layer_weights``."""
+    return _placed(theirs, _norm('rms'), 'a norm', None)
 
 
 def layer_weights(theirs: Mapping[str, np.ndarray], kind: str, model, architecture: str) -> Weights:
@@ -132,6 +136,8 @@ def model_weights(theirs: Mapping[str, np.ndarray], model, architecture: str) ->
     if architecture not in ARCHITECTURES:
         raise UserError(f'the architecture {architecture!r} is not known; choose from {", ".join(ARCHITECTURES)}')
     known = ARCHITECTURES[architecture]
+    if model.embedding_norm and not known.embedding_norm:
+        raise UserError(f'{architecture} has no norm after the embedding, which model.embedding_norm asks for')
     top = known.top(model)
     layers: dict[int, dict[str, dict[str, np.ndarray]]] = {}
     outside: dict[str, np.ndarray] = {}
@@ -212,7 +218,7 @@ def _modules(model, text: str, norms: Mapping[str, str], architecture: str) -> d
 
 
 def _norm(kind: str) -> dict[str, Place]:
-    return {theirs: same(ours) for theirs, ours in NORMS[kind].items()}
+    return {theirs: same(ours) for theirs, ours in NORM_WEIGHTS[kind].items()}
 
 
 def _whole(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str, model) -> Weights:

@@ -1,4 +1,4 @@
-"""What the layers share: named parameters, weighted losses, RMSNorm, a short convolution that respects documents."""
+"""What the layers share: named parameters, weighted losses, norms, a short convolution that respects documents."""
 
 import dataclasses
 import functools

@@ -186,7 +186,7 @@ def _check_parts(model, check_part: Callable[[Part], None]) -> None:
 
 
 def resolve(model) -> ml_collections.ConfigDict:
-    """Returns a copy of ``config.model`` in which every 0 that means "derive it" is spelled out.
+    """Returns a copy of ``config.model`` in which every 0 or () that means "derive it" is spelled out.
 
     So is, in a group of ``model.layers``, what follows from the group's own options.
     """

@@ -29,7 +29,7 @@ from mixcon_jax.models.layers import (
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of, swiglu_width
 from mixcon_jax.parallel import expert_parallel, experts
 from mixcon_jax.parallel.layout import constrain
-from mixcon_jax.parallel.rules import traced_once
+from mixcon_jax.parallel.shared import shared
 from mixcon_jax.parallel.split import axes_of, by_parts, shards_of
 
 TITLE = 'experts: share of tokens'  # of the statistics' table
@@ -258,7 +258,7 @@ class Routed(Layer):
         self, rows: Float[Array, 'm d'], group_sizes: Int[Array, ' e'], matrices: Matrices
     ) -> Float[Array, 'm o']:
         """Each group of rows through its expert."""
-        product = traced_once(grouped_matmul, block=self.moe.group_block or None)
+        product = shared(grouped_matmul, block=self.moe.group_block or None)
         first = [matrices[name] for name in MATRICES[:2] if name in matrices]
         # One product for both of SwiGLU's: XLA writes them side by side as it converts them.
         hidden = kept(product(rows, jnp.concatenate(first, axis=-1), group_sizes))

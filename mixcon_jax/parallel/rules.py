@@ -4,19 +4,16 @@ It is part of what JAX traces by, as the mesh is: a function that was traced und
 """
 
 import contextlib
-import contextvars
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mixcon_jax.parallel.axes import RULES, Rules
+from mixcon_jax.parallel.shared import one_step
 
 _table = jax.make_user_context(default_value=None)
-_traced: contextvars.ContextVar[dict[Any, Callable[..., Any]]] = contextvars.ContextVar('traced')
 
 
 def current() -> Rules:
@@ -45,20 +42,5 @@ class Place:
 def on_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
     """What is traced inside is shared out over this mesh by these rules."""
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
-    token = _traced.set({})
-    try:
-        with _table(tuple(rules.items())), jax.sharding.use_abstract_mesh(abstract):
-            yield
-    finally:
-        _traced.reset(token)
-
-
-def traced_once(function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-    """``function`` with these arguments; within a step it is traced and lowered once for all layers that call it alike.
-
-    Args:
-      function: takes arrays by name, and ``static``; the same object wherever the same is called.
-      static: hashable.
-    """
-    traced, call = _traced.get(None), functools.partial(function, **static)
-    return call if traced is None else traced.setdefault((function, tuple(sorted(static.items()))), jax.jit(call))
+    with _table(tuple(rules.items())), jax.sharding.use_abstract_mesh(abstract), one_step():
+        yield

@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from kernels_pallas.call import Call, bind
 from mixcon_jax.parallel.axes import SEQUENCE_AXIS
-from mixcon_jax.parallel.rules import current, traced_once
+from mixcon_jax.parallel.rules import current
+from mixcon_jax.parallel.shared import shared
 
 Partition = dict[str, tuple[str, ...]]  # the mesh axes over which each dimension is split
 
@@ -34,11 +35,11 @@ def split(call: Call) -> Callable[..., Any]:
         axes = {dim: logical for dim, logical in call.axes.items() if dim not in whole}
         partition = _partition(axes, {name: call.dims[name] for name in arrays}, arrays)
         if not partition:
-            return traced_once(call.function, **static)(**arrays, **trees)
+            return shared(call.function, **static)(**arrays, **trees)
         function = call.function
         if call.context_parallel is not None and any(SEQUENCE_AXIS in axes for axes in partition.values()):
             function, static = call.context_parallel, static | {'axis_name': SEQUENCE_AXIS}
-        return _mapped(traced_once(function, **static), arrays, call.dims, trees, call.results(arguments), partition)
+        return _mapped(shared(function, **static), arrays, call.dims, trees, call.results(arguments), partition)
 
     return run
 

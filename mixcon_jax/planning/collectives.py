@@ -19,7 +19,7 @@ def collectives(module: str) -> dict[str, tuple[int, int]]:
         kind = re.sub('-start$', '', kernel.kind)
         if kind in found:
             number, total = found[kind]
-            found[kind] = number + kernel.count, total + kernel.count * payload(kernel, kind)
+            found[kind] = number + kernel.count, total + kernel.count * payload(kernel)
     return found
 
 
@@ -67,7 +67,7 @@ def exchanges(found: Sequence[Kernel], mesh: Mapping[str, int], host_of: Sequenc
         groups = groups_of(kernel.groups, math.prod(mesh.values()))
         members = len(groups[0])
         hosts = max(len({host_of[device] for device in group}) for group in groups)
-        size = payload(kernel, kind)
+        size = payload(kernel)
         sent = size if kind == 'collective-permute' else size * (members - 1) / members * (1 + (kind == 'all-reduce'))
         across = 0.0
         if hosts > 1 and kind in ('all-to-all', 'ragged-all-to-all'):  # each device's own rows leave by its own port
@@ -81,10 +81,10 @@ def exchanges(found: Sequence[Kernel], mesh: Mapping[str, int], host_of: Sequenc
     return sorted(listed, key=lambda exchange: -exchange.bytes)
 
 
-def payload(kernel: Kernel, kind: str) -> int:
+def payload(kernel: Kernel) -> int:
     """Bytes of the whole array of one exchange: the larger of what a device gives and gets."""
     given, got = sum(map(array_bytes, kernel.operands)), array_bytes(kernel.shape)
-    if kernel.kind.endswith('-start'):  # its result lists what it takes as well
+    if kernel.kind.endswith('-start'):  # its result may list what it takes as well
         got -= given
     return max(given, got)
 

@@ -46,6 +46,11 @@ BAMBA = {
     'vocab_size': 128256, 'rms_norm_eps': 1e-5, 'tie_word_embeddings': False,
 }  # fmt: skip
 
+RWKV = {
+    'model_type': 'rwkv', 'hidden_size': 768, 'num_hidden_layers': 12, 'vocab_size': 50277, 'layer_norm_epsilon': 1e-5,
+    'attention_hidden_size': None, 'intermediate_size': None, 'tie_word_embeddings': False,
+}  # fmt: skip
+
 
 def options_of(values):
     """`config.model` of a config.json."""
@@ -73,6 +78,7 @@ def bamba_parameters():
         (MIXTRAL, SIZES['mixtral-8x7b'].total),
         (JAMBA, SIZES['jamba-v0.1'].total),
         (BAMBA, bamba_parameters()),
+        (RWKV, 2 * 50277 * 768 + 13 * 768**2 * 12 + 768 * (11 * 12 + 4)),
     ],
     ids=lambda value: value['model_type'] if isinstance(value, dict) else '',
 )
@@ -123,6 +129,7 @@ def test_norms_of_falcon_mamba_have_no_scales_and_an_epsilon_of_their_own():
         (LLAMA | {'num_hidden_layers': 0}, r'num_hidden_layers=0 of llama must be a positive integer$'),
         (BAMBA | {'rope_parameters': {'partial_rotary_factor': 0.0}}, r'partial_rotary_factor of bamba leaves no'),
         (MAMBA2 | {'time_step_limit': 5}, r'time_step_limit of mamba2 has no counterpart here'),
+        (RWKV | {'layer_norm_epsilon': 1e-6}, r'layer_norm_epsilon=1e-06 of rwkv has no counterpart here, only 1e-05'),
         ({'model_type': 'llama', 'hidden_size': 8}, r'the config\.json of llama lacks vocab_size$'),
         ({}, r'model_type None cannot be imported; choose from bamba, falcon_mamba, jamba, llama, mamba, mamba2, mix'),
     ],

@@ -8,7 +8,7 @@ from flax import nnx
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.mlp import swiglu
-from mixcon_jax.models.layers import Parameters, RMSNorm, gated, project_halves, rms_norm, scaled
+from mixcon_jax.models.layers import Parameters, RMSNorm, gated, layer_norm, project_halves, rms_norm, scaled
 from mixcon_jax.models.mixers.conba import full_gate
 from tests.models.cases import CASES, DIM, layer
 
@@ -71,6 +71,10 @@ def rms_norm_sum(x, scale):
     return jnp.sum(rms_norm(x, scale, 1e-6))
 
 
+def layer_norm_sum(x, scale, bias):
+    return jnp.sum(layer_norm(x, scale, bias, 1e-6))
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_no_layer_sums_over_tokens_in_bfloat16(name):
     """By its traced gradient: a parameter's, the input's and a routing weight's sums have a float32 accumulator."""
@@ -108,9 +112,10 @@ def pulled(function, *args):
     return y, *vjp(args[-1])
 
 
-@pytest.mark.parametrize('function, count', [(swiglu, 3), (gated, 2), (rms_norm_sum, 2)])
+@pytest.mark.parametrize('function, count', [(swiglu, 3), (gated, 2), (rms_norm_sum, 2), (layer_norm_sum, 3)])
 def test_a_narrow_gradient_keeps_the_arguments_alone(function, count):
-    shapes = [(64, 48), (64, 48), (48, 32)][:count] if function is not rms_norm_sum else [(64, 48), (48,)]
+    norm = function in (rms_norm_sum, layer_norm_sum)
+    shapes = ([(64, 48), (48,), (48,)] if norm else [(64, 48), (64, 48), (48, 32)])[:count]
     x, *others = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], x, *others))
     arguments = sorted(shapes)

@@ -9,8 +9,7 @@ router, at most 3 % of the rest, all have Mamba's active parameters within 1 %; 
 have equal totals within 1 %. Experts have room for an even share of a microbatch, 1024 tokens; what is held out is
 scored without that limit. All arms share one learning rate, which was found on a hybrid; the paper tunes it.
 
-27 runs of 717k tokens, 3 seeds of 9 arms: about an hour on 2 CPU cores, judged by the first 60 steps of two of them;
-the whole was not run yet.
+27 runs of 717k tokens, 3 seeds of 9 arms: 1.3 hours on 2 CPU cores, one after the other beside other work.
 
     python -m launch.sweep --config experiments/ablations/moe_mamba.py --workdir runs/moe_mamba --jobs 2
 """

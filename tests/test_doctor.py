@@ -29,6 +29,7 @@ def hopper(monkeypatch, tmp_path):
     cards.forget()
 
 
+@pytest.mark.slow
 def test_without_a_gpu_a_screen_says_what_works():
     lines: list[str] = []
     assert doctor.doctor(say=lines.append) == 0

@@ -93,6 +93,7 @@ def test_the_arms_of_conba_parts_and_the_baselines_have_nanos_parameters():
         assert abs(counts.active / nano - 1) < 0.02, path
 
 
+@pytest.mark.slow
 def test_the_arms_of_the_family_have_equal_parameters():
     cases = load_cases(f'{ROOT}/experiments/ablations/family.py')[:14]
     counts = {case.name: accounting.parameter_count(case.config.model).total for case in cases}

@@ -52,6 +52,7 @@ def test_it_is_read_and_done_as_far_as_it_was_to_go(older, capsys):
     assert 'done after 2 steps' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_goes_on_as_the_earlier_version_did(older):
     """To rounding, which differs from processor to processor."""
     result = train(experiment(4), older)

@@ -10,7 +10,8 @@ from tests.benchmarks.context_parallel import layer_gradient
 
 
 # Conba has Mamba's kernels, and the gain's.
-@pytest.mark.parametrize('name', [pytest.param('mamba', marks=pytest.mark.slow), 'conba'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mamba', 'conba'])
 def test_kernels_get_their_devices_tokens(name):
     """Two devices a row, two shares of the rows; XLA cannot split a kernel and would give each device all inputs."""
     length = 1536

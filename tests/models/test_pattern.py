@@ -170,6 +170,7 @@ def test_parameters_operations_and_state_are_counted_with_a_parts_own_options():
     assert state_bytes(model, 64) - state_bytes(whole, 64) == 2 * 64 * 2 * (4 - 2) * 8 * 4
 
 
+@pytest.mark.slow
 def test_decoding_a_model_with_named_parts_equals_its_forward_pass():
     model = create(configs.validate(named(num_blocks=1, pattern=('local+big', 'attention'))).model, 0)
     ids = jax.random.randint(jax.random.key(0), (2, 7), 0, 61)

@@ -42,9 +42,9 @@ class Architecture(NamedTuple):
         if model.embedding_norm:
             norms['embedding_norm'] = self.embedding_norm
         placed = {
-            f'{self.body}.{theirs}.{weight}': same(f'{ours}/{name}')
+            f'{self.body}.{theirs}.{weight}': place
             for ours, theirs in norms.items()
-            for weight, name in NORM_WEIGHTS[model.norm].items()
+            for weight, place in _norm(model.norm, f'{ours}/').items()
         }
         head = {} if model.tie_embeddings else {self.head: linear('output')}
         return {f'{self.body}.{self.embedding}.weight': same('embedding')} | placed | head
@@ -217,8 +217,9 @@ def _modules(model, text: str, norms: Mapping[str, str], architecture: str) -> d
     return {norms[ours]: _Module(ours, _norm(model.norm), model) for ours in normed} | found
 
 
-def _norm(kind: str) -> dict[str, Place]:
-    return {theirs: same(ours) for theirs, ours in NORM_WEIGHTS[kind].items()}
+def _norm(kind: str, prefix: str = '') -> dict[str, Place]:
+    """What makes ours, below a prefix, of the weights of a norm."""
+    return {theirs: same(prefix + ours) for theirs, ours in NORM_WEIGHTS[kind].items()}
 
 
 def _whole(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str, model) -> Weights:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from mixcon_jax.models import kinds
 from tests.benchmarks.scan_memory import MIB, peaks
 
-LENGTHS = (2048, 4096, 8192)
+LENGTHS = (4096, 8192, 16384)
 
 
 def growth(sizes: Sequence[int]) -> list[float]:

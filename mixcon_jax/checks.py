@@ -3,13 +3,14 @@
 Free of JAX, as are ``mixcon_jax.options`` and this: what a layer says of its options is read without running its file.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from mixcon_jax.errors import ConfigError
 from mixcon_jax.host.paths import foreign
 from mixcon_jax.options import Option, beyond, float32
 
-__all__ = ['ConfigError', 'at_most', 'check_leaf', 'divides']
+__all__ = ['ConfigError', 'at_most', 'check_leaf', 'divides', 'not_apart']
 
 
 def divides(name: str, value: int, whole_name: str, whole: int) -> None:
@@ -22,6 +23,15 @@ def at_most(name: str, value: float, limit_name: str, limit: float, advice: str 
     """Refuses a value above the limit, which is another option's; the advice ends the line."""
     if value > limit:
         raise ConfigError(f'{name}={value} exceeds {limit_name}={limit}' + (f'; {advice}' if advice else ''))
+
+
+def not_apart(shards: Mapping[str, int], name: str, value: float) -> None:
+    """Refuses a value other than 0 of what takes all rows of a microbatch at once, where devices compute apart."""
+    if value and shards['apart'] > 1:
+        raise ConfigError(
+            f"{name}={value} takes all rows of a microbatch at once, which train.sum_gradients='step' computes apart;"
+            f' set {name}=0, or train.sum_gradients=microbatch'
+        )
 
 
 def check_leaf(key: str, value: Any, option: Option) -> None:

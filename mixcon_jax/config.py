@@ -351,7 +351,10 @@ def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None
         divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)
         divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size or batch)
     known = {axis: max(size, 1) for axis, size in found.items()}  # what is left to take is not known yet
-    pattern.check_split(config.model, axes.shards(axes.rules(mesh), known))
+    rules, groups = axes.rules(mesh), axes.groups(config.train, known)
+    if groups > 1:
+        axes.check_groups(rules)
+    pattern.check_split(config.model, axes.shards(rules, known, groups))
 
 
 def _require(key: str, expected: Mapping[str, Option]) -> None:

@@ -13,11 +13,11 @@ INT32, UINT32 = 2**31 - 1, 2**32 - 1  # the largest integers that 32 bits hold
 SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 
 # What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
-# a dot stands for a group. On another mesh, or in other tiles, sums are taken in another order: the run goes on, but
-# not bit for bit.
+# a dot stands for a group. On another mesh, or in other tiles, sums are taken in another order, and so they are over
+# devices once a step: the run goes on, but not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
-    'data.synthetic.eval_', 'train.max_bad_steps', 'train.deterministic', 'train.xla_flags', 'train.extend',
+    'data.synthetic.eval_', 'train.sum_gradients', 'train.max_bad_steps', 'train.deterministic', 'train.xla_flags', 'train.extend',
     'model.attention.block_size', 'model.moe.group_block', 'model.moe.exchange',
 )  # fmt: skip
 # What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
@@ -213,6 +213,12 @@ OPTIONS: dict[str, Any] = {
         'steps': Option(600, 'Optimizer steps.', POSITIVE),
         'batch_size': Option(4, 'Rows of the global batch.', POSITIVE),
         'accum_steps': Option(1, 'Microbatches a step.', POSITIVE),
+        'sum_gradients': Option(
+            'microbatch',
+            'How often gradients are summed over mesh.data: every microbatch, as XLA does by itself, or once a "step", which'
+            ' no GPUs have run yet.',
+            one_of('microbatch', 'step'),
+        ),
         'loss_chunk': Option(1024, 'Tokens a chunk of the cross-entropy.', POSITIVE),
         'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
         'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE),

@@ -5,6 +5,7 @@ microbatch, its sum over microbatches, one update, one evaluation.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
-from mixcon_jax.parallel import axes, layout
+from mixcon_jax.parallel import apart, axes, layout
 from mixcon_jax.parallel.rules import on_mesh
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, rates, to_state, undecayed
 from mixcon_jax.xla_flags import compiler_options
@@ -114,6 +115,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
     abstract, rules = jax.eval_shape(init_state), axes.rules(config.mesh)
     everywhere, by_row = layout.replicated(mesh), layout.batch_sharding(mesh)
     param_shardings = layout.param_shardings(abstract.params, names, mesh, rules)
+    param_specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings)
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, abstract),
         params=param_shardings,
@@ -130,7 +132,7 @@ def make_steps(config: ml_collections.ConfigDict, mesh: Mesh, create: Callable[.
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with on_mesh(mesh, rules):
-            return train_step(config, build, optimizer, schedule, param_shardings, state, batch)
+            return train_step(config, build, optimizer, schedule, param_specs, state, batch)
 
     def evaluate(state: TrainState, batch: Batch) -> dict[str, Array]:
         with on_mesh(mesh, rules):
@@ -190,7 +192,7 @@ def microbatch_loss(
         chunk=config.train.loss_chunk,
         z_coef=config.train.z_loss_coef,
     )
-    part = 1.0 / config.train.accum_steps
+    part = 1.0 / (config.train.accum_steps * apart.groups())
     losses = {name: loss.value * part for name, loss in aux['losses'].items()}
     loss = sums.total / tokens + sum(aux['losses'][name].weight * value for name, value in losses.items())
     stats = jax.tree.map(lambda value: value * part, aux['stats'])
@@ -229,7 +231,7 @@ def train_step(
     build: Callable[[Tree, Tree], Model],
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Array], Array],
-    param_shardings: Tree,
+    param_specs: Tree,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
@@ -251,15 +253,22 @@ def train_step(
     divisor = jnp.maximum(tokens, 1).astype(jnp.float32)
 
     # ----- gradients -----
-    def gradients(microbatch: Batch, index: Array) -> tuple[Array, Metrics, Tree]:
-        def loss(params: Tree) -> tuple[Array, Metrics]:
-            model = build(params, state.buffers)
-            return microbatch_loss(config, model, microbatch, jax.random.fold_in(key, index), divisor)
+    def over_microbatches(
+        batch: Batch, params: Tree, buffers: Tree, key: Array, divisor: Array
+    ) -> tuple[Array, Metrics, Tree]:
+        def gradients(microbatch: Batch, index: Array) -> tuple[Array, Metrics, Tree]:
+            def loss(params: Tree) -> tuple[Array, Metrics]:
+                model = build(params, buffers)
+                return microbatch_loss(config, model, microbatch, jax.random.fold_in(key, index), divisor)
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return value, metrics, jax.lax.with_sharding_constraint(grads, param_shardings)
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return value, metrics, jax.lax.with_sharding_constraint(grads, param_specs)
 
-    loss, metrics, grads = accumulate(gradients, batch, config.train.accum_steps)
+        return accumulate(gradients, batch, config.train.accum_steps)
+
+    groups = axes.groups(config.train, jax.sharding.get_abstract_mesh().shape)
+    gradients_of = functools.partial(apart.summed, over_microbatches) if groups > 1 else over_microbatches
+    loss, metrics, grads = gradients_of(batch, state.params, state.buffers, key, divisor)
 
     # ----- update -----
     grad_norm = optax.tree.norm(grads)

@@ -123,7 +123,8 @@ def makespan(seconds: Iterable[float], jobs: int) -> float:
 def _arm(case: Case) -> str:
     """What the speed of a case depends on."""
     config = case.config
-    fields = (config.data.seq_len, config.train.batch_size, config.train.accum_steps, config.optim.name)
+    train = config.train
+    fields = (config.data.seq_len, train.batch_size, train.accum_steps, train.sum_gradients, config.optim.name)
     return f'{_text(config.model)} {_text(config.mesh)} {fields}'
 
 

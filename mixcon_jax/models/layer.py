@@ -55,7 +55,8 @@ class Layer(nnx.Module):
 
         Args:
           model: ``config.model``.
-          shards: into how many parts the mesh splits each logical axis: ``{'heads': 2, 'experts': 4, ...}``.
+          shards: into how many parts the mesh splits each logical axis: ``{'heads': 2, 'experts': 4, ...}``; and
+            ``'apart'``, how many groups of devices see rows of their own alone (``checks.not_apart``).
 
         Raises:
           ConfigError: names the key.

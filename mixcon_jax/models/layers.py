@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kernels_pallas.call import KEPT
 from mixcon_jax.models.context import Context
+from mixcon_jax.parallel.apart import total
 from mixcon_jax.parallel.halves import halves
 from mixcon_jax.parallel.kernels import causal_conv1d
 from mixcon_jax.parallel.split import shards_of
@@ -365,5 +366,10 @@ def mixed(x: Float[Array, '*b c'], before: Float[Array, '*b c'], share: Float[Ar
 def masked_mean(x: Float[Array, 'b t *c'], context: Context) -> Float[Array, '']:
     """Mean over the real tokens and everything behind them."""
     mask = context.mask.reshape(context.mask.shape + (1,) * (x.ndim - 2))
-    count = jnp.maximum(context.mask.sum(), 1).astype(jnp.float32) * math.prod(x.shape[2:])
-    return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32)) / count
+    count = real_tokens(context).astype(jnp.float32) * math.prod(x.shape[2:])
+    return total(jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32))) / count
+
+
+def real_tokens(context: Context) -> Int[Array, '']:
+    """Their number in the whole microbatch, or 1."""
+    return jnp.maximum(total(context.mask.sum()), 1)

@@ -161,7 +161,7 @@ def check_split(model, shards: Mapping[str, int]) -> None:
 
     Args:
       model: ``config.model``; what is to be derived is.
-      shards: into how many parts the mesh splits each logical axis.
+      shards: into how many parts the mesh splits each logical axis, and ``'apart'``, as ``axes.shards`` has them.
 
     Raises:
       ConfigError: names the key.

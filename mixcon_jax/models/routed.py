@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import platform
 from kernels_pallas.grouped_matmul import grouped_matmul
-from mixcon_jax.checks import ConfigError, at_most, divides
+from mixcon_jax.checks import ConfigError, at_most, divides, not_apart
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
 from mixcon_jax.models.layers import (
@@ -24,10 +24,12 @@ from mixcon_jax.models.layers import (
     kept,
     masked_mean,
     normal,
+    real_tokens,
     widened,
 )
 from mixcon_jax.options import COUNT, POSITIVE, Option, Statistic, at_least, one_of, swiglu_width
 from mixcon_jax.parallel import expert_parallel, experts
+from mixcon_jax.parallel.apart import total
 from mixcon_jax.parallel.layout import constrain
 from mixcon_jax.parallel.shared import shared
 from mixcon_jax.parallel.split import axes_of, by_parts, shards_of
@@ -139,6 +141,7 @@ class Routed(Layer):
     @staticmethod
     def check_split(model, shards) -> None:
         divides('mesh.expert', shards['experts'], 'model.moe.num_experts', model.moe.num_experts)
+        not_apart(shards, 'model.moe.expert_capacity', model.moe.expert_capacity)
 
     @classmethod
     def active_share(cls, model, parameter: str) -> float:
@@ -271,17 +274,17 @@ class Routed(Layer):
         p_i its mean probability; it is 1 when balanced, E / top_k when collapsed. z-loss: mean of logsumexp(logits)^2.
         """
         options, mask, probabilities = self.moe, context.mask[..., None], choice.probabilities
-        num_experts, count = options.num_experts, jnp.maximum(context.mask.sum(), 1)
+        num_experts, count = options.num_experts, real_tokens(context)
         picks = jax.nn.one_hot(choice.chosen, num_experts, dtype=probabilities.dtype).sum(axis=2)
-        routed = jnp.sum(jnp.where(mask, picks, 0), axis=(0, 1))
+        routed = total(jnp.sum(jnp.where(mask, picks, 0), axis=(0, 1)))
         pairs = count * options.top_k
         load = routed / pairs
-        mean = jnp.sum(jnp.where(mask, probabilities, 0), axis=(0, 1)) / count
+        mean = total(jnp.sum(jnp.where(mask, probabilities, 0), axis=(0, 1))) / count
         entropy = -jnp.sum(probabilities * jnp.log(jnp.maximum(probabilities, 1e-30)), axis=-1)
         stats = {
             'moe_load': load,
             'moe_entropy': masked_mean(entropy, context),
-            'moe_dropped': jnp.sum(mask & ~taken, dtype=jnp.int32) / pairs,
+            'moe_dropped': total(jnp.sum(mask & ~taken, dtype=jnp.int32)) / pairs,
         }
         balance = num_experts * jnp.sum(jax.lax.stop_gradient(load) * mean)
         router_z = masked_mean(jax.nn.logsumexp(choice.logits, axis=-1) ** 2, context)

@@ -12,6 +12,7 @@ from mixcon_jax.errors import ConfigError
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 BATCH_AXES = ('data', 'fsdp', 'expert')  # the mesh axes that share out the rows of a batch
 SEQUENCE_AXIS = 'context'  # the mesh axis that shares out the tokens of a row
+APART_AXES = ('data',)  # those of them that parameters do not know: train.sum_gradients says how often they sum
 ROWS = ' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)  # in words
 
 Rules = Mapping[str, tuple[str, ...]]
@@ -123,6 +124,31 @@ def rows(sizes: Mapping[str, int] | ml_collections.ConfigDict) -> int:
     return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
-def shards(rules: Rules, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Into how many parts a mesh of these sizes splits each logical axis."""
-    return {name: math.prod(sizes[axis] for axis in axes) for name, axes in rules.items()}
+def shards(rules: Rules, sizes: Mapping[str, int], groups: int = 1) -> dict[str, int]:
+    """Into how many parts a mesh of these sizes splits each logical axis; ``'apart'`` is the number of ``groups``."""
+    return {name: math.prod(sizes[axis] for axis in axes) for name, axes in rules.items()} | {'apart': groups}
+
+
+def groups(train: ml_collections.ConfigDict, sizes: Mapping[str, int]) -> int:
+    """How many groups of devices compute the microbatches of a step apart, each those of its own rows.
+
+    Args:
+      train: ``config.train``.
+      sizes: the mesh's.
+    """
+    apart = train.sum_gradients == 'step' and train.accum_steps > 1
+    return math.prod(sizes[axis] for axis in APART_AXES) if apart else 1
+
+
+def check_groups(rules: Rules) -> None:
+    """Refuses rules by which groups of devices would not have all parameters.
+
+    Raises:
+      ConfigError: names what is split along ``APART_AXES``.
+    """
+    for name in rules:
+        if name in ALLOWED and (split := set(rules[name]) & set(APART_AXES)):
+            raise ConfigError(
+                f"train.sum_gradients='step' needs parameters that are whole along {split.pop()}, over which mesh.rules"
+                f' splits {name}; choose another axis, or train.sum_gradients=microbatch'
+            )

@@ -38,9 +38,14 @@ class Place:
         return on_mesh(self.mesh, self.rules)
 
 
+def using(rules: Rules) -> contextlib.AbstractContextManager[None]:
+    """What is traced inside goes by another table, on the same mesh."""
+    return _table(tuple(rules.items()))
+
+
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
     """What is traced inside is shared out over this mesh by these rules."""
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
-    with _table(tuple(rules.items())), jax.sharding.use_abstract_mesh(abstract), one_step():
+    with using(rules), jax.sharding.use_abstract_mesh(abstract), one_step():
         yield

@@ -107,9 +107,8 @@ def _mapped(
     used = {axis for axes in partition.values() for axis in axes}
     # Nor do axes of one device, but where XLA keeps one its CPU compiler aborts at sums of bfloat16 gradients. They go
     # with what is shared: a gradient is summed over all axes that its array's spec does not name.
-    idle = tuple(
-        axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size == 1 and axis not in used
-    )
+    mesh = jax.sharding.get_abstract_mesh()
+    idle = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] == 1 and axis not in used)
 
     def spec(names: Sequence[str]) -> PartitionSpec:
         entries = [partition.get(name) for name in names]

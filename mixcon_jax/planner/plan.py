@@ -52,7 +52,8 @@ def plan(config: ml_collections.ConfigDict, job: dict[str, Any], products: Seque
     return {
         'name': config.name, **job, 'limit': limit, 'peak': peak, 'margin': limit - peak, 'fits': peak <= limit,
         'device': target.name, 'peak_flops': target.flops, 'remat': config.model.remat,
-        'accum_steps': config.train.accum_steps, 'batch_size': config.train.batch_size, 'seq_len': config.data.seq_len,
+        'accum_steps': config.train.accum_steps, 'sum_gradients': config.train.sum_gradients,
+        'batch_size': config.train.batch_size, 'seq_len': config.data.seq_len,
         'seconds': time.perf_counter() - start, 'cpu_seconds': _cpu_seconds() - before,
         **found,
     }  # fmt: skip

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mixcon_jax.checks import ConfigError, divides
+from mixcon_jax.checks import ConfigError, divides, not_apart
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import (
     Aux,
@@ -101,6 +101,8 @@ class Conba(SelectiveSSM):
         if model.conba.control != 'none':
             heads = model.ssm.expand * model.dim // model.conba.head_dim
             divides('mesh.tensor', shards['heads'], 'the inner width / model.conba.head_dim', heads)
+        for noise in ('process_noise', 'observation_noise'):
+            not_apart(shards, f'model.conba.{noise}', model.conba[noise])
 
     @classmethod
     def flops(cls, model, seq_len: int) -> float:

@@ -6,6 +6,7 @@ unasked only where a GPU has shown that it is right.
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import jax
 
 from kernels_pallas import cards, platform
+
+OURS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__file__, jax.__file__))
 
 
 def never() -> None:
@@ -101,13 +104,12 @@ def _uncovered(function: str, kernel: str, candidate: Candidate) -> str | None:
     if versions := cards.other_jax(kernel, variants, major):
         warn_once(
             f'{function} runs {candidate.name!r}, verified with jax {versions}, not with jax {jax.__version__};'
-            f' `{cards.COMMAND} {kernel}` verifies it again',
-            level=5,
+            f' `{cards.COMMAND} {kernel}` verifies it again'
         )
     return None
 
 
 @functools.cache
-def warn_once(message: str, level: int = 4) -> None:
-    """Warns in the name of the caller of the function that calls ``choose``, which is the fourth frame up."""
-    warnings.warn(message, stacklevel=level)
+def warn_once(message: str) -> None:
+    """Warns in the name of who calls a kernel: neither the kernels' own lines, nor JAX's while it traces them."""
+    warnings.warn(message, stacklevel=2, skip_file_prefixes=OURS)

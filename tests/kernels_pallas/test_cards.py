@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import types
 import warnings
 
 import jax
+import jaxtyping
 import pytest
 
 from kernels_pallas import cards, cases, dispatch, platform, verify
@@ -271,7 +273,7 @@ def test_writing_keeps_other_cards_and_replaces_their_like(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- dispatch
 def takes(implementation=None, refusal=None, silent=False) -> bool:
-    """Whether the kernel runs; through a chain of calls as long as that of an api: a warning names the right line."""
+    """Whether the kernel runs."""
     kernel = dispatch.Candidate('mosaic_gpu', bool, lambda: refusal, lambda: ('width32',), silent=silent)
     candidates = kernel, dispatch.Candidate('chunked', bool)
     return dispatch.choose('matrix_gain', implementation, candidates, kernel='adaptive_gain') is kernel
@@ -316,6 +318,17 @@ def test_another_jax_is_a_warning_and_no_refusal(copy, hopper):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert takes()
+
+
+@pytest.mark.parametrize('traced', [False, True])
+def test_a_warning_names_the_line_of_who_calls_the_kernel(copy, hopper, monkeypatch, traced):
+    checks = os.path.dirname(jaxtyping.__file__)  # stand between, in tests alone
+    monkeypatch.setattr(dispatch, 'OURS', (*dispatch.OURS, checks))
+    shipped(copy)
+    call = jax.jit(takes) if traced else takes
+    with pytest.warns(UserWarning, match='in place of') as told:
+        call()
+    assert told[0].filename == __file__
 
 
 def test_on_a_cpu_no_card_is_read(copy, monkeypatch):

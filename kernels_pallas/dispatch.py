@@ -15,7 +15,8 @@ import jax
 
 from kernels_pallas import cards, platform
 
-OURS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__file__, jax.__file__))
+# What a warning does not name: our own files, and JAX's, which stand between where it traces a call.
+PASSED_OVER = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (__file__, jax.__file__))
 
 
 def never() -> None:
@@ -112,4 +113,4 @@ def _uncovered(function: str, kernel: str, candidate: Candidate) -> str | None:
 @functools.cache
 def warn_once(message: str) -> None:
     """Warns in the name of who calls a kernel: neither the kernels' own lines, nor JAX's while it traces them."""
-    warnings.warn(message, stacklevel=2, skip_file_prefixes=OURS)
+    warnings.warn(message, stacklevel=2, skip_file_prefixes=PASSED_OVER)

@@ -12,7 +12,7 @@ from mixcon_jax.errors import ConfigError
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 BATCH_AXES = ('data', 'fsdp', 'expert')  # the mesh axes that share out the rows of a batch
 SEQUENCE_AXIS = 'context'  # the mesh axis that shares out the tokens of a row
-APART_AXES = ('data',)  # those of them that parameters do not know: train.sum_gradients says how often they sum
+APART_AXES = ('data',)  # the mesh axes along which train.sum_gradients='step' sums once: they split no parameters
 ROWS = ' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)  # in words
 
 Rules = Mapping[str, tuple[str, ...]]

@@ -323,7 +323,7 @@ def test_another_jax_is_a_warning_and_no_refusal(copy, hopper):
 @pytest.mark.parametrize('traced', [False, True])
 def test_a_warning_names_the_line_of_who_calls_the_kernel(copy, hopper, monkeypatch, traced):
     checks = os.path.dirname(jaxtyping.__file__)  # stand between, in tests alone
-    monkeypatch.setattr(dispatch, 'OURS', (*dispatch.OURS, checks))
+    monkeypatch.setattr(dispatch, 'PASSED_OVER', (*dispatch.PASSED_OVER, checks))
     shipped(copy)
     call = jax.jit(takes) if traced else takes
     with pytest.warns(UserWarning, match='in place of') as told:

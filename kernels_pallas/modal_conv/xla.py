@@ -95,6 +95,10 @@ def parallel(v, rate, angle, residue, reset, state=None, chunk=None):
     drive = jnp.einsum('bncd,cwsd->bnwsd', heard, waves(ages), precision=exact)
     whole = waves(jnp.asarray([chunk]))[0]
     decay = jnp.where((last >= chunk)[..., None, None], whole, 0)
+    if state is not None:  # reaches as far as the chunk that its first token is in, behind the zeros
+        moved = times(waves(jnp.asarray([chunk - before]))[0][:, None], jnp.moveaxis(state, 1, 0))
+        unbroken = (last[:, 0] >= chunk)[..., None, None]
+        drive = drive.at[:, 0].add(jnp.where(unbroken, jnp.moveaxis(moved, 0, 1), 0))
     pair = lambda x: lax.complex(x[:, :, 0], x[:, :, 1])
     _, states = lax.associative_scan(compose, (pair(decay), pair(drive)), axis=1)
     states = jnp.stack([states.real, states.imag], 2)
@@ -102,16 +106,11 @@ def parallel(v, rate, angle, residue, reset, state=None, chunk=None):
     reading = jnp.moveaxis(_times(residue, waves(places + 1)), 1, 0) * signs
     carried = jnp.einsum('bnwsd,cwsd->bncd', entering, reading, precision=exact)
     y = y + jnp.where((reaches > places)[..., None], carried, 0).reshape(y.shape)
-
-    y, final = y[:, before:], states[:, -1]
-    if state is not None:  # apart from the rest, whose chunks begin elsewhere
-        reading = jnp.moveaxis(_times(residue, waves(index[:length] + 1)), 1, 0) * signs
-        carried = jnp.einsum('bwsd,twsd->btd', state, reading, precision=exact)
-        unbroken = reach[:, before:] > index[before:]
-        y = y + jnp.where(unbroken[..., None], carried, 0)
-        moved = jnp.moveaxis(times(waves(jnp.asarray([length]))[0][:, :, None], jnp.moveaxis(state, 0, 2)), 2, 0)
-        final = final + jnp.where(unbroken[:, -1, None, None, None], moved, 0)
-    return y, final
+    if state is not None:
+        carried = jnp.einsum('bwsd,cwsd->bcd', state, reading[: chunk - before], precision=exact)
+        unbroken = reaches[:, 0, before:] > places[before:]
+        y = y.at[:, before:chunk].add(jnp.where(unbroken[..., None], carried, 0))
+    return y[:, before:], states[:, -1]
 
 
 def _times(residue, waves):

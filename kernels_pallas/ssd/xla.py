@@ -232,3 +232,11 @@ def scores_by_key(C, B, narrow, sums, read, mask):
         empty = jnp.zeros((*row[0].shape[:-1], length - own.stop), wide)
         rows.append(jnp.concatenate([*row, empty], -1))
     return jnp.concatenate(rows, -2)
+
+
+def decays_by_key(chunk: int) -> float:
+    """How many decays `scores_by_key` makes for a token and key dimension, in the mean over a chunk of so many tokens.
+
+    Those to the tokens of its block, and for each later block that to the border.
+    """
+    return min(BLOCK, chunk) + chunk / (2 * BLOCK)

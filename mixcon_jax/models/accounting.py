@@ -104,7 +104,7 @@ def flops_per_token(model, seq_len: int) -> float:
     for path, shape, axes in parameters(model):
         if path == 'embedding' and not model.tie_embeddings:
             continue
-        if len(axes) - ('layers' in axes) >= 2 and not {'conv', 'state', 'filter'} & set(axes):
+        if len(set(axes) - {'layers', 'terms'}) >= 2 and not {'conv', 'state', 'filter'} & set(axes):
             forward += 2 * math.prod(shape) * _used_share(layers, path)
     for part in (part for layer in layers for part in layer.values()):
         forward += model.num_blocks * part.load().flops(part.model, seq_len)

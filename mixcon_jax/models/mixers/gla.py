@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.ssd.xla import BLOCK
+from kernels_pallas.ssd.xla import decays_by_key
 from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -75,9 +75,8 @@ class GLA(Layer):
     def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
         """A key dimension's decays between the tokens of a block, and to the blocks' borders; again backward."""
         options = model.gla
-        chunk = min(options.chunk, seq_len)
-        pairs = options.num_heads * options.key_dim * (min(BLOCK, chunk) + chunk / (2 * BLOCK))
-        return pairs, pairs
+        decays = options.num_heads * options.key_dim * decays_by_key(min(options.chunk, seq_len))
+        return decays, decays
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options, self.eps = config.gla, config.norm_eps

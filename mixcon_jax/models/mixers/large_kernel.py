@@ -113,6 +113,13 @@ class LargeKernel(Layer):
         return (2 * model.large_kernel.kernel + (MEAN_OPS if model.large_kernel.squeeze else 0)) * model.dim
 
     @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """The running mean's, as in RWKV-4: four a channel, computed again by the backward pass."""
+        del seq_len
+        mean = 4.0 * model.dim if model.large_kernel.squeeze else 0.0
+        return mean, mean
+
+    @classmethod
     def merge(cls, model, weights: Mapping[str, Array]) -> tuple[Mapping[str, Any], Mapping[str, Array]] | None:
         """The layer with one kernel in the place of the branches."""
         if model.large_kernel.merged:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.ssd.xla import decays_by_key
 from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -70,6 +71,13 @@ class RWKV6(Layer):
         options = model.rwkv6
         width = options.head_dim
         return options.num_heads * (4 * min(options.chunk, seq_len) * width + 4 * width * width + 5 * width)
+
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """A key dimension's decays between the tokens of a block, and to the blocks' borders; again backward."""
+        options = model.rwkv6
+        decays = options.num_heads * options.head_dim * decays_by_key(min(options.chunk, seq_len))
+        return decays, decays
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options, self.dim, self.dtype = config.rwkv6, config.dim, jnp.dtype(config.dtype)

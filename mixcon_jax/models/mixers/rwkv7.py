@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.ssd.xla import decays_by_key
 from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -78,6 +79,13 @@ class RWKV7(Layer):
         options = model.rwkv7
         width, chunk = options.head_dim, min(options.chunk, seq_len)
         return options.num_heads * (15 * chunk * width + 8 * width * width + 5 * width)
+
+    @classmethod
+    def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
+        """A key dimension's decays between tokens, with those of the token itself and without; again backward."""
+        options = model.rwkv7
+        decays = 2 * options.num_heads * options.head_dim * decays_by_key(min(options.chunk, seq_len))
+        return decays, decays
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         self.options, self.dim, self.dtype = config.rwkv7, config.dim, jnp.dtype(config.dtype)

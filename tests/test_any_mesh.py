@@ -36,6 +36,12 @@ def layers():
 DOCUMENTS = st.lists(st.lists(st.integers(1, LENGTH), max_size=6), min_size=ROWS, max_size=ROWS)
 
 
+def test_every_layer_is_drawn():
+    """Below, a draw that is refused is passed over: of a layer whose options did not fit that would be every one."""
+    for layer in [*kinds.names('mixer'), *(f'attention+{name}' for name in kinds.names('ffn'))]:
+        validated(8, {'data': 8}, {'model__pattern': (layer,)})
+
+
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(meshes(), st.lists(layers(), min_size=1, max_size=2), DOCUMENTS, st.sampled_from((1, 2)), st.integers(0, 99))

@@ -24,6 +24,8 @@ OPTIONS = {
     'model__conba__gain_chunk': 4,
     'model__ssm__d_state': 4,
     'model__ssm__chunk': 2,
+    'model__mamba2__head_dim': 8,
+    'model__mamba2__d_state': 4,
     'model__moe__num_experts': 8,
     'model__moe__implementation': 'grouped',
     'model__moe__group_block': 4,
@@ -38,12 +40,8 @@ RWKV = {
     'model__norm': 'layer',
     'model__embedding_norm': True,
 }
-MATRICES = {
-    'model__pattern': ('mamba2+mlp', 'large_kernel', 'retnet'),
-    'model__mamba2__head_dim': 8,
-    'model__mamba2__groups': 2,
-    'model__mamba2__d_state': 4,
-}
+MATRICES = {'model__pattern': ('mamba2+mlp', 'large_kernel', 'retnet'), 'model__mamba2__groups': 2}
+PANGU = {'model__pattern': ('mamba2+series_mlp', 'attention'), 'model__shortcut__reduction': 4}
 INNER = {
     'model__pattern': ('moe_mamba|moe', 'mamba+moe'),
     'model__moe_mamba__projections': ('conv', 'gate', 'output'),
@@ -75,6 +73,7 @@ MESHES = [
     slow({'expert': 8}, {}),
     slow({'expert': 8}, SIXTEEN),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, MATRICES),
+    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, PANGU),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, RWKV),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, {'model__pattern': ('gla+mlp',)}),
     slow({'expert': 4, 'tensor': 2}, INNER),

@@ -12,9 +12,11 @@ import time
 import pytest
 
 from kernels_pallas import cards, verify
+from mixcon_jax.models import kinds
 from tests.gpu.accept import __main__ as accept
 from tests.gpu.accept import runner, stages
 from tests.gpu.accept.runner import Outcome, Runner, Stage
+from tests.models.cases import CASES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -40,6 +42,12 @@ def test_every_kind_of_stage_passes_on_the_cpu(tmp_path, only):
     assert ran == ({'causal_conv1d'} if only else interpreted)
     assert not list((tmp_path / 'cards').glob('*.json')), 'the interpreter is no GPU'
     assert re.search(r'\d+ passed; all figures are in .*results.json', done.stdout)
+
+
+def test_every_mixer_and_ffn_is_tried_as_a_layer():
+    names = [name for group in stages.LAYERS for name in group]
+    assert len(names) == len(set(names))
+    assert not set(kinds.names()) - {CASES[name][0] for name in names}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ Say = Callable[[dict[str, Any]], None]
 
 CASES_A_PROCESS = 3  # of a kernel's variant
 LAYERS = (  # of tests/models/cases.py, a process a group
-    ('attention', 'attention_rope', 'mlp', 'moe_grouped', 'moe_bias', 'moe_dense'),
+    ('attention', 'attention_rope', 'mlp', 'moe', 'moe_grouped', 'moe_bias', 'moe_dense'),
     ('mamba', 'mamba_norms', 'conba_code'),
     ('conba', 'conba_diag'),
     ('conba_companion', 'conba_feedback_companion'),
@@ -21,6 +21,8 @@ LAYERS = (  # of tests/models/cases.py, a process a group
     ('mamba2', 'retnet', 'gla', 'rwkv4', 'attention_window'),
     ('hyena', 'hyena_modal'),
     ('rwkv6', 'rwkv7'),
+    ('moe_mamba', 'moe_mamba_all', 'moe_switch'),
+    ('large_kernel', 'series_mlp', 'rwkv_channel_mix'),
 )
 CHANGED = ('dense 75M, free', 'dense 75M, scatter', 'dense 856M, free', '2:6 Conba, 8 experts, free')  # of the ladder
 TINY_LAYERS = (('mamba',),)

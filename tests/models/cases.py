@@ -59,6 +59,11 @@ OTHERS = {
         {'moe_mamba.projections': ('conv', 'gate', 'output'), 'moe.expert': 'relu', 'moe.top_k': 1}
         | {'moe.implementation': 'grouped', 'moe.group_block': 4},
     ),
+    'mamba2_one_group': ('mamba2', {'mamba2.groups': 1}),
+    'hyena_order_3': ('hyena', {'hyena.order': 3}),
+    'hyena_modal_order_3': ('hyena_modal', {'hyena_modal.order': 3}),
+    'large_kernel_merged': ('large_kernel', {'large_kernel.merged': True, 'large_kernel.kernel': 31}),
+    'large_kernel_plain': ('large_kernel', {'large_kernel.squeeze': 0}),
 }
 
 

@@ -1,8 +1,12 @@
 """Retention, gated linear attention, RWKV-6 and 7 are the loops that their papers write, a token and head at a time."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mixcon_jax.models.context import Context
 from tests.models.cases import DIM, layer
@@ -20,7 +24,7 @@ def weights(name):
 
 
 def heads(x):
-    return x.reshape(T, HEADS, -1)
+    return x.reshape(len(x), HEADS, -1)
 
 
 def sigmoid(x):
@@ -30,7 +34,7 @@ def sigmoid(x):
 def rotated(x):
     """Complex numbers of the two halves of a head, turned by position times frequency."""
     half = x.shape[-1] // 2
-    angles = np.arange(T)[:, None, None] * 10000.0 ** (-np.arange(half) / half)
+    angles = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half)
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
     return np.concatenate([turned.real, turned.imag], -1)
 
@@ -41,11 +45,11 @@ def retnet(x, w):
     out = np.zeros_like(v)
     for h in range(HEADS):
         gamma, state = 1 - 2.0 ** (-5 - h), np.zeros((k.shape[-1], v.shape[-1]))
-        for t in range(T):
+        for t in range(len(x)):
             state = gamma * state + np.outer(k[t, h], v[t, h])
             o = q[t, h] @ state
             out[t, h] = (o - o.mean()) / np.sqrt(o.var() + 1e-6) * g[t, h] * sigmoid(g[t, h])
-    return out.reshape(T, -1) @ w['o_proj']
+    return out.reshape(len(x), -1) @ w['o_proj']
 
 
 def gla(x, w):
@@ -55,16 +59,16 @@ def gla(x, w):
     out = np.zeros_like(v)
     for h in range(HEADS):
         state = np.zeros((k.shape[-1], v.shape[-1]))
-        for t in range(T):
+        for t in range(len(x)):
             state = alpha[t, h][:, None] * state + np.outer(k[t, h], v[t, h])
             o = q[t, h] @ state / np.sqrt(k.shape[-1])
             out[t, h] = o / np.sqrt(np.mean(o**2) + 1e-6) * w['norm'] * r[t, h] * sigmoid(r[t, h])
-    return out.reshape(T, -1) @ w['o_proj']
+    return out.reshape(len(x), -1) @ w['o_proj']
 
 
 def rwkv6(x, w):
     before = np.concatenate([np.zeros((1, DIM)), x[:-1]])
-    low = np.tanh((x + (before - x) * w['mix_x']) @ w['mix_down']).reshape(T, 5, -1)
+    low = np.tanh((x + (before - x) * w['mix_x']) @ w['mix_down']).reshape(len(x), 5, -1)
     streams = [x + (before - x) * (w['mix'][i] + low[:, i] @ w['mix_up'][i]) for i in range(5)]
     k, v, r = (heads(streams[i] @ w[f'{name}_proj']) for i, name in ((1, 'k'), (2, 'v'), (3, 'r')))
     decay = heads(np.exp(-np.exp(w['decay'] + np.tanh(streams[0] @ w['decay_down']) @ w['decay_up'])))
@@ -72,12 +76,12 @@ def rwkv6(x, w):
     out = np.zeros_like(v)
     for h in range(HEADS):
         state = np.zeros((k.shape[-1], v.shape[-1]))
-        for t in range(T):
+        for t in range(len(x)):
             own = np.outer(k[t, h], v[t, h])
             o = r[t, h] @ (state + u[h][:, None] * own)
             state = decay[t, h][:, None] * state + own
             out[t, h] = (o - o.mean()) / np.sqrt(o.var() + 64e-5)
-    out = out.reshape(T, -1) * w['norm'] + w['norm_bias']
+    out = out.reshape(len(x), -1) * w['norm'] + w['norm_bias']
     return (gate * sigmoid(gate) * out) @ w['o_proj']
 
 
@@ -94,22 +98,56 @@ def rwkv7(x, w):
     out, scale, bias = np.zeros_like(v), w['norm'].reshape(HEADS, -1), w['norm_bias'].reshape(HEADS, -1)
     for h in range(HEADS):
         state = np.zeros((v.shape[-1], k.shape[-1] // HEADS))
-        for t in range(T):
+        for t in range(len(x)):
             hat = kappa[t, h] / np.linalg.norm(kappa[t, h])
             transition = np.diag(decay[t, h]) - np.outer(hat, rate[t, h] * hat)
             state = state @ transition + np.outer(v[t, h], key[t, h])
             o = r[t, h] @ state.T
             normed = (o - o.mean()) / np.sqrt(o.var() + 64e-5) * scale[h] + bias[h]
             out[t, h] = normed + r[t, h] @ (bonus[h] * key[t, h]) * v[t, h]
-    return (gate * out.reshape(T, -1)) @ w['o_proj']
+    return (gate * out.reshape(len(x), -1)) @ w['o_proj']
 
 
-@pytest.mark.parametrize('name, loop', [('retnet', retnet), ('gla', gla), ('rwkv6', rwkv6), ('rwkv7', rwkv7)])
-@pytest.mark.parametrize('lengths', [(17, T), pytest.param((1, 3, 64), marks=pytest.mark.slow)])
+LOOPS = [('retnet', retnet), ('gla', gla), ('rwkv6', rwkv6), ('rwkv7', rwkv7)]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('name, loop', LOOPS)
+@pytest.mark.parametrize('lengths', [(T,), slow((1, 3, 17, 64))])
 def test_a_layer_is_the_papers_loop(name, loop, lengths):
     module, x, w = weights(name)
     want = loop(np.asarray(x[0], np.float64), w)
     run = jax.jit(lambda x: module(x, Context.whole(*x.shape[:2]), None)[0])
     for length in lengths:
         y = run(x[:, :length])
-        np.testing.assert_allclose(y[0], want[:length], rtol=1e-4, atol=1e-5 * np.abs(want).max())
+        np.testing.assert_allclose(y[0], want[:length], rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('name, loop', [*(slow(*case) for case in LOOPS[:3]), LOOPS[3]])
+def test_a_layers_gradients_are_the_loops(name, loop):
+    """Each parameter's, and the tokens', along itself and along a random direction: by differences of the loop."""
+    module, x, w = weights(name)
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    x, dy = x[:, :17], np.random.default_rng(5).normal(size=(17, DIM))
+
+    def ours(params, x):
+        return jnp.sum(nnx.merge(graphdef, params, rest)(x, Context.whole(*x.shape[:2]), None)[0][0] * dy)
+
+    by_param, dx = jax.jit(jax.grad(ours, (0, 1)))(params, x)
+    gradients = {key: by_param[key][...] for key in w} | {'x': dx[0]}
+    values = w | {'x': np.asarray(x[0], np.float64)}
+    for key, gradient in gradients.items():
+        gradient = np.asarray(gradient, np.float64)
+        length = np.linalg.norm(gradient)
+        assert length > 0, key
+        random = np.random.default_rng(len(key)).normal(size=gradient.shape)
+        for direction in (gradient / length, random / np.linalg.norm(random)):
+            slope = (
+                loss(loop, dy, values | {key: values[key] + 1e-5 * direction})
+                - loss(loop, dy, values | {key: values[key] - 1e-5 * direction})
+            ) / 2e-5
+            np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=0, atol=1e-5 * length, err_msg=key)
+
+
+def loss(loop, dy, values):
+    return np.sum(loop(values['x'], values) * dy)

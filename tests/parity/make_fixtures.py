@@ -9,6 +9,8 @@ Runs in an environment of its own, made by `make parity`, and writes one .npz a 
   dx            the input's gradient (layers only)
   w/NAME        each weight under its name in transformers, float32
   dw/NAME       its gradient
+  dx@T, dw@T/NAME
+                the gradients of the first T tokens alone, for some T (long layers only; the weights' for one of them)
 
 Of a whole model the folder NAME is what `save_pretrained` writes, of which the committed fixtures have config.json.
 
@@ -61,6 +63,7 @@ from transformers.models.rwkv.modeling_rwkv import RwkvFeedForward, RwkvSelfAtte
 
 B, T, D = 2, 37, 32
 LONG = (1, 129)  # rows and tokens of recurrences, whose tests read prefixes of them
+PREFIXES, OF_WEIGHTS = (1, 3, 17, 64), 17  # tokens whose gradients there are, too, and those of them with the weights'
 COMMON = {
     'hidden_size': D,
     'intermediate_size': 48,
@@ -232,7 +235,15 @@ def case(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
     x = torch.randn(*shape, D, generator=generator)
     wide = x.double().requires_grad_()
     arrays = gradients(module, run(module, wide), generator)
-    return {'x': x.numpy(), 'dx': wide.grad.numpy().astype(np.float32), **arrays, **description(module)}
+    arrays |= {'x': x.numpy(), 'dx': wide.grad.numpy().astype(np.float32), **description(module)}
+    for length in PREFIXES if shape == LONG else ():
+        module.zero_grad()
+        few = x[:, :length].double().requires_grad_()
+        run(module, few).backward(torch.from_numpy(arrays['dy'][:, :length]).double())
+        arrays[f'dx@{length}'] = few.grad.numpy().astype(np.float32)
+        for name, weight in module.named_parameters() if length == OF_WEIGHTS else ():
+            arrays[f'dw@{length}/{name}'] = weight.grad.numpy().astype(np.float32)
+    return arrays
 
 
 def description(module: torch.nn.Module) -> dict[str, np.ndarray]:

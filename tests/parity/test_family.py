@@ -11,6 +11,7 @@ from mixcon_jax.models.context import Context
 from tests.parity import cases
 
 LENGTHS = (1, 3, 17, 64, 129)
+OF_WEIGHTS = 17  # the shorter length whose fixtures have the weights' gradients, too
 MAMBA2 = {'mamba2.d_state': 8, 'mamba2.head_dim': 16, 'mamba2.chunk': 16}
 GROUPS = MAMBA2 | {'mamba2.groups': 2}
 FALCON_MAMBA = {'mamba.norms': True, 'mamba.norm_scales': False, 'mamba.norm_eps': 1e-3, 'ssm.chunk': 16}
@@ -82,6 +83,17 @@ def test_outputs_and_gradients(fixture):
     cases.assert_same(y, theirs['y'], 'the output')
     cases.assert_same(dx, theirs['dx'], 'the gradient of the input')
     compare(gradients, ours('dw'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fixture', LAYERS)
+def test_gradients_of_every_length(fixture):
+    theirs, module, ours = loaded_layer(fixture)
+    for length in LENGTHS[:-1]:
+        _, dx, gradients = cases.run_layer(module, theirs['x'][:, :length], theirs['dy'][:, :length])
+        cases.assert_same(dx, theirs[f'dx@{length}'], f'the gradient of the input of {length} tokens')
+        if length == OF_WEIGHTS:
+            compare(gradients, ours(f'dw@{length}'))
 
 
 @pytest.mark.parametrize('fixture', ONCE)

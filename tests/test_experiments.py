@@ -105,7 +105,7 @@ def test_the_arms_of_the_family_have_equal_parameters():
 
 def test_the_synthetic_tasks_have_every_mixer_at_equal_parameters():
     folder = f'{ROOT}/experiments/synthetic'
-    cases = load_cases(f'{folder}/family.py')[:10] + load_cases(f'{folder}/mqar.py')[:5]
+    cases = load_cases(f'{folder}/family.py')[:11] + load_cases(f'{folder}/mqar.py')[:5]
     counts = {case.name: accounting.parameter_count(case.config.model).total for case in cases}
     assert max(counts.values()) / min(counts.values()) < 1.01, counts
     mixers = {layer.partition('+')[0] for case in cases for layer in case.config.model.pattern}

@@ -104,4 +104,4 @@ def built(model: ml_collections.ConfigDict, trees: Mapping[str, Tree]) -> decode
 
 def split(model: ml_collections.ConfigDict) -> tuple:
     """Structure, parameters and buffers of the decoder of ``config.model``, abstract."""
-    return nnx.split(nnx.eval_shape(lambda: decoder.create(model)), nnx.Param, Buffer)
+    return nnx.split(decoder.abstract(model), nnx.Param, Buffer)

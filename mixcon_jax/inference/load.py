@@ -60,8 +60,7 @@ def load_model(workdir: str | Path, step: int | str | None = None, mesh: Sequenc
     trees, meta = load_params(workdir, step, (lambda meta: _shardings(meta, place)) if place else None)
     config = _config_of(meta, place)
     keep_compiled(config)
-    abstract = nnx.eval_shape(lambda: decoder.create(config.model))
-    graphdef, params, buffers = nnx.split(abstract, nnx.Param, Buffer)  # type: ignore[misc]
+    graphdef, params, buffers = nnx.split(decoder.abstract(config.model), nnx.Param, Buffer)  # type: ignore[misc]
     states = []
     for kind, template in (('params', params), ('buffers', buffers)):
         wanted = {'/'.join(map(str, path)): value.shape for path, value in nnx.to_flat_state(template)}
@@ -97,8 +96,7 @@ def _shardings(meta: Meta, place: Place) -> dict[str, Any]:
     """
     config = _config_of(meta, place)
     pattern.check_split(config.model, axes.shards(place.rules, place.mesh.shape))
-    abstract = nnx.eval_shape(lambda: decoder.create(config.model))
-    _, params, buffers = nnx.split(abstract, nnx.Param, Buffer)  # type: ignore[misc]
+    _, params, buffers = nnx.split(decoder.abstract(config.model), nnx.Param, Buffer)  # type: ignore[misc]
     trees = {
         'params': layout.param_shardings(from_state(params), logical_axes(params), place.mesh, place.rules),
         'buffers': jax.tree.map(lambda _: layout.replicated(place.mesh), from_state(buffers)),

@@ -78,7 +78,7 @@ def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:
 
 
 def _shapes(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    params = nnx.state(nnx.eval_shape(lambda: decoder.create(model)), nnx.Param)
+    params = nnx.state(decoder.abstract(model), nnx.Param)
     return {'/'.join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
 
 

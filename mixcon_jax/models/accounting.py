@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 from flax import nnx
 
-from mixcon_jax.models.decoder import Decoder, create
+from mixcon_jax.models.decoder import abstract
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.pattern import Part, parts, resolve
 
@@ -87,7 +87,7 @@ def width_for(model, total: int, key: str = 'mlp.hidden_dim') -> int:
 
 def parameters(model) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
     """Yields ``(path, shape, logical axes)`` of every parameter of ``config.model``, stacked blocks as one."""
-    for path, variable in nnx.to_flat_state(nnx.state(_abstract(model), nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(abstract(model), nnx.Param)):
         yield '/'.join(map(str, path)), variable.shape, variable.get_metadata()['logical_axes']
 
 
@@ -122,12 +122,9 @@ def exponentials_per_token(model, seq_len: int) -> tuple[float, float]:
 
 def state_bytes(model, max_len: int, rows: int = 1) -> int:
     """Bytes of decode state of so many sequences, one if left out, whose attention caches hold ``max_len`` tokens."""
-    state = nnx.eval_shape(lambda: create(model).init_state(rows, max_len))
+    graphdef, variables = nnx.split(abstract(model))
+    state = jax.eval_shape(lambda variables: nnx.merge(graphdef, variables).init_state(rows, max_len), variables)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def _abstract(model) -> Decoder:
-    return nnx.eval_shape(lambda: create(model))
 
 
 def _layers(model) -> list[dict[str, Part]]:
@@ -153,5 +150,5 @@ def _additions(part: Part) -> int:
 
 def _size(part: Part, model) -> int:
     """Parameters of one part, with these options."""
-    layer = nnx.eval_shape(lambda: part.load()(model, Parameters(jax.random.key(0)), 1))
+    layer = nnx.eval_shape(lambda: part.load()(model, Parameters(None), 1))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kernels_pallas import platform
 from mixcon_jax.models.block import Block
@@ -145,5 +145,14 @@ class Decoder(nnx.Module):
 
 def create(config, seed: int | Int[Array, ''] = 0) -> Decoder:
     """Builds a decoder from ``config.model``, resolved or not; pure in ``seed``, so ``nnx.eval_shape`` may run it."""
+    return _decoder(config, jax.random.key(seed))
+
+
+def abstract(config) -> Decoder:
+    """The decoder of ``config.model`` without arrays: its structure, and what each parameter and buffer is like."""
+    return nnx.eval_shape(lambda: _decoder(config, None))
+
+
+def _decoder(config, key: PRNGKeyArray | None) -> Decoder:
     # Frozen, so that the model's structure is hashable and may be a static argument of a jitted function.
-    return Decoder(ml_collections.FrozenConfigDict(resolve(config)), Parameters(jax.random.key(seed)))
+    return Decoder(ml_collections.FrozenConfigDict(resolve(config)), Parameters(key))

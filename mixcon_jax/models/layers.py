@@ -52,10 +52,10 @@ class Parameters:
     """Makes parameters whose initial values are keyed by their names alone.
 
     Two architectures therefore start from the same values wherever they name a parameter alike, which pairs the arms
-    of an ablation.
+    of an ablation. Without a key all values are zeros: where shapes are all that is asked for, that is traced fast.
     """
 
-    def __init__(self, key: PRNGKeyArray, path: str = '', index: int | Int[Array, ''] = 0) -> None:
+    def __init__(self, key: PRNGKeyArray | None, path: str = '', index: int | Int[Array, ''] = 0) -> None:
         self._key, self._path, self._index = key, path, index
 
     @property
@@ -92,10 +92,13 @@ class Parameters:
         """
         if len(shape) != len(axes):
             raise ValueError(f'parameter {name} has shape {tuple(shape)} but axes {axes}; name every dimension')
+        value = jnp.zeros(tuple(shape), jnp.float32) if self._key is None else init(self._folded(name), tuple(shape))
+        return nnx.Param(value, logical_axes=axes, decay=decay, rate=rate)
+
+    def _folded(self, name: str) -> PRNGKeyArray:
         # One fold for name and index together: a fold each would dominate the compile time of a small model.
         data = jnp.uint32(zlib.crc32((self._path + name).encode())) + jnp.uint32(self._index) * jnp.uint32(0x9E3779B1)
-        value = init(jax.random.fold_in(self._key, data), tuple(shape))
-        return nnx.Param(value, logical_axes=axes, decay=decay, rate=rate)
+        return jax.random.fold_in(self._key, data)
 
 
 def normal(std: float) -> Initializer:

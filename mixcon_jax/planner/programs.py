@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas.attention.xla import tile_size
 from mixcon_jax.inference import generate
-from mixcon_jax.models.decoder import create
+from mixcon_jax.models.decoder import abstract
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.rules import on_mesh
 from mixcon_jax.step import Steps
@@ -57,7 +57,7 @@ def generation(config: ml_collections.ConfigDict, steps: Steps, what: str, batch
       context: tokens that the state has room for.
     """
     mesh = steps.mesh
-    model = nnx.eval_shape(lambda: create(config.model, config.seed))
+    model = abstract(config.model)
     graphdef, *both = nnx.split(model, nnx.Param, ...)
     params, rest = both
     by_row = axes.BATCH_AXES if batch % axes.rows(mesh.shape) == 0 else None

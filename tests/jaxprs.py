@@ -5,7 +5,7 @@ from typing import Any
 
 
 def operations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every operation of a program and how often it runs, those inside of others included; of a branch each."""
+    """Every operation of a program, those inside of others included, and how often it runs: in a `while` loop once."""
     for equation in jaxpr.eqns:
         yield equation, times
         again = times * (equation.params['length'] if equation.primitive.name == 'scan' else 1)

@@ -36,7 +36,7 @@ def layers():
 DOCUMENTS = st.lists(st.lists(st.integers(1, LENGTH), max_size=6), min_size=ROWS, max_size=ROWS)
 
 
-def test_every_layer_is_drawn():
+def test_the_options_fit_every_layer():
     """Below, a draw that is refused is passed over: of a layer whose options did not fit that would be every one."""
     for layer in [*kinds.names('mixer'), *(f'attention+{name}' for name in kinds.names('ffn'))]:
         validated(8, {'data': 8}, {'model__pattern': (layer,)})

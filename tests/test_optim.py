@@ -119,7 +119,7 @@ def axes_of(variant, tie=False):
     config.pattern = ('conba+mlp', 'mamba+moe', 'attention|moe', 'conba')
     config.num_blocks, config.tie_embeddings, config.mamba.norms = 3, tie, True
     config.conba.update(variant)
-    state = nnx.state(nnx.eval_shape(lambda: decoder.create(config, 0)), nnx.Param)
+    state = nnx.state(decoder.abstract(config), nnx.Param)
     return logical_axes(state), undecayed(state)
 
 
@@ -146,7 +146,7 @@ def test_the_table_has_no_stale_entries():
 def test_what_makes_a_filter_neither_decays_nor_learns_as_fast_as_the_rest():
     config = configs.default().model
     config.pattern, config.hyena.filter_rate = ('hyena+mlp', 'hyena_modal'), 0.25
-    state = nnx.state(nnx.eval_shape(lambda: decoder.create(config, 0)), nnx.Param)
+    state = nnx.state(decoder.abstract(config), nnx.Param)
     groups = optim.describe_groups('muon', logical_axes(state), undecayed(state))
     slow = {name for name in groups if 'filter' in name or name.endswith('frequency')}
     assert rates(state) == dict.fromkeys(slow, 0.25) and len(slow) == 8

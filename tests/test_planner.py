@@ -16,7 +16,7 @@ from mixcon_jax.cli import main
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference.generate import state_shardings
 from mixcon_jax.models import accounting
-from mixcon_jax.models.decoder import create
+from mixcon_jax.models.decoder import abstract
 from mixcon_jax.parallel.axes import AXES
 from mixcon_jax.planner import compiled, picture, search, words
 from mixcon_jax.planner import plan as planner
@@ -310,7 +310,7 @@ def test_long_rows_have_no_square_array_and_no_whole_logits():
 def test_states_are_shared_out_by_rows_and_by_nothing_that_looks_like_them():
     """Hyena's filters, as long as there are rows, are whole everywhere, and are counted once for all rows."""
     model = configuration(8, {'model.pattern': ('hyena', 'attention+mlp'), 'mesh.data': 8}).model
-    module = nnx.split(nnx.eval_shape(lambda: create(model)))
+    module = nnx.split(abstract(model))
     mesh = jax.make_mesh((8, 1, 1, 1, 1), AXES)
     found = state_shardings(*module, 8, 8, mesh)['blocks'][0]
     leaves = {jax.tree_util.keystr(path): one.spec for path, one in jax.tree_util.tree_leaves_with_path(found)}

@@ -3,10 +3,10 @@
 The argument is a task: ``selective_copying``, ``induction`` or ``mqar``. Models and budget are those of base.py: four
 layers, each a mixer and an MLP, whose width makes all arms equal in parameters; states and filters are small enough for
 that. Mamba is run beside them, as the task's own file has it, to be their baseline; attention, Conba and 2:6 of the
-same seeds are in that file's report; PanGu-pi is its attention with RoPE and shortcuts of width 4 (as at the nano size)
+same seeds are in that file's report. PanGu-pi is that file's attention with RoPE, with shortcuts of width 4 around it
 and a series of activations. ``moe_mamba`` is left out: with equal parameters it would have fewer active ones.
 
-33 runs a task, 11 architectures of 3 seeds, two to eight minutes each: about an hour on 2 CPU cores.
+33 runs a task, 11 architectures of 3 seeds, two to ten minutes each: about an hour on 2 CPU cores.
 
     python -m launch.sweep --config experiments/synthetic/family.py:mqar --workdir runs/mqar_family --jobs 2
     mixcon report runs/mqar_family --baseline mamba --out docs/results/mqar_family

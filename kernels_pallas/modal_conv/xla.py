@@ -95,7 +95,7 @@ def parallel(v, rate, angle, residue, reset, state=None, chunk=None):
     drive = jnp.einsum('bncd,cwsd->bnwsd', heard, waves(ages), precision=exact)
     whole = waves(jnp.asarray([chunk]))[0]
     decay = jnp.where((last >= chunk)[..., None, None], whole, 0)
-    if state is not None:  # reaches as far as the chunk that its first token is in, behind the zeros
+    if state is not None:  # before the first token of the row, which is in the first chunk, behind the zeros
         moved = times(waves(jnp.asarray([chunk - before]))[0][:, None], jnp.moveaxis(state, 1, 0))
         unbroken = (last[:, 0] >= chunk)[..., None, None]
         drive = drive.at[:, 0].add(jnp.where(unbroken, jnp.moveaxis(moved, 0, 1), 0))

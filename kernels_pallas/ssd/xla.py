@@ -235,7 +235,7 @@ def scores_by_key(C, B, narrow, sums, read, mask):
 
 
 def decays_by_key(chunk: int) -> float:
-    """How many decays `scores_by_key` makes for a token and key dimension, in the mean over a chunk of so many tokens.
+    """About how many decays `scores_by_key` makes for a token and key dimension, in chunks of so many tokens.
 
     Those to the tokens of its block, and for each later block that to the border.
     """

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Of a token and channel, forward: its exponentials, and with them the joins of two sums with the token, once for the
+# output and once for the state.
+EXPONENTIALS, OPERATIONS = 4, 16
 EMPTY = -1e30  # the exponent of a sum of nothing; finite, so that no difference of two is nan
 State = tuple[jax.Array, jax.Array, jax.Array]  # numerator, denominator and exponent, [B, D] each
 

@@ -97,14 +97,16 @@ def flops_per_token(model, seq_len: int) -> float:
     Counts two per multiply-add of every matrix that the token meets (top_k experts, the head, not the embedding's
     look-up), and what each layer's class says (``Layer.flops``): causal
     attention over ``seq_len / 2`` keys, the scan's state updates and the matrix gain's products.
-    Elementwise work (gates, taps, norms, a diagonal gain) is left out.
+    Elementwise work (gates, taps, norms, a diagonal gain) is left out: what has two axes is a matrix, `terms` not
+    counted, unless one of them is `conv`, `state` or `filter`.
     Recomputation (``remat``) is not counted, as usual for MFU.
     """
     layers, forward = _layers(model), 0.0
     for path, shape, axes in parameters(model):
         if path == 'embedding' and not model.tie_embeddings:
             continue
-        if len(set(axes) - {'layers', 'terms'}) >= 2 and not {'conv', 'state', 'filter'} & set(axes):
+        matrix = [axis for axis in axes if axis not in ('layers', 'terms')]
+        if len(matrix) >= 2 and not {'conv', 'state', 'filter'} & set(axes):
             forward += 2 * math.prod(shape) * _used_share(layers, path)
     for part in (part for layer in layers for part in layer.values()):
         forward += model.num_blocks * part.load().flops(part.model, seq_len)

@@ -92,13 +92,12 @@ class Parameters:
         """
         if len(shape) != len(axes):
             raise ValueError(f'parameter {name} has shape {tuple(shape)} but axes {axes}; name every dimension')
-        value = jnp.zeros(tuple(shape), jnp.float32) if self._key is None else init(self._folded(name), tuple(shape))
-        return nnx.Param(value, logical_axes=axes, decay=decay, rate=rate)
-
-    def _folded(self, name: str) -> PRNGKeyArray:
+        if self._key is None:
+            return nnx.Param(jnp.zeros(tuple(shape), jnp.float32), logical_axes=axes, decay=decay, rate=rate)
         # One fold for name and index together: a fold each would dominate the compile time of a small model.
         data = jnp.uint32(zlib.crc32((self._path + name).encode())) + jnp.uint32(self._index) * jnp.uint32(0x9E3779B1)
-        return jax.random.fold_in(self._key, data)
+        value = init(jax.random.fold_in(self._key, data), tuple(shape))
+        return nnx.Param(value, logical_axes=axes, decay=decay, rate=rate)
 
 
 def normal(std: float) -> Initializer:

@@ -115,9 +115,7 @@ def layer(mixer: str, batch: int, length: int, dim: int, backward: bool = True, 
     config.model.ssm.update(ssm)
     config.model.hyena.max_len = length  # filters as long as the row
     model = configs.validate(config).model
-    graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: kinds.load(mixer)(model, Parameters(jax.random.key(0)), 4)), nnx.Param
-    )
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: kinds.load(mixer)(model, Parameters(None), 4)), nnx.Param)
 
     def forward(params, x, positions, segment_ids):
         y, _, aux = nnx.merge(graphdef, params)(x, Context(segment_ids=segment_ids, positions=positions), None)

@@ -107,11 +107,11 @@ def kept_bytes(config: Any, device: Any) -> int:
     from flax import nnx
 
     from mixcon_jax.models.context import Context
-    from mixcon_jax.models.decoder import create
+    from mixcon_jax.models.decoder import abstract
 
     config = config.copy_and_resolve_references()
     config.model.remat = 'selective'
-    graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: create(config.model)), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(abstract(config.model), nnx.Param, ...)
     tokens = jax.ShapeDtypeStruct((config.train.batch_size // config.train.accum_steps, config.data.seq_len), 'int32')
 
     def pullback(params: Any, rest: Any, tokens: Any) -> Any:

@@ -48,7 +48,7 @@ def layer_gradient(
     config = configs.validate(config)
     used = (devices or jax.devices())[: data * shards]
     mesh = make_mesh(config.mesh, used)
-    mixer = nnx.eval_shape(lambda: kinds.load(LAYERS[name])(config.model, Parameters(jax.random.key(0)), 1))
+    mixer = nnx.eval_shape(lambda: kinds.load(LAYERS[name])(config.model, Parameters(None), 1))
     graphdef, params = nnx.split(mixer)
     everywhere = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec('data', 'context'))

@@ -12,9 +12,9 @@ import time
 import pytest
 
 from kernels_pallas import cards, verify
-from mixcon_jax.models import kinds
+from mixcon_jax.models import kinds as registered
 from tests.gpu.accept import __main__ as accept
-from tests.gpu.accept import runner, stages
+from tests.gpu.accept import layers, runner, stages
 from tests.gpu.accept.runner import Outcome, Runner, Stage
 from tests.models.cases import CASES
 
@@ -47,7 +47,17 @@ def test_every_kind_of_stage_passes_on_the_cpu(tmp_path, only):
 def test_every_mixer_and_ffn_is_tried_as_a_layer():
     names = [name for group in stages.LAYERS for name in group]
     assert len(names) == len(set(names))
-    assert not set(kinds.names()) - {CASES[name][0] for name in names}
+    assert not set(registered.names()) - {CASES[name][0] for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for group in stages.LAYERS for name in group])
+def test_a_layer_in_bfloat16_is_well_within_its_limit_on_the_cpu(name):
+    """So that what a GPU rounds otherwise does not decide."""
+    said = []
+    layers.check(name, said.append)
+    assert len(said) == 2 and not [found for found in said if 'failed' in found]
+    assert said[1]['error'] < 0.75 * layers.KINKED.get(name, layers.TOLERANCE['bfloat16'])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.decoder import create
+from mixcon_jax.models.decoder import abstract
 from mixcon_jax.planning.compiling import devices
 from tests.benchmarks.compiled_step import GIB, in_a_process, main
 from tests.models.cases import model_config
@@ -50,7 +50,7 @@ def test_selective_rematerialisation_runs_no_gpu_kernel_again(mixer):
     def program(remat):
         options = {'pattern': (f'{mixer}+mlp',), 'remat': remat, 'dim': 128, 'conba.head_dim': 32, 'ssm.d_state': 16}
         config = model_config(options | {'ssm.chunk': 0, 'conba.gain_chunk': 32}, 'bfloat16')
-        graphdef, params = nnx.split(nnx.eval_shape(lambda: create(config)), nnx.Param)
+        graphdef, params = nnx.split(abstract(config), nnx.Param)
 
         def loss(params, ids):
             hidden = nnx.merge(graphdef, params)(ids, Context.whole(*ids.shape))[0]

@@ -30,7 +30,7 @@ def compiled(experts, **options):
     config.mesh.update(data=1, expert=DEVICES)
     model = configs.validate(config).model
     mesh = make_mesh(config.mesh, compiling.devices('h100', devices_per_host=DEVICES))
-    layer = nnx.eval_shape(lambda: MoE(model, Parameters(jax.random.key(0)), 4))
+    layer = nnx.eval_shape(lambda: MoE(model, Parameters(None), 4))
     graphdef, params = nnx.split(layer, nnx.Param)
 
     def place(variable):

@@ -6,7 +6,6 @@ That the values are right, too, is for tests/parity to say.
 import re
 from typing import ClassVar
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -34,7 +33,7 @@ def test_every_parameter_of_a_layer_has_a_published_name_or_is_its_own_addition(
     model = model_config({'mamba.norms': architecture == 'jamba'})
     kind = kinds.load(name, role)
     extended = kind.without_additions(model)
-    layer = nnx.eval_shape(lambda: kind(model if extended is None else extended, Parameters(jax.random.key(0)), 1))
+    layer = nnx.eval_shape(lambda: kind(model if extended is None else extended, Parameters(None), 1))
     ours = {'/'.join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
     places = huggingface.published(name, architecture, role).weights.values()
     named = [mine for place in places for mine in place(np.zeros((2, 2, 2)), model)]

@@ -11,7 +11,7 @@ from flax import nnx
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import kinds, presets
 from mixcon_jax.models.context import Context
-from mixcon_jax.models.decoder import create
+from mixcon_jax.models.decoder import abstract, create
 from mixcon_jax.models.pattern import parse_layer
 from tests.models.cases import called, fitting, model_config, packed_context, perturbed
 
@@ -66,7 +66,7 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 def products(pattern, **options):
     """Matrix products in the program of a model's gradient; those in a loop count once."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: create(config(pattern, **options))), nnx.Param)
+    graphdef, params = nnx.split(abstract(config(pattern, **options)), nnx.Param)
 
     def loss(params, ids):
         hidden, _, aux = nnx.merge(graphdef, params)(ids, Context.whole(*ids.shape))

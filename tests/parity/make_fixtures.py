@@ -15,7 +15,7 @@ Runs in an environment of its own, made by `make parity`, and writes one .npz a 
 Of a whole model the folder NAME is what `save_pretrained` writes, of which the committed fixtures have config.json.
 
 Weights are float32 numbers; the modules compute in float64 wherever their own code lets them, which makes the stored
-values exact to float32 rounding. Seeds are fixed, so a second run writes the same numbers.
+values exact to float32 rounding. Seeds are fixed, so a second run writes the same numbers, to their rounding.
 """
 
 import math

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.wkv import EMPTY
+from kernels_pallas.wkv import EMPTY, EXPONENTIALS, OPERATIONS
 from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -39,7 +39,6 @@ BRANCHES = {
     15: ((5, 7, 3, 3, 3), (1, 2, 3, 5, 7)),
     17: ((5, 9, 3, 3, 3), (1, 2, 4, 5, 7)),
 }
-MEAN_OPS = 16  # a channel's share of the running mean
 
 
 class LargeKernel(Layer):
@@ -110,13 +109,13 @@ class LargeKernel(Layer):
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
         """The convolution's, whose lags are many, and the running mean's."""
-        return (2 * model.large_kernel.kernel + (MEAN_OPS if model.large_kernel.squeeze else 0)) * model.dim
+        return (2 * model.large_kernel.kernel + (OPERATIONS if model.large_kernel.squeeze else 0)) * model.dim
 
     @classmethod
     def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
-        """The running mean's, as in RWKV-4: four a channel, computed again by the backward pass."""
+        """The running mean's, computed again by the backward pass."""
         del seq_len
-        mean = 4.0 * model.dim if model.large_kernel.squeeze else 0.0
+        mean = float(EXPONENTIALS * model.dim) if model.large_kernel.squeeze else 0.0
         return mean, mean
 
     @classmethod

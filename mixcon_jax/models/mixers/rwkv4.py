@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.wkv import EMPTY
+from kernels_pallas.wkv import EMPTY, EXPONENTIALS, OPERATIONS
 from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
@@ -12,10 +12,6 @@ from mixcon_jax.models.layers import Aux, Parameters, State, mixed, normal, outp
 from mixcon_jax.models.published import Published, channels, linear, same
 from mixcon_jax.options import COUNT, Option
 from mixcon_jax.parallel.kernels import wkv
-
-OPS_PER_CHANNEL = (
-    16  # four exponentials, and the two sums' joins with a token, once for the output and once for the state
-)
 
 
 class RWKV4(Layer):
@@ -56,13 +52,14 @@ class RWKV4(Layer):
     @classmethod
     def flops(cls, model, seq_len: int) -> float:
         """The updates and the reading of the sums."""
-        return OPS_PER_CHANNEL * model.rwkv4.inner_dim
+        return OPERATIONS * model.rwkv4.inner_dim
 
     @classmethod
     def exponentials(cls, model, seq_len: int) -> tuple[float, float]:
-        """Four a channel, computed again by the backward pass."""
+        """Those of the sums, computed again by the backward pass."""
         del seq_len
-        return 4.0 * model.rwkv4.inner_dim, 4.0 * model.rwkv4.inner_dim
+        sums = float(EXPONENTIALS * model.rwkv4.inner_dim)
+        return sums, sums
 
     def __init__(self, config, params: Parameters, num_layers: int) -> None:
         dim, inner, init = config.dim, config.rwkv4.inner_dim, normal(config.init_std)

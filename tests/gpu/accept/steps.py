@@ -1,4 +1,4 @@
-"""Whole train steps of a small MixCon with every mixer and FFN, against the losses that the CPU finds."""
+"""Whole train steps of a MixCon of attention, Mamba, Conba, MLPs and experts, against the losses that the CPU finds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ TOLERANCE = {'float32': 1e-4, 'bfloat16': 2e-2}  # relative, of any of the losse
 
 
 def config(preset: str, dtype: str, tiny: bool) -> ml_collections.ConfigDict:
-    """Every mixer and FFN, two microbatches a step."""
+    """Attention, Mamba, Conba, MLPs and experts, two microbatches a step."""
     made = configs.default()
     model = made.model
     model.update(dim=64, vocab_size=256, num_blocks=2, init_std=0.05, dtype=dtype, tie_embeddings=True)

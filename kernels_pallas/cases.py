@@ -126,7 +126,7 @@ def random_starts(share: float, batch: int, length: int) -> Any:
     return np.random.default_rng(batch + length).random((batch, length)) < share if share else None
 
 
-def relative(actual: jax.Array, expected: np.ndarray) -> float:
+def relative(actual: jax.Array | np.ndarray, expected: np.ndarray) -> float:
     """Error over the expected array's size, in the 2-norm."""
     size = float(np.linalg.norm(expected))
     return float(np.linalg.norm(np.asarray(actual, np.float64) - expected)) / (size or 1.0)

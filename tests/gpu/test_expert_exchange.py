@@ -58,6 +58,7 @@ def test_padded_parts_are_little_more_than_what_must_travel(experts):
     assert number == 5 and NECESSARY < size <= 1.3 * NECESSARY  # the numbers of experts travel, too
 
 
+@pytest.mark.slow
 def test_ragged_parts_compile():
     """Each of the four ways, and the numbers of experts; nothing else moves features."""
     found = collectives(compiled(16, exchange='ragged'))

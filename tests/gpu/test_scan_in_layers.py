@@ -31,7 +31,8 @@ def figures(mixer: str) -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize('mixer', ['mamba', pytest.param('conba', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mixer', ['mamba', 'conba'])
 def test_kernels_move_little_more_than_they_must_and_memory_holds_no_state_of_every_token(mixer):
     found = figures(mixer)
     for mode, limit in LIMITS.items():

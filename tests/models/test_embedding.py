@@ -58,7 +58,7 @@ def test_its_program_scatters_nothing():
     assert 'scatter' not in text and 'stablehlo.sort' in text
 
 
-@pytest.mark.parametrize('accum', [1, 2])
+@pytest.mark.parametrize('accum', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_step_is_the_same_by_either_gradient(accum):
     options = {'model__pattern': ('attention+mlp',), 'train__accum_steps': accum, 'optim__eps': 1.0}
 

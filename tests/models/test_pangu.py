@@ -52,7 +52,11 @@ def plain():
     return outputs_and_gradients({})
 
 
-@pytest.mark.parametrize('name', OPTIONS)
+# Each addition alone is left to `make test-all`.
+APART = [pytest.param(name, marks=[] if name == 'both' else pytest.mark.slow) for name in OPTIONS]
+
+
+@pytest.mark.parametrize('name', APART)
 def test_at_first_a_model_is_the_one_without_and_learns_to_differ(name, plain):
     y, gradients = outputs_and_gradients(OPTIONS[name])
     np.testing.assert_allclose(y, plain[0], rtol=1e-5, atol=1e-5 * np.abs(plain[0]).max())

@@ -111,7 +111,8 @@ def test_every_length_and_token_by_token(fixture):
 
 
 @pytest.mark.parametrize(
-    'fixture', [pytest.param(name, marks=SLOW if name == 'falcon_mamba_model' else []) for name in MODELS]
+    'fixture',
+    [pytest.param(name, marks=SLOW if name in ('falcon_mamba_model', 'bamba_model') else []) for name in MODELS],
 )
 def test_logits_and_gradients_of_a_whole_model(fixture):
     theirs, module, ours = loaded_model(fixture)

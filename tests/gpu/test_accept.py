@@ -52,12 +52,12 @@ def test_every_mixer_and_ffn_is_tried_as_a_layer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [name for group in stages.LAYERS for name in group])
-def test_a_layer_in_bfloat16_is_well_within_its_limit_on_the_cpu(name):
-    """So that what a GPU rounds otherwise does not decide."""
+def test_a_layer_in_bfloat16_is_within_its_limit_on_the_cpu(name):
+    """By a tenth of it, so that the little that a GPU rounds otherwise does not decide."""
     said = []
     layers.check(name, said.append)
     assert len(said) == 2 and not [found for found in said if 'failed' in found]
-    assert said[1]['error'] < 0.75 * layers.KINKED.get(name, layers.TOLERANCE['bfloat16'])
+    assert said[1]['error'] < 0.9 * layers.KINKED.get(name, layers.TOLERANCE['bfloat16'])
 
 
 @pytest.fixture

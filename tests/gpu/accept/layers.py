@@ -15,8 +15,9 @@ from tests.models import cases
 LENGTHS = [41, 1, 70, 9], [3, 57, 48, 5]  # documents of each row, then padding
 TOKENS, SPLIT = 123, (64, 1, 1, 57)
 TOLERANCE = {'float32': 3e-4, 'bfloat16': 6e-2}  # relative, in the 2-norm; of bfloat16 against the CPU's float32
-# What rounding pushes over the kink of a ReLU has another slope: on a CPU they are 0.084, 0.059 and 0.047 off.
-KINKED = {'large_kernel': 0.2, 'moe_switch': 0.15, 'moe_mamba_all': 0.15}
+# What rounding pushes over the kink of a ReLU has another slope: on a CPU these are 0.084 and 0.059 off, and with
+# softplus in its place 0.020 and 0.018.
+KINKED = {'large_kernel': 0.2, 'moe_switch': 0.15}
 
 
 def check(name: str, say: Callable[[dict[str, Any]], None]) -> None:

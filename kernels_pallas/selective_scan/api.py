@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.call import fitted, sizes
 from kernels_pallas.dispatch import Candidate, choose
-from kernels_pallas.selective_scan import mosaic_gpu, reference, xla
+from kernels_pallas.selective_scan import mosaic_gpu, reference, scaled_mosaic_gpu, xla
 from kernels_pallas.selective_scan.reference import Inputs, Options, Outputs
 
 PADDED_DT = mosaic_gpu.PADDED_DT
@@ -69,8 +69,9 @@ def selective_scan(
       implementation: None picks for the platform: 'mosaic_gpu' on NVIDIA GPUs where it has the options asked for and a
         GPU of the same major compute capability has verified it (a warning says when not; it is written for 8.0 and
         newer), 'chunked' elsewhere. 'reference' (sequential),
-        'associative' (whole-sequence associative scan, memory O(T D N)), 'chunked' (rematerialised chunks) or
-        'mosaic_gpu' (fused kernels). A chunk is stepped on CPU and scanned associatively elsewhere;
+        'associative' (whole-sequence associative scan, memory O(T D N)), 'chunked' (rematerialised chunks),
+        'mosaic_gpu' (fused kernels) or 'mosaic_gpu_scaled' (those for a scaled readout, by tensor cores; before
+        'mosaic_gpu', where a GPU has verified it). A chunk is stepped on CPU and scanned associatively elsewhere;
         'chunked_stepped' and 'chunked_associative' say which.
       chunk: tokens a chunk of 'chunked'; None picks for the platform.
       keep_every: of 'mosaic_gpu' alone, steps between the states kept for the backward pass; None for one a tile (16
@@ -94,8 +95,9 @@ def selective_scan(
         dt, dt_bias = dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + dt_bias, None
     inputs, options = _inputs(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
     fused = Fused(D, z, dt_bias, dt_softplus)
+    shape = (found['b'], found['t'], found['d'])
     variants = lambda: mosaic_gpu.variants(
-        (found['b'], found['t'], found['d']),
+        shape,
         found['n'],
         mosaic_gpu.element_type(u, dt, z),
         options.Z is not None,
@@ -108,9 +110,16 @@ def selective_scan(
     chunked = lambda inner: lambda inputs, options: xla.chunked(inputs, options, chunk, inner)
     candidates = (
         Candidate(
+            'mosaic_gpu_scaled',
+            lambda: _scaled_kernel(u, dt, A, B, C, fused, inputs, options),
+            lambda: _scaled_refuses((u, dt, z), inputs, options) or scaled_mosaic_gpu.unfit(shape, keep_every),
+            lambda: scaled_mosaic_gpu.VARIANTS,
+            silent=True,
+        ),
+        Candidate(
             'mosaic_gpu',
             lambda: _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every),
-            lambda: _kernel_refuses((u, dt, z), inputs, options),
+            lambda: _fused_refuses((u, dt, z), inputs, options),
             variants,
         ),
         portable('chunked', chunked(None), by_name=False),
@@ -148,14 +157,51 @@ def _separately(run: Callable[[Inputs, Options], Outputs], inputs: Inputs, optio
     return Outputs(y, final_state, prior)
 
 
-def _kernel_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | None:
-    """Why the GPU kernels cannot take this call, or None."""
+def _kernels_refuse(options: Options) -> str | None:
+    """Why no GPU kernel can take this call, or None."""
     if options.delay is not None:
         return 'a delay inside the recurrence is of second order; taps on the outputs are not'
     if options.noise_key is not None:
         return 'it draws no process noise'
+    return None
+
+
+def _fused_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | None:
     element = mosaic_gpu.element_type(*tokens)
-    return mosaic_gpu.unsupported(inputs.u.dtype, element, inputs.A.shape[1], options.Z is not None)
+    return _kernels_refuse(options) or mosaic_gpu.unsupported(
+        inputs.u.dtype, element, inputs.A.shape[1], options.Z is not None
+    )
+
+
+def _scaled_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | None:
+    element = mosaic_gpu.element_type(*tokens)
+    return _kernels_refuse(options) or scaled_mosaic_gpu.unsupported(
+        inputs.u.dtype, element, inputs.A.shape[1], options.Z is not None, options.prior
+    )
+
+
+def _scaled_kernel(u, dt, A, B, C, fused: Fused, inputs: Inputs, options: Options) -> Outputs:
+    """The GPU kernels for a scaled readout."""
+    y, final_state = scaled_mosaic_gpu.scan(
+        u,
+        dt,
+        A,
+        B,
+        _read(C, inputs, options),
+        **fused._asdict(),
+        Z=options.Z,
+        g=options.g,
+        reset=inputs.reset,
+        initial_state=inputs.initial_state,
+    )
+    return Outputs(y, final_state, None)
+
+
+def _read(C: jax.Array, inputs: Inputs, options: Options) -> jax.Array:
+    """What reads the states, C with the delayed ones' weights."""
+    if options.F is None:
+        return C
+    return inputs.C + jnp.einsum('btm,mn->btn', inputs.C, options.F, precision='highest')
 
 
 def _fused_kernel(u, dt, A, B, C, fused: Fused, inputs: Inputs, options: Options, keep_every: int | None) -> Outputs:
@@ -172,10 +218,7 @@ def _fused_kernel(u, dt, A, B, C, fused: Fused, inputs: Inputs, options: Options
         initial_state=inputs.initial_state,
         keep_every=keep_every,
     )
-    read = C
-    if options.F is not None:
-        read = inputs.C + jnp.einsum('btm,mn->btn', inputs.C, options.F, precision='highest')
-    y, final_state = run(read, D=fused.D, z=fused.z, Z=options.Z, g=options.g)
+    y, final_state = run(_read(C, inputs, options), D=fused.D, z=fused.z, Z=options.Z, g=options.g)
     prior, final_state = run(C, prior=True) if options.prior else (None, final_state)
     return Outputs(y, final_state, prior)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.cases import Arrays, Case, Outputs, Timed, random_starts
-from kernels_pallas.selective_scan import mosaic_gpu, selective_scan
+from kernels_pallas.selective_scan import mosaic_gpu, scaled_mosaic_gpu, selective_scan
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 Shape = tuple[int, int, int, int]  # B, T, D, N
@@ -48,20 +48,25 @@ def case(
     **options: Any,
 ) -> Case:
     """A case with gate, softplus, skip and initial state, or `plain` without; `options` are the kernel's."""
+    scaled = variant in scaled_mosaic_gpu.VARIANTS
+    readout = readout or scaled
     prior = options.get('prior', False)
     full = not plain
     drawn = functools.partial(draw, shape, dtype, full and not prior, full, full and not prior, readout, full)
     reset = random_starts(resets, *shape[:2])
 
     def kernel(arrays: Arrays, interpret: Any) -> Outputs:
-        here = {} if interpret is None else {'interpret': interpret, 'generation': 'hopper', 'cores': 132}
+        here = {} if interpret is None else {'interpret': interpret}
+        if scaled:
+            return scaled_mosaic_gpu.scan(**arrays, dt_softplus=full, reset=reset, **here)
+        here |= {} if interpret is None else {'generation': 'hopper', 'cores': 132}
         return mosaic_gpu.scan(**arrays, dt_softplus=full, reset=reset, **options, **here)
 
     def oracle(arrays: Arrays) -> Outputs:
         arrays = dict(arrays)
-        scaled = (arrays.pop('Z'), arrays.pop('g'), None) if readout else None
+        weights = (arrays.pop('Z'), arrays.pop('g'), None) if readout else None
         found = selective_scan(
-            **arrays, dt_softplus=full, reset=reset, prior=prior, readout=scaled, implementation='chunked_associative'
+            **arrays, dt_softplus=full, reset=reset, prior=prior, readout=weights, implementation='chunked_associative'
         )
         return (found[2], found[1]) if prior else found
 
@@ -70,7 +75,8 @@ def case(
     words += ['readout'] if readout else []
     words += [f'{name}={value}' for name, value in options.items()]
     element = jnp.dtype(dtype)
-    refusal = lambda: mosaic_gpu.unsupported(F32, element, shape[3], readout)
+    lacks = functools.partial(scaled_mosaic_gpu.unsupported, prior=False) if scaled else mosaic_gpu.unsupported
+    refusal = lambda: lacks(F32, element, shape[3], readout)
     return Case(variant, ' '.join(words), drawn, kernel, oracle, refusal, small)
 
 
@@ -99,17 +105,35 @@ CASES = [
     case('prior', (2, 200, 200, 16), BF16, resets=0.01, prior=True),
     case('readout', (2, 200, 256, 16), resets=0.01, readout=True),
     case('readout', (2, 130, 200, 16), BF16, resets=0.01, readout=True),
+    case('scaled', (1, 19, 128, 16), resets=0.1, small=True),
+    case('scaled', (2, 203, 256, 16), resets=0.02),
+    case('scaled', (3, 257, 128, 9), BF16, resets=0.02),  # tiles of one run of bytes, and states that fill no tile
+    case('scaled', (1, 100, 384, 16), plain=True),
+    case('scaled', (2, 2048, 512, 16), BF16, resets=0.002),
 ]
 
 
 def timed(variant: str, batch: int, length: int, channels: int, compare: bool = False, **options: Any) -> Timed:
-    """With gate, softplus, skip and 16 states, in bfloat16."""
-    drawn = functools.partial(draw, (batch, length, channels, 16), BF16, True, True, True, False, False)
-    kernel = lambda arrays: mosaic_gpu.scan(**arrays, dt_softplus=True, **options)[0]
+    """With gate, softplus, skip and 16 states, in bfloat16; a scaled readout beside `mosaic_gpu`'s."""
+    scaled = variant in scaled_mosaic_gpu.VARIANTS
+    drawn = functools.partial(draw, (batch, length, channels, 16), BF16, True, True, True, scaled, False)
+    run = scaled_mosaic_gpu.scan if scaled else mosaic_gpu.scan
+    kernel = lambda arrays: run(**arrays, dt_softplus=True, **options)[0]
     other = lambda arrays: selective_scan(**arrays, dt_softplus=True, implementation='chunked')[0]
+    if scaled:
+        other = lambda arrays: mosaic_gpu.scan(**arrays, dt_softplus=True)[0]
     elements = batch * length * channels  # of u, dt, z and y, and with a gradient once more the first three, and theirs
     name = f'B{batch} T{length} D{channels} N16 bfloat16'
-    return Timed(variant, name, drawn, kernel, other if compare else None, 8 * elements, 22 * elements, 16 * elements)
+    return Timed(
+        variant,
+        name,
+        drawn,
+        kernel,
+        other if compare else None,
+        8 * elements,
+        22 * elements,
+        (48 if scaled else 16) * elements,
+    )
 
 
 TIMED = [
@@ -117,4 +141,5 @@ TIMED = [
     timed('scan', 16, 2048, 1536),
     timed('sliced', 2, 2048, 2048),
     timed('sliced', 1, 65536, 4096),
+    timed('scaled', 8, 4096, 4096, compare=True),
 ]

@@ -23,6 +23,7 @@ from kernels_pallas.causal_conv1d import mosaic_gpu as conv
 from kernels_pallas.grouped_matmul import mosaic_gpu as grouped
 from kernels_pallas.mosaic import Copy, CopyError, Index, Span
 from kernels_pallas.selective_scan import mosaic_gpu as scan
+from kernels_pallas.selective_scan import scaled_mosaic_gpu as scaled
 from kernels_pallas.ssd import mosaic_gpu as ssd
 
 ROOT = pathlib.Path(mosaic.__file__).parent
@@ -98,6 +99,25 @@ def test_selective_scan(batch, length, channels, states, dtype, options):
         return pull(outputs)
 
     obeys(traced(run, arrays, reset))
+
+
+@property_test
+@given(
+    batch=st.integers(1, 5), length=LENGTHS, blocks=st.integers(1, 5), states=st.integers(1, 16), dtype=DTYPES,
+    gate=st.booleans(), reset=st.booleans(),
+)  # fmt: skip
+def test_selective_scan_with_a_scaled_readout(batch, length, blocks, states, dtype, gate, reset):
+    """Forward and backward."""
+    number = lambda *sizes: shape(sizes, jnp.float32)
+    tokens, maps, channels = shape((batch, length, 128 * blocks), dtype), number(batch, length, states), 128 * blocks
+    arrays = {'u': tokens, 'dt': tokens, 'A': number(channels, states), 'B': maps, 'C': maps}
+    arrays |= {'Z': number(states, states), 'g': number(states)} | ({'z': tokens} if gate else {})
+
+    def run(arrays, starts):
+        outputs, pull = jax.vjp(lambda arrays: scaled.scan(**arrays, reset=starts if reset else None), arrays)
+        return pull(outputs)
+
+    obeys(traced(run, arrays, shape((batch, length), jnp.bool_)))
 
 
 @property_test

@@ -164,16 +164,15 @@ def relative_error(actual: jax.Array, expected: jax.Array) -> float:
 MARKED = [pytest.param(case, marks=pytest.mark.slow) if case.slow else case for case in CASES]
 
 
-@pytest.mark.parametrize('case', MARKED, ids=str)
-def test_equals_the_sequential_loop(case: Case):
-    """y, the final state and the gradient of every array, with a cotangent for both outputs."""
-    arrays, reset = draw(case, seed=CASES.index(case))
+def check(run, case: Case, seed: int) -> None:
+    """y, the final state and the gradient of every array, with a cotangent for both outputs, by the sequential loop."""
+    arrays, reset = draw(case, seed)
     batch, length, channels, states = case.shape
     rng = np.random.default_rng(99)
     cotangents = [rng.standard_normal((batch, length, channels)), rng.standard_normal((batch, channels, states))]
     cotangents[0] = np.asarray(jnp.asarray(cotangents[0], case.dtype), np.float64)
     cotangents[1] = np.asarray(cotangents[1], np.float32)
-    outputs, gradients = outputs_and_gradients(kernel, case, arrays, reset, map(jnp.asarray, cotangents))
+    outputs, gradients = outputs_and_gradients(run, case, arrays, reset, map(jnp.asarray, cotangents))
     with jax.enable_x64(True):
         exact = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
         expected, expected_gradients = outputs_and_gradients(oracle, case, exact, reset, map(jnp.asarray, cotangents))
@@ -185,6 +184,11 @@ def test_equals_the_sequential_loop(case: Case):
     pairs |= {f'd{name}': (gradients[name], expected_gradients[name]) for name in arrays}
     errors = {name: relative_error(*pair) for name, pair in pairs.items()}
     assert all(errors[name] <= TOLERANCE[actual.dtype] for name, (actual, _) in pairs.items()), errors
+
+
+@pytest.mark.parametrize('case', MARKED, ids=str)
+def test_equals_the_sequential_loop(case: Case):
+    check(kernel, case, seed=CASES.index(case))
 
 
 @pytest.mark.slow  # the cases of the cards, which tests/gpu/test_accept.py runs, ask it, too

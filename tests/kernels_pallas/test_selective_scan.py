@@ -207,7 +207,9 @@ def test_errors_name_the_argument():
     scan = inspect.unwrap(selective_scan)  # below the tests' own check of annotations
     arrays, _, _ = draw(0, 3)
     args = [arrays[name] for name in ('u', 'dt', 'A', 'B', 'C')]
-    with pytest.raises(ValueError, match="no implementation 'cuda'; available here: mosaic_gpu, chunked, chunked_asso"):
+    with pytest.raises(
+        ValueError, match="no implementation 'cuda'; available here: mosaic_gpu_scaled, mosaic_gpu, chunked, "
+    ):
         scan(*args, implementation='cuda')
     with pytest.raises(ValueError, match=r'B has shape \(2, 2, 4\), expected \(2, 3, 4\)'):
         scan(*args[:3], args[3][:, :2], args[4])

@@ -61,8 +61,11 @@ def test_what_is_for_no_gpu_of_this_kind_is_not_run(monkeypatch):
         'tokamax' in reason or 'cuDNN' in reason for reason in refused.values()
     )  # where they are not installed
     monkeypatch.setattr(platform, 'compute_capability', lambda: (8, 0))
-    refusing = {part.kernel for part in verify.parts(cards.kernels()) if verify.refusal(part)}
-    assert refusing == {'adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'ssd'} | LIBRARY
+    refusing = [part for part in verify.parts(cards.kernels()) if verify.refusal(part)]
+    scans = {part.variant for part in refusing if part.kernel == 'selective_scan'}
+    assert scans == {'scaled'}
+    others = {part.kernel for part in refusing if part.variant not in scans}
+    assert others == {'adaptive_gain', 'causal_conv1d', 'grouped_matmul', 'ssd'} | LIBRARY
     assert 'it needs compute capability 9.0 or newer' in verify.refusal(PART)
 
 
@@ -106,7 +109,7 @@ def test_every_variant_that_a_call_may_run_has_cases_and_small_ones_for_the_inte
         'attention': {'causal64', 'causal128', 'packed64', 'packed128', 'cudnn', 'cudnn_wide'},
         'grouped_matmul': {'bfloat16'},
         'causal_conv1d': {'silu', 'linear'},
-        'selective_scan': {'scan', 'wide', 'sliced', 'kept', 'prior', 'readout'},
+        'selective_scan': {'scan', 'wide', 'sliced', 'kept', 'prior', 'readout', 'scaled'},
         'ssd': {'keys64', 'keys128'},
     }
     for kernel, variants in expected.items():

@@ -1,6 +1,6 @@
 """Which GPU kernels a MixCon step for an H100 gets by default: those that a card covers and no other.
 
-Nothing runs: with the shipped cards the step is compiled, with others it is lowered. A process of its own does so
+Nothing runs: the step is lowered, and with the shipped cards compiled in `make test-all`. A process of its own does so
 (`python -m tests.gpu.test_default_kernels`), as LLVM may abort it.
 """
 
@@ -24,15 +24,25 @@ USED = {'selective_scan': 'scan', 'adaptive_gain': 'width32', 'causal_conv1d': '
 ALL = set().union(*KERNELS.values())
 
 
-@pytest.fixture(scope='module')
-def found(tmp_path_factory):
+def printed(folder, *arguments: str) -> dict:
+    """What `main` prints, with no cards but the shipped."""
     environment = {key: value for key, value in os.environ.items() if key != cards.TRUST}
-    environment |= {cards.FOLDER: str(tmp_path_factory.mktemp('no-cards'))}
+    environment |= {cards.FOLDER: str(folder)}
     environment |= {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-    command = [sys.executable, '-m', 'tests.gpu.test_default_kernels']
+    command = [sys.executable, '-m', 'tests.gpu.test_default_kernels', *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    return printed(tmp_path_factory.mktemp('no-cards'))
+
+
+@pytest.mark.slow
+def test_what_runs_by_default_compiles(found, tmp_path):
+    assert printed(tmp_path, 'compiled')['compiled'] == found['shipped']
 
 
 def test_the_shipped_cards_decide(found):
@@ -105,7 +115,10 @@ def main() -> None:
         programs = sorted(set(re.findall('|'.join(sorted(ALL)), calls)))
         return {'programs': programs, 'warnings': [str(w.message) for w in told if 'mosaic_gpu' in str(w.message)]}
 
-    found = {'shipped': step(whole=True)}
+    if 'compiled' in sys.argv[1:]:
+        print(json.dumps({'compiled': step(whole=True)}))
+        return
+    found = {'shipped': step()}
     sample = cards.Card('', 'scan', cards.VERIFIED, 'NVIDIA H200', '9.0', '', jax.__version__, '', '', '', '')
     current = lambda kernel, **values: dataclasses.replace(
         sample, **{'kernel': kernel, 'variant': USED[kernel], 'sources': cards.source_hash(kernel)} | values

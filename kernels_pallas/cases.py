@@ -53,7 +53,8 @@ class Timed:
       kernel: `arrays -> output`, of which the first is what gradients flow back from.
       other: the same by XLA, or None where that takes too long to be worth it.
       forward_bytes, both_bytes: read and written at least, by the forward pass and by both.
-      exponentials: of the forward pass; both take three times as many.
+      exponentials: of the forward pass.
+      both_exponentials: of both; None for three times as many.
     """
 
     variant: str
@@ -64,6 +65,7 @@ class Timed:
     forward_bytes: float
     both_bytes: float
     exponentials: float = 0.0
+    both_exponentials: float | None = None
 
 
 class Mismatch(AssertionError):
@@ -163,10 +165,11 @@ def measure(case: Timed, calls: Calls, copy_rate: float, exponential_rate: float
       copy_rate: bytes a second that a copy reads and writes.
       exponential_rate: exponentials a second.
     """
+    both = 3 * case.exponentials if case.both_exponentials is None else case.both_exponentials
     floor = lambda moved, exponentials: 1e3 * max(moved / copy_rate, exponentials / exponential_rate)
     found = {
         'forward_floor': floor(case.forward_bytes, case.exponentials),
-        'both_floor': floor(case.both_bytes, 3 * case.exponentials),
+        'both_floor': floor(case.both_bytes, both),
     } | {name: queued(run, *args) for name, (run, args) in calls.items()}
     return {name: float(f'{value:.4g}') for name, value in found.items()}
 

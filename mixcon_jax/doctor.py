@@ -131,9 +131,9 @@ def kernels() -> Iterator[str]:
     device = platform.device().device_kind
     for part, _ in verify.standing():
         reason = cards.uncovered(part.kernel, [part.variant], capability[0], device)
-        standing = "verified, runs by default where a layer's call has it" if reason is None else f'by XLA: {reason}'
+        standing = "verified, runs by default where a layer's call has it" if reason is None else f'not run: {reason}'
         if refused := verify.refusal(part):
-            standing = f'by XLA: {refused}'
+            standing = f'not run: {refused}'
         elif reason is not None and cards.trusted():
             standing = f'runs, unverified, as {cards.TRUST} is set: {reason}'
         yield f'{head:11}{part.kernel:15} {part.variant:8} {standing}'

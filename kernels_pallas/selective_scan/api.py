@@ -112,7 +112,7 @@ def selective_scan(
         Candidate(
             'mosaic_gpu_scaled',
             lambda: _scaled_kernel(u, dt, A, B, C, fused, inputs, options),
-            lambda: _scaled_refuses((u, dt, z), inputs, options) or scaled_mosaic_gpu.unfit(shape, keep_every),
+            lambda: _scaled_refuses((u, dt, z), inputs, options, keep_every, named=implementation is not None),
             lambda: scaled_mosaic_gpu.VARIANTS,
             silent=True,
         ),
@@ -173,10 +173,14 @@ def _fused_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | Non
     )
 
 
-def _scaled_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | None:
-    element = mosaic_gpu.element_type(*tokens)
-    return _kernels_refuse(options) or scaled_mosaic_gpu.unsupported(
-        inputs.u.dtype, element, inputs.A.shape[1], options.Z is not None, options.prior
+def _scaled_refuses(tokens: tuple, inputs: Inputs, options: Options, keep_every: int | None, named: bool) -> str | None:
+    (batch, length, channels), states = inputs.u.shape, inputs.A.shape[1]
+    shape, element = (batch, length, channels), mosaic_gpu.element_type(*tokens)
+    return (
+        _kernels_refuse(options)
+        or scaled_mosaic_gpu.unsupported(inputs.u.dtype, element, states, options.Z is not None, options.prior)
+        or scaled_mosaic_gpu.unfit(shape, keep_every)
+        or (None if named else scaled_mosaic_gpu.slower(shape, states, element))
     )
 
 

@@ -136,7 +136,7 @@ def backward(problem: Problem, inputs: Arrays, interpret: Any) -> Arrays:
                     for memory in (ref.B_, ref.C_)
                 )
                 states = split(h, interpret)
-                score = block.product(states, 'Zt', SPREAD.zeros()) + g
+                score = block.product(states, 'Zt', SPREAD.zeros()) + g  # g as the first sum would spill registers here
                 gate = sigmoid(score)
                 scale = score * gate
                 seen, read = h * scale, C * dy
@@ -230,6 +230,7 @@ def backward(problem: Problem, inputs: Arrays, interpret: Any) -> Arrays:
         carry = [SPREAD.load(ref.dfinal.at[row, mine]), SPREAD.zeros()]
         carry += [none((WARPS, LANES, 8), state_products.SUMS), none((WARPS, 8, STATES), state_products.FOLDED)]
         found = lax.fori_loop(0, tiles, over_tile, tuple(carry))
+        copies.fence()  # sums by channels are read once more, by whom a load gives them to
         for memory, out in ((ref.dD_, ref.dD), (ref.dbias_, ref.dbias)):
             store(out.at[row, mine], load(memory, FLAT.reduce(0)))
         for out, value in zip((ref.dstate, ref.dA, ref.dZ, ref.dg), found, strict=True):
@@ -302,16 +303,14 @@ class _Block:
         gate = sigmoid(z)
         return raw, step, dy, dy * z * gate, gate, z
 
-    def decay(self, slot: Any, t: Any, A: jax.Array) -> jax.Array:
-        """Of the states, at token t of a tile."""
-        exponent = SPREAD.over_states(SPREAD.load_channels(self._ref.step_.at[t])) * A
-        return jnp.exp2(exponent + self._ref.B_[slot, t, STATES] if self._problem.reset else exponent)
-
     def after(self, slot: Any, t: Any, h: jax.Array, A: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The state after token t of a tile, and its decay."""
-        x = SPREAD.load_channels(self._ref.x_.at[t])
-        B = SPREAD.load_states(self._ref.B_.at[slot, t, pl.ds(0, STATES)])
-        decay = self.decay(slot, t, A)
+        ref = self._ref
+        exponent = SPREAD.over_states(SPREAD.load_channels(ref.step_.at[t])) * A
+        if self._problem.reset:
+            exponent = exponent + ref.B_[slot, t, STATES]
+        decay = jnp.exp2(exponent)
+        x, B = SPREAD.load_channels(ref.x_.at[t]), SPREAD.load_states(ref.B_.at[slot, t, pl.ds(0, STATES)])
         return decay * h + SPREAD.over_states(x) * SPREAD.over_channels(B), decay
 
 

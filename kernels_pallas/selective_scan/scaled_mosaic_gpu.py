@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from kernels_pallas import platform
 from kernels_pallas.selective_scan import mosaic_gpu, state_products
-from kernels_pallas.selective_scan.mosaic_gpu import PADDED_DT, element_type, tuning
 from kernels_pallas.selective_scan.mosaic_gpu.tiles import CHANNELS, FLOAT, FORGET, LANES, LOG2E, Problem, with_offset
 from kernels_pallas.selective_scan.scaled_kernels import TILE, Arrays, backward, forward
 from kernels_pallas.selective_scan.state_products import STATES
@@ -33,15 +32,18 @@ def unsupported(dtype: Any, element: Any, states: int, readout: bool, prior: boo
 
 
 def unfit(shape: tuple[int, int, int], keep_every: int | None) -> str | None:
-    """Why a call of u [B, T, D] is left to `mosaic_gpu`, or None."""
-    batch, length, channels = shape
+    """Why it cannot take a call of u [B, T, D], or None."""
     if keep_every is not None:
         return f'it keeps a state every {TILE} steps, not every {keep_every}'
-    if channels % CHANNELS:
-        return f'it takes channels in blocks of {CHANNELS}, and there are {channels}'
-    blocks, cores = batch * channels // CHANNELS, getattr(platform.device(), 'core_count', 132)
-    if tuning.time_splits(blocks, length, cores, TILE) > 1:
-        return f'it does not cut time, and {blocks} blocks leave some of {cores} multiprocessors idle'
+    if shape[2] % CHANNELS:
+        return f'it takes channels in blocks of {CHANNELS}, and there are {shape[2]}'
+    return None
+
+
+def slower(shape: tuple[int, int, int], states: int, element: Any) -> str | None:
+    """Why `mosaic_gpu` is better for a call that it could take, or None."""
+    if 'sliced' in mosaic_gpu.variants(shape, states, element, True, False, None):
+        return f'it does not cut time, and u {list(shape)} leaves much of this GPU idle'
     return None
 
 
@@ -73,7 +75,9 @@ def scan(
       `(y [B, T, D] of u's type, final state [B, D, N] float32)`. There is no second derivative.
     """
     batch, length, channels = u.shape
-    states, dtype = A.shape[1], element_type(u, dt, z)
+    states = A.shape[1]
+    half = all(x.dtype == jnp.bfloat16 for x in (u, dt, z) if x is not None)
+    dtype = jnp.dtype(jnp.bfloat16 if half else jnp.float32)
     # A tile that is one run of bytes must not lead over the end of its row (mosaic.Copy.runs_on).
     extra = -length % TILE if channels == CHANNELS and batch > 1 else 0
     later = lambda x, value=0: jnp.pad(x, ((0, 0), (0, extra), (0, 0)), constant_values=value)
@@ -83,7 +87,7 @@ def scan(
     per_state = lambda x: jnp.pad(x.astype(FLOAT), [(0, 0)] * (x.ndim - 1) + [(0, STATES - states)])
     if initial_state is None:
         initial_state = jnp.zeros((batch, channels, states), FLOAT)
-    arrays = {'u': tokens(u), 'dt': tokens(dt, PADDED_DT if dt_softplus else 0)}
+    arrays = {'u': tokens(u), 'dt': tokens(dt, FORGET if dt_softplus else 0)}  # of which softplus is 0
     arrays |= {'B': later(per_state(B)), 'C': later(per_state(C)), 'A': per_state(A).reshape(*axes, STATES)}
     arrays |= {'D': per_channel(D), 'bias': per_channel(dt_bias), 'g': per_state(g)}
     arrays |= {'Z': jnp.pad(per_state(Z), ((0, STATES - states), (0, 0)))}

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import vector as mlir_vector
 
 from kernels_pallas import mosaic
 
@@ -109,33 +110,27 @@ def _matrix(part: jax.Array) -> jax.Array:
 
 # -------------------------------------------------------------------------------------------------- by registers
 class Instructions:
-    """The instructions that fragments are made of; a register is 32 bits a lane."""
+    """What fragments are made by, on registers of 32 bits a lane; and how Mosaic's vectors hold those."""
+
+    # The first of two sources goes to the high half.
+    MULTIPLY = (
+        'mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};'
+    )
+    TURN = 'movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;'
+    PACK = 'cvt.rn.bf16x2.f32 $0, $2, $1;'
 
     def multiply(self, sums: Sequence[Any], left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
         """`sums + left @ right` of 16 x 8, 16 x 16 and 16 x 8: 4, 4 and 2 registers."""
-        code = (
-            'mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32'
-            ' {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};'
-        )
-        number = ir.F32Type.get()
-        found = llvm.inline_asm(
-            llvm.StructType.get_literal([number] * 4),
-            [*left, *right, *sums],
-            code,
-            '=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f',
-            has_side_effects=False,
-        )
-        return [llvm.extractvalue(number, found, [i]) for i in range(4)]
+        kinds = [ir.F32Type.get()] * 4
+        return list(utils.inline_ptx(self.MULTIPLY, *left, *right, *sums, result_types=kinds, convergent=True))
 
     def turn(self, register: Any) -> Any:
         """An 8 x 8 of bfloat16 turned round: row g, columns 2q and 2q + 1 a lane, before and after."""
-        code = 'movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;'
-        return llvm.inline_asm(ir.IntegerType.get_signless(32), [register], code, '=r,r', has_side_effects=False)
+        return utils.inline_ptx(self.TURN, register, result_types=register.type, convergent=True)
 
     def pack(self, first: Any, second: Any) -> Any:
         """Two float32 as two bfloat16, the first in the low half, to the nearest."""
-        code = 'cvt.rn.bf16x2.f32 $0, $2, $1;'
-        return llvm.inline_asm(ir.IntegerType.get_signless(32), [first, second], code, '=r,f,f', has_side_effects=False)
+        return utils.inline_ptx(self.PACK, first, second, result_types=ir.IntegerType.get_signless(32))
 
     def rest(self, number: Any, pair: Any, half: int) -> Any:
         """What is left of a float32 without a half of a pair."""
@@ -145,6 +140,24 @@ class Instructions:
 
     def zero(self) -> Any:
         return mgpu.c(0.0, ir.F32Type.get())
+
+    def add(self, a: Any, b: Any) -> Any:
+        return arith.addf(a, b)
+
+    def floats(self, vector: Any) -> list[Any]:
+        """The float32 of one of Mosaic's registers, which holds what a thread has side by side."""
+        return _parts(vector, ir.F32Type.get())
+
+    def words(self, vector: Any) -> list[Any]:
+        """The same as pairs of bfloat16, or as integers."""
+        return _parts(vector, ir.IntegerType.get_signless(32))
+
+    def vector(self, numbers: Sequence[Any]) -> Any:
+        return mlir_vector.from_elements(ir.VectorType.get((len(numbers),), numbers[0].type), list(numbers))
+
+    def halves(self, pairs: Sequence[Any]) -> Any:
+        """Pairs as a vector of bfloat16."""
+        return mlir_vector.bitcast(ir.VectorType.get((2 * len(pairs),), ir.BF16Type.get()), self.vector(pairs))
 
 
 def split_of(of: Any, numbers: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -193,10 +206,11 @@ def outer_of(of: Any, x: Sequence[Any], y: Sequence[Any]) -> list[Any]:
 
 # ------------------------------------------------------------------------------------------------ Mosaic's arrays
 def _inlined(function: Callable[..., list[Any]], taken: tuple, returned: tuple, count: int = 1) -> Any:
-    """A function of registers, each a vector of what a thread holds side by side, as one of arrays.
+    """A function of Mosaic's registers as one of arrays.
 
     Args:
-      function: takes a list of registers for each array, and returns one, those of `count` arrays one after the other.
+      function: takes `Instructions` and a list of registers for each array, and returns one, those of `count` arrays
+        one after the other.
       taken: layouts of the arrays that it takes.
       returned: shape, type and layout of those that it returns.
       count: how many.
@@ -205,7 +219,7 @@ def _inlined(function: Callable[..., list[Any]], taken: tuple, returned: tuple, 
 
     def inline(_: Any, *arrays: Any) -> Any:
         place = layout.to_mgpu()
-        registers = function(*(list(array.registers.flatten()) for array in arrays))
+        registers = function(Instructions(), *(list(array.registers.flatten()) for array in arrays))
         whole = np.empty(len(registers), dtype=object)
         whole[:] = registers
         parts = whole.reshape(count, *place.registers_shape(shape))
@@ -216,44 +230,31 @@ def _inlined(function: Callable[..., list[Any]], taken: tuple, returned: tuple, 
     return plgpu.inline_mgpu(arg_types=taken, return_type=(one,) * count if count > 1 else one)(inline)
 
 
-def _numbers(register: Any, dtype: Any) -> list[Any]:
-    """A register's parts of 32 bits."""
-    size = mgpu.bitwidth(register.type) // 32
-    whole = vector.bitcast(ir.VectorType.get((size,), dtype), register)
-    return [
-        vector.extract(whole, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in range(size)
-    ]
+def _parts(vector: Any, dtype: Any) -> list[Any]:
+    """A vector's parts of 32 bits."""
+    size = mgpu.bitwidth(vector.type) // 32
+    whole = mlir_vector.bitcast(ir.VectorType.get((size,), dtype), vector)
+    place = ir.DenseI64ArrayAttr.get
+    return [mlir_vector.extract(whole, dynamic_position=[], static_position=place([i])) for i in range(size)]
 
 
-def _vector(numbers: Sequence[Any]) -> Any:
-    return vector.from_elements(ir.VectorType.get((len(numbers),), numbers[0].type), list(numbers))
+def _split(of: Any, x: Sequence[Any]) -> list[Any]:
+    parts = zip(*(split_of(of, of.floats(vector)) for vector in x))
+    return [of.halves(pairs) for part in parts for pairs in part]
 
 
-def _floats(registers: Sequence[Any]) -> list[list[Any]]:
-    return [_numbers(register, ir.F32Type.get()) for register in registers]
+def _multiply(of: Any, high: Any, low: Any, factor_high: Any, factor_low: Any, initial: Any) -> list[Any]:
+    x = [[of.words(vector) for vector in part] for part in (high, low)]
+    factor = [of.words(part[0]) for part in (factor_high, factor_low)]
+    found = product_of(of, x, factor, [of.floats(vector) for vector in initial])
+    return [of.vector(sums) for sums in found]
 
 
-def _words(registers: Sequence[Any]) -> list[list[Any]]:
-    return [_numbers(register, ir.IntegerType.get_signless(32)) for register in registers]
+def _outer(of: Any, x_high: Any, x_low: Any, y_high: Any, y_low: Any) -> list[Any]:
+    x, y = ([[of.words(vector) for vector in part] for part in parts] for parts in ((x_high, x_low), (y_high, y_low)))
+    return [of.vector(outer_of(of, x, y))]
 
 
-def _split(x: Sequence[Any]) -> list[Any]:
-    four = ir.VectorType.get((4,), ir.BF16Type.get())
-    parts = zip(*(split_of(Instructions(), numbers) for numbers in _floats(x)))
-    return [vector.bitcast(four, _vector(pairs)) for part in parts for pairs in part]
-
-
-def _multiply(high: Any, low: Any, factor_high: Any, factor_low: Any, initial: Any) -> list[Any]:
-    factor = [_words(part)[0] for part in (factor_high, factor_low)]
-    found = product_of(Instructions(), [_words(high), _words(low)], factor, _floats(initial))
-    return [_vector(sums) for sums in found]
-
-
-def _outer(x_high: Any, x_low: Any, y_high: Any, y_low: Any) -> list[Any]:
-    x, y = [_words(x_high), _words(x_low)], [_words(y_high), _words(y_low)]
-    return [_vector(outer_of(Instructions(), x, y))]
-
-
-def _folded(registers: Sequence[Any]) -> list[Any]:
-    add = arith.addf
-    return [_vector([add(add(a, b), add(c, d)) for a, b, c, d in zip(*_floats(registers))])]
+def _folded(of: Any, x: Sequence[Any]) -> list[Any]:
+    add = of.add
+    return [of.vector([add(add(a, b), add(c, d)) for a, b, c, d in zip(*(of.floats(vector) for vector in x))])]

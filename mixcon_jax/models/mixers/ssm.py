@@ -84,14 +84,7 @@ class SelectiveSSM(Layer):
                 '',
                 'Selective scan: "" picks the best here.',
                 one_of(
-                    '',
-                    'reference',
-                    'associative',
-                    'chunked',
-                    'chunked_stepped',
-                    'chunked_associative',
-                    'mosaic_gpu',
-                    'mosaic_gpu_scaled',
+                    '', 'reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative', 'mosaic_gpu'
                 ),
             ),
             'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),

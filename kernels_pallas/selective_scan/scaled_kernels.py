@@ -9,7 +9,7 @@ first, replays each once for the states before every second token, and then two 
 decays are in registers.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,11 +167,10 @@ def backward(problem: Problem, inputs: Arrays, interpret: Any) -> Arrays:
             def _():
                 copies.start(index - 1, lax.rem(k + 1, SLOTS))
 
-            _, step, _, gated, _, _ = block.tokens(index, slot)
-            u = load(ref.u_.at[slot], FLAT).astype(FLOAT)
-            store(ref.step_, step)
-            store(ref.x_, step * u)
-            store(ref.dy_gated_, gated)
+            tokens = block.tokens(index, slot)
+            store(ref.step_, tokens.step)
+            store(ref.x_, tokens.step * load(ref.u_.at[slot], FLAT).astype(FLOAT))
+            store(ref.dy_gated_, tokens.gated)
             copies.fence()
 
             kept = ref.states.at[row, index, mine]
@@ -201,7 +200,7 @@ def backward(problem: Problem, inputs: Arrays, interpret: Any) -> Arrays:
                 store(out.at[row, lax.axis_index('block'), times], (a + b) + (c + d))
 
             # The steps' inputs once more, from their source: their place holds the sums over states now.
-            raw, step, dy, gated, gate, z = block.tokens(index, slot)
+            raw, step, dy, gated, z, gate = block.tokens(index, slot)
             skip = block.over_time(ref.D)
             u, live = load(ref.u_.at[slot], FLAT).astype(FLOAT), block.live(index)
             dx = load(ref.x_, FLAT)
@@ -254,6 +253,17 @@ def backward(problem: Problem, inputs: Arrays, interpret: Any) -> Arrays:
 
 
 # ------------------------------------------------------------------------------------------------------ what they share
+class _Tokens(NamedTuple):
+    """Of a tile's tokens, a thread a channel."""
+
+    raw: jax.Array  # dt with its bias
+    step: jax.Array
+    dy: jax.Array
+    gated: jax.Array  # what of dy passes the gate
+    z: jax.Array | None = None
+    gate: jax.Array | None = None  # sigmoid(z)
+
+
 class _Block:
     """A block's row and channels, its copies of tiles, and the steps of both passes."""
 
@@ -293,15 +303,15 @@ class _Block:
         step, live = softplus(raw) if self._problem.softplus else raw, self.live(index)
         return raw, step if live is None else step * live
 
-    def tokens(self, index: Any, slot: Any) -> tuple[Any, ...]:
-        """dt with its bias, step sizes, dy, what of it passes the gate, the gate and its argument, of a tile."""
+    def tokens(self, index: Any, slot: Any) -> '_Tokens':
+        """What a tile's gradient starts from and ends in, anew from its source."""
         dy = load(self._ref.dy_.at[slot], FLAT).astype(FLOAT)
         raw, step = self.steps(index, slot)
         if not self._problem.gate:
-            return raw, step, dy, dy, None, None
+            return _Tokens(raw, step, dy, dy)
         z = load(self._ref.z_.at[slot], FLAT).astype(FLOAT)
         gate = sigmoid(z)
-        return raw, step, dy, dy * z * gate, gate, z
+        return _Tokens(raw, step, dy, dy * z * gate, z, gate)
 
     def after(self, slot: Any, t: Any, h: jax.Array, A: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The state after token t of a tile, and its decay."""

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,11 +95,11 @@ def selective_scan(
         dt, dt_bias = dt.astype(jnp.promote_types(dt.dtype, jnp.float32)) + dt_bias, None
     inputs, options = _inputs(u, dt, A, B, C, reset, initial_state, readout, delay, process_noise, prior)
     fused = Fused(D, z, dt_bias, dt_softplus)
-    shape = (found['b'], found['t'], found['d'])
+    shape, element = (found['b'], found['t'], found['d']), mosaic_gpu.element_type(u, dt, z)
     variants = lambda: mosaic_gpu.variants(
         shape,
         found['n'],
-        mosaic_gpu.element_type(u, dt, z),
+        element,
         options.Z is not None,
         prior,
         keep_every,
@@ -112,14 +112,14 @@ def selective_scan(
         Candidate(
             'mosaic_gpu_scaled',
             lambda: _scaled_kernel(u, dt, A, B, C, fused, inputs, options),
-            lambda: _scaled_refuses((u, dt, z), inputs, options, keep_every, named=implementation is not None),
+            lambda: _scaled_refuses(shape, element, inputs, options, keep_every, named=implementation is not None),
             lambda: scaled_mosaic_gpu.VARIANTS,
             silent=True,
         ),
         Candidate(
             'mosaic_gpu',
             lambda: _fused_kernel(u, dt, A, B, C, fused, inputs, options, keep_every),
-            lambda: _fused_refuses((u, dt, z), inputs, options),
+            lambda: _fused_refuses(element, inputs, options),
             variants,
         ),
         portable('chunked', chunked(None), by_name=False),
@@ -166,19 +166,18 @@ def _kernels_refuse(options: Options) -> str | None:
     return None
 
 
-def _fused_refuses(tokens: tuple, inputs: Inputs, options: Options) -> str | None:
-    element = mosaic_gpu.element_type(*tokens)
-    return _kernels_refuse(options) or mosaic_gpu.unsupported(
-        inputs.u.dtype, element, inputs.A.shape[1], options.Z is not None
-    )
+def _fused_refuses(element: Any, inputs: Inputs, options: Options) -> str | None:
+    states, readout = inputs.A.shape[1], options.Z is not None
+    return _kernels_refuse(options) or mosaic_gpu.unsupported(inputs.u.dtype, element, states, readout)
 
 
-def _scaled_refuses(tokens: tuple, inputs: Inputs, options: Options, keep_every: int | None, named: bool) -> str | None:
-    (batch, length, channels), states = inputs.u.shape, inputs.A.shape[1]
-    shape, element = (batch, length, channels), mosaic_gpu.element_type(*tokens)
+def _scaled_refuses(
+    shape: tuple[int, int, int], element: Any, inputs: Inputs, options: Options, keep_every: int | None, named: bool
+) -> str | None:
+    states, readout = inputs.A.shape[1], options.Z is not None
     return (
         _kernels_refuse(options)
-        or scaled_mosaic_gpu.unsupported(inputs.u.dtype, element, states, options.Z is not None, options.prior)
+        or scaled_mosaic_gpu.unsupported(inputs.u.dtype, element, states, readout, options.prior)
         or scaled_mosaic_gpu.unfit(shape, keep_every)
         or (None if named else scaled_mosaic_gpu.slower(shape, states, element))
     )

@@ -303,7 +303,7 @@ class _Block:
         step, live = softplus(raw) if self._problem.softplus else raw, self.live(index)
         return raw, step if live is None else step * live
 
-    def tokens(self, index: Any, slot: Any) -> '_Tokens':
+    def tokens(self, index: Any, slot: Any) -> _Tokens:
         """What a tile's gradient starts from and ends in, anew from its source."""
         dy = load(self._ref.dy_.at[slot], FLAT).astype(FLOAT)
         raw, step = self.steps(index, slot)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas import platform
 from mixcon_jax.parallel.layout import constrain
 from mixcon_jax.parallel.split import shards_of
 
@@ -92,12 +93,37 @@ def _with_total(sums: Array, z_coef: float) -> tuple[Array, ...]:
 def _chunk_sums(h: Array, head: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     """One chunk's (nll, z, correct), and what its gradient is made of: logits, their logsumexp, the targets' places."""
     logits = jnp.einsum('scd,dv->scv', h, head, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
-    highest = logits.max(axis=-1)
-    lse = jnp.log(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)) + highest
     hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    wanted = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    highest, total, wanted = (_by_one_reduction if platform.platform() == 'gpu' else _by_three)(logits, hit)
+    lse = jnp.log(total) + highest
     values = (lse - wanted, lse * lse, (wanted >= highest).astype(lse.dtype))
     return jnp.stack([jnp.sum(jnp.where(mask, value, 0)) for value in values]), (logits, lse, hit)
+
+
+def _by_three(logits: Array, hit: Array) -> tuple[Array, Array, Array]:
+    """Over the last axis: the highest logit, the sum of exp(logit - highest), and the logit where ``hit`` is True."""
+    highest = logits.max(axis=-1)
+    total = jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+    return highest, total, jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+
+
+def _by_one_reduction(logits: Array, hit: Array) -> tuple[Array, Array, Array]:
+    """The same, with the sum scaled anew where a higher logit is met (Milakov and Gimelshein, 2018).
+
+    A GPU reads the logits once from memory in place of three times. A CPU, which does not fill its vectors with such
+    a reduction, takes a fifth longer for the loss.
+    """
+
+    def merged(these: tuple, those: tuple) -> tuple[Array, Array, Array]:
+        (highest, total, wanted), (highest_, total_, wanted_) = these, those
+        shrink = jnp.exp(-jnp.abs(highest - highest_))
+        both = jnp.where(highest >= highest_, total + total_ * shrink, total * shrink + total_)
+        return jnp.maximum(highest, highest_), both, wanted + wanted_
+
+    kind = logits.dtype.type
+    nothing = (jnp.finfo(kind).min.astype(kind), kind(0), kind(0))
+    terms = (logits, jnp.ones_like(logits), jnp.where(hit, logits, 0))
+    return jax.lax.reduce(terms, nothing, merged, (logits.ndim - 1,))
 
 
 def _sums_forward(h: Array, head: Array, targets: Array, mask: Array, z_coef: float) -> tuple[tuple, tuple]:

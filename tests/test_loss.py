@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mixcon_jax import config as configs
+from mixcon_jax import loss
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.parallel import layout
 from mixcon_jax.parallel.mesh import make_mesh
@@ -59,13 +60,42 @@ def test_sums_and_gradients_are_those_of_the_dense_form(size, chunk, z_coef):
         np.testing.assert_allclose(got, 0.37 * want, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize('rows, tokens', [(1, 1), (2, 1), (6, 1), (2, 3)])
-def test_what_devices_share_out_changes_nothing(rows, tokens):
-    """As the mesh of the step splits the batch: rows, the tokens of a row, or both."""
-    hidden, head, targets, mask = problem(3, 6, 9, 7, 31)
+@pytest.fixture(params=['cpu', 'gpu'])
+def platform(request, monkeypatch):
+    """The forms of both platforms, on this one."""
+    monkeypatch.setattr(loss.platform, 'platform', lambda: request.param)
+
+
+@pytest.mark.parametrize('form', [loss._by_three, loss._by_one_reduction])
+@pytest.mark.parametrize('seed', range(4))
+def test_highest_sum_and_wanted_logit_of_a_row(form, seed):
+    """Of logits far apart, which overflow unless the highest is taken out; the highest and the wanted bit for bit."""
+    rng = np.random.default_rng(seed)
+    shape = (1, int(rng.integers(1, 9)), int(rng.integers(1, 700)))
+    logits = (rng.normal(size=shape) * 10.0 ** rng.integers(-3, 5, shape)).astype(np.float32)
+    logits[rng.random(shape) < 0.1] = logits.max()  # ties
+    hit = np.arange(shape[-1]) == rng.integers(0, shape[-1] + 1, (*shape[:-1], 1))  # or none
+    highest, total, wanted = jax.jit(form)(logits, hit)
+    np.testing.assert_array_equal(highest, logits.max(-1))
+    np.testing.assert_array_equal(wanted, np.where(hit, logits, 0).sum(-1))
+    np.testing.assert_allclose(total, np.exp(logits.astype(np.float64) - logits.max(-1)[..., None]).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('form', [loss._by_three, loss._by_one_reduction])
+def test_a_logit_that_is_no_number_makes_its_row_none(form):
+    logits = jnp.zeros((1, 2, 9)).at[0, 1, 4].set(jnp.nan)
+    found = form(logits, jnp.arange(9) == jnp.zeros((1, 2, 1), jnp.int32))
+    assert np.isnan(found[:2]).tolist() == [[[False, True]]] * 2
+
+
+@pytest.mark.usefixtures('platform')
+@pytest.mark.parametrize('rows, tokens, tensor', [(1, 1, 1), (2, 1, 1), (6, 1, 1), (2, 3, 1), (2, 1, 4)])
+def test_what_devices_share_out_changes_nothing(rows, tokens, tensor):
+    """As the mesh of the step splits the batch: rows, the tokens of a row, or both; and as it splits the vocabulary."""
+    hidden, head, targets, mask = problem(3, 6, 9, 7, 32)
     config = configs.default().mesh
-    config.update(data=rows, context=tokens)
-    mesh = make_mesh(config, jax.devices()[: rows * tokens])
+    config.update(data=rows, context=tokens, tensor=tensor)
+    mesh = make_mesh(config, jax.devices()[: rows * tokens * tensor])
 
     @jax.value_and_grad
     def total(arrays):

@@ -1,6 +1,7 @@
 """Imports between our modules point one way, as the map of the house in the README draws them."""
 
 import ast
+import functools
 import pathlib
 import sys
 
@@ -101,6 +102,7 @@ def modules() -> dict[str, pathlib.Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imports(name: str, *, lazy: bool = True) -> set[str]:
     """Every module that module `name` imports, as dotted names; inside functions too when `lazy`.
 
@@ -133,6 +135,7 @@ def imports(name: str, *, lazy: bool = True) -> set[str]:
     return found
 
 
+@functools.cache
 def ours(name: str) -> set[str]:
     return {other for other in imports(name) if other.split('.')[0] in PACKAGES}
 

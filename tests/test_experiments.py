@@ -54,7 +54,9 @@ def load_cases(path):
 
 
 # The slow ones try many widths for many arms; others of the same folder are checked alike.
-DEAR = ('ablations/family.py', 'ablations/attention_conba_ratio.py')
+DEAR = (
+    'ablations/family.py', 'ablations/attention_conba_ratio.py', 'ablations/conba_parts.py', 'synthetic/family.py',
+)  # fmt: skip
 SWEEPS = [
     pytest.param(path, marks=[pytest.mark.slow] if path.as_posix().endswith(DEAR) else [])
     for path in FILES

@@ -28,7 +28,8 @@ from tests.test_resume import outcome
 from tests.tiny import ROOT, tiny_config, write_corpus, write_experiment
 
 STEPS = 8
-STOPS = [(signal.SIGTERM, 2), (signal.SIGINT, 5), (signal.SIGHUP, 8), (signal.SIGUSR1, 3)]  # at which step
+STOPS = [(signal.SIGTERM, 2), (signal.SIGINT, 5)]  # at which step
+STOPS += [pytest.param(*more, marks=pytest.mark.slow) for more in ((signal.SIGHUP, 8), (signal.SIGUSR1, 3))]
 
 
 def small_config(folder: Path, **overrides):
@@ -338,7 +339,7 @@ def test_steps_that_stay_not_finite_abort_and_spare_the_checkpoints(folder, tmp_
 # ----- weights of another run -----
 
 
-@pytest.mark.parametrize('which, step', [('', 8), (':4', 4), (':best', 8)])
+@pytest.mark.parametrize('which, step', [pytest.param('', 8, marks=pytest.mark.slow), (':4', 4), (':best', 8)])
 def test_init_from_takes_weights_alone(folder, tmp_path, which, step):
     """With a learning rate that rounds to nothing, one step leaves the other run's parameters as they are."""
     config = small_config(

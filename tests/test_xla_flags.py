@@ -77,6 +77,7 @@ def exchanges_of_a_step(flags):
     return sum(number for number, _ in collectives(compiled.as_text()).values())
 
 
+@pytest.mark.slow  # each is compiled with by itself above
 def test_a_step_compiles_with_all_of_them_and_the_option_reaches_it():
     flags = {name: flag.value for name, flag in FLAGS.items() if name != DETERMINISTIC}
     apart = flags | {name: 1 for name in flags if name.endswith('_combine_threshold_bytes')}

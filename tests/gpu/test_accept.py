@@ -21,7 +21,7 @@ from tests.models.cases import CASES
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-CHEAP = ('device', 'kernel:causal_conv1d', 'layers')  # the others train, or run kernels, as other tests do
+CHEAP = ('device', 'kernel:causal_conv1d')  # the others train, or run layers and kernels, as other tests do
 
 
 @pytest.mark.parametrize('only', [CHEAP, pytest.param((), marks=pytest.mark.slow)], ids=['cheap', 'all'])
@@ -50,8 +50,10 @@ def test_every_mixer_and_ffn_is_tried_as_a_layer():
     assert not set(registered.names()) - {CASES[name][0] for name in names}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', [name for group in stages.LAYERS for name in group])
+NAMES = [name for group in stages.LAYERS for name in group]
+
+
+@pytest.mark.parametrize('name', [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_a_layer_in_bfloat16_is_within_its_limit_on_the_cpu(name):
     """By a tenth of it, so that the little that a GPU rounds otherwise does not decide."""
     said = []

@@ -23,8 +23,9 @@ AT_LAUNCH = 65536 // (3 * 128) // 8 * 8  # registers a thread, of three warpgrou
 # KiB of shared memory; instructions of a turn
 CEILINGS = {('dq', 64): (81, 430), ('dkv', 64): (83, 475), ('dq', 128): (161, 490), ('dkv', 128): (163, 505)}
 PRODUCTS = {'dq': 3, 'dkv': 4}  # of a tile
-# Width, packed; 128 takes the most registers and shared memory.
-FORMS = [(128, True), *(pytest.param(form, marks=pytest.mark.slow) for form in ((64, True), (128, False)))]
+FORMS = ((128, True), (64, True), (128, False))  # width, packed; 128 takes the most registers and shared memory
+
+pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
 
 
 @pytest.fixture(scope='module', params=FORMS, ids=str)

@@ -33,19 +33,23 @@ PORTABLE = {
 CEILINGS = PORTABLE if importlib.util.find_spec('tokamax') is None else LIBRARY
 
 
-def test_a_small_step_and_its_table(capsys):
+@pytest.mark.slow
+def test_a_small_step_and_its_table():
     found = in_a_process('dense 75M', (), 'h100', tiny=True)
     assert 'error' not in found, found
     assert 50 < found['kernels'] < 400 and found['conditions'] == 0, found
     assert 0 < found['float32'] < found['bytes'] and 0 < found['necessary'] < found['bytes']
     assert 0.9 < found['flops'] / found['flops_of_model'] < 1.5
+
+
+def test_a_rung_that_is_none_is_named(capsys):
     with pytest.raises(SystemExit):
         main(['no such rung'])
     assert 'no rung' in capsys.readouterr().err
 
 
 # Conba has Mamba's kernels, and the gain's.
-@pytest.mark.parametrize('mixer', [pytest.param('mamba', marks=pytest.mark.slow), 'conba'])
+@pytest.mark.parametrize('mixer', ['mamba', pytest.param('conba', marks=pytest.mark.slow)])
 def test_selective_rematerialisation_runs_no_gpu_kernel_again(mixer):
     def program(remat):
         options = {'pattern': (f'{mixer}+mlp',), 'remat': remat, 'dim': 128, 'conba.head_dim': 32, 'ssm.d_state': 16}

@@ -33,10 +33,10 @@ CEILINGS = {
 BARRIERS = {'forward': 4, 'backward': 5, 'carry': 3, 'cocarry': 3}
 
 
-WIDTHS = [pytest.param(width, marks=[] if width == 32 else pytest.mark.slow) for width in CEILINGS]
+pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
 
 
-@pytest.fixture(scope='module', params=WIDTHS)
+@pytest.fixture(scope='module', params=CEILINGS)
 def compiled(request, tmp_path_factory):
     """The width of a head, and its four kernels."""
     folder = tmp_path_factory.mktemp('dumps')
@@ -91,7 +91,6 @@ def test_moves_little_more_than_it_must(capsys, batch, ratios):
         assert float(capsys.readouterr().out.split()[-2]) <= ratio
 
 
-@pytest.mark.slow  # of the matrix gain, which is handed out in the same way, test_context_parallel.py always asks it
 @pytest.mark.parametrize('data, shards', [(4, 1), (2, 2)])
 def test_in_a_layer_every_device_computes_its_own_rows_and_tokens(monkeypatch, data, shards):
     monkeypatch.setenv(cards.TRUST, '1')

@@ -17,8 +17,9 @@ KERNELS = ('forward', 'backward')
 # Type, tokens, and whether with gate, softplus, skip and resets; not whole tiles of tokens, too.
 FORMS = [
     ('bfloat16', 4096, 1),
-    *(pytest.param(form, marks=pytest.mark.slow) for form in (('float32', 4099, 1), ('bfloat16', 4096, 0))),
-    pytest.param(('float32', 4099, 0), marks=pytest.mark.slow),
+    ('float32', 4099, 1),
+    ('bfloat16', 4096, 0),
+    ('float32', 4099, 0),
 ]
 # KiB of shared memory, and registers: four blocks a multiprocessor forwards, two backwards.
 SHARED = {
@@ -30,6 +31,8 @@ SHARED = {
 REGISTERS = {'forward': 128, 'backward': 255}
 # Instructions of a warp: of a token in its own loop; and of the rest of a tile of 8, states replayed included.
 TOKEN, TILE = {'forward': 370, 'backward': 850}, {'forward': 480, 'backward': 1540}
+
+pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
 
 
 @pytest.fixture(scope='module', params=FORMS, ids=str)

@@ -26,7 +26,9 @@ CEILINGS = {
 }  # fmt: skip
 TWO_A_CORE = 113  # KiB, that a block of `chain` may have for two of them to share a multiprocessor
 SMALL, NAMES = 'HGMMA.64x64x16.F32.BF16', ('forward', 'turned', 'gradients')
-FORMS = [(128, 64), *(pytest.param(form, marks=pytest.mark.slow) for form in ((64, 64), (64, 128)))]  # keys, values
+FORMS = ((128, 64), (64, 64), (64, 128))  # keys, values
+
+pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
 
 
 @pytest.fixture(scope='module', params=FORMS, ids=str)

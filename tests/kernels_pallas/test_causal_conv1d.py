@@ -171,11 +171,11 @@ def test_narrow_types_are_summed_in_float32(shape):
 # tokens, channels, bias, past, type, shortest slice: slices of 16 tokens and more, channels that fill no block
 KERNEL_CASES = [
     ('width 4 + SiLU', 45, 130, True, False, jnp.float32, 16),
-    ('width 4 + SiLU', 7, 256, True, True, jnp.bfloat16, 256),
+    pytest.param(('width 4 + SiLU', 7, 256, True, True, jnp.bfloat16, 256), marks=pytest.mark.slow),
     ('width 4 + SiLU', 64, 260, False, False, jnp.bfloat16, 16),
-    ('width 8 + SiLU', 33, 128, True, True, jnp.float32, 16),
+    pytest.param(('width 8 + SiLU', 33, 128, True, True, jnp.float32, 16), marks=pytest.mark.slow),
     ('taps', 70, 128, False, True, jnp.float32, 16),
-    ('taps + SiLU', 37, 100, True, False, jnp.float32, 16),
+    pytest.param(('taps + SiLU', 37, 100, True, False, jnp.float32, 16), marks=pytest.mark.slow),
     ('width 2', 1, 128, True, True, jnp.float32, 256),
 ]
 

@@ -67,7 +67,7 @@ def overwrites(copy: Copy) -> bool:
 
 
 def property_test(function):
-    options = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+    options = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     return options(function)
 
 

@@ -49,7 +49,9 @@ def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-@pytest.mark.parametrize('length, heads, width', [(1, (2, 2), 8), (7, (4, 1), 16), (130, (6, 2), 24)])
+@pytest.mark.parametrize(
+    'length, heads, width', [(1, (2, 2), 8), pytest.param(7, (4, 1), 16, marks=pytest.mark.slow), (130, (6, 2), 24)]
+)
 def test_outputs_and_gradients_equal_dense(by_xla, length, heads, width):
     """Which query heads share a key head, the diagonal and the scale: all in float64."""
     with jax.enable_x64(True):
@@ -75,7 +77,9 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize('case', SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    'case', [SMALL[0], *(pytest.param(case, marks=pytest.mark.slow) for case in SMALL[1:])], ids=lambda case: case.name
+)
 def test_the_cases_of_the_cards(by_xla, case):
     cases.check(case)
 

@@ -12,12 +12,13 @@ from tests.kernels_pallas import interpreted
 # seed, batch, tokens, heads, channels, reset, segments: lengths off the tiles (16) and on them, heads that fill no
 # block (8 of 16 channels, else 4) or several, one token, one head, the last segment shorter
 CASES = [
-    (0, 2, 37, 5, 32, True, 2),
+    (0, 2, 21, 5, 32, True, 2),
     (1, 2, 19, 8, 16, True, 1),
     (2, 1, 1, 1, 64, False, 1),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
+            (0, 2, 37, 5, 32, True, 2),
             (3, 2, 70, 4, 32, True, 3),
             (4, 1, 32, 3, 64, True, 2),
             (5, 3, 16, 9, 16, False, 1),
@@ -73,18 +74,22 @@ def agree(actual, expected, but=()):
 
 
 @pytest.mark.parametrize('case', CASES, ids=str)
-def test_outputs_and_gradients_equal_the_law_and_are_the_same_bits_twice(case):
+def test_outputs_and_gradients_equal_the_law(case):
     *sizes, segments = case
     arguments = draw(*sizes)
-    first = interpret(*arguments, segments)
-    agree(first, oracle(*arguments))
-    for one, other in zip(first, interpret(*arguments, segments), strict=True):
+    agree(interpret(*arguments, segments), oracle(*arguments))
+
+
+@pytest.mark.slow  # a GPU's card says so of each of its cases
+def test_twice_they_are_the_same_bits():
+    arguments = draw(1, 2, 19, 8, 16, True)
+    for one, other in zip(interpret(*arguments, 1), interpret(*arguments, 1), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize('segments', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_without_a_gradient_the_outputs_are_the_same_bits(segments):
-    (e, alpha, log_decay, gain), reset, _ = arguments = draw(7, 2, 33, 4, 32, True)
+    (e, alpha, log_decay, gain), reset, _ = arguments = draw(7, 1, 17, 4, 32, True)
     options = {'segments': segments, 'interpret': interpreted.parameters()}
     arrays = (jnp.asarray(x, jnp.float32) for x in (e, alpha, log_decay))
     alone = diagonal_mosaic_gpu.diagonal(*arrays, reset, jnp.asarray(gain, jnp.float32), **options)

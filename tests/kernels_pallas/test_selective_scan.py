@@ -86,7 +86,7 @@ def with_options(name, seed, length):
 
 
 CASES = [
-    ('plain', 129), slow('packed', 7), ('packed', 64), slow('packed readout', 11), ('packed delay', 1),
+    ('plain', 129), slow('packed', 7), slow('packed', 64), slow('packed readout', 11), ('packed delay', 1),
     ('packed readout delay noise', 17),
 ]  # fmt: skip
 

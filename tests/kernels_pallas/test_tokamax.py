@@ -55,7 +55,9 @@ def equal(actual, expected, arrays):
     jax.tree.map(close, graded(actual), graded(expected))
 
 
-@pytest.mark.parametrize('length', [1, 7, 128, 200])
+@pytest.mark.parametrize(
+    'length', [1, pytest.param(7, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 200]
+)
 @pytest.mark.parametrize('packed', [False, True])
 def test_attention_equals_dense_for_all_lengths_documents_and_padding(stand_in, length, packed):
     """Padding ahead of, between and behind documents, and a row of nothing else: zero, with zero gradients."""

@@ -48,6 +48,20 @@ def of_kind(run, kind: str) -> list:
     return [record for record in read(run / 'metrics.jsonl') if record['kind'] == kind]
 
 
+def test_a_killed_process_ends_the_job(tmp_path):
+    """While the other waits for it."""
+    experiment = tmp_path / 'experiment.py'
+    experiment.write_text(LATE)
+    launcher = launch('launch.local', '--processes', 2, '--config', experiment, '--workdir', tmp_path / 'run')
+    wait_until(launcher, lambda: len(children_of(launcher.pid)) == 2)
+    children = children_of(launcher.pid)
+    os.kill(children[1], signal.SIGKILL)
+    output = finish(launcher, code=1, seconds=60)
+    assert all_end(children, 0), 'no process is left'
+    assert 'error: process 1 of 2 failed (killed by SIGKILL' in output
+
+
+@pytest.mark.slow  # the end is shown above, going on by test_resume.py, two processes by test_across_processes.py
 def test_a_killed_process_ends_the_job_and_going_on_ends_as_one_process_does(tmp_path):
     """Two processes, of which one is killed; both again; then the same run in this process alone."""
     config = small_config(tmp_path, train__steps=40, checkpoint__every=4, eval__every=20, log__every=1)

@@ -13,6 +13,7 @@ from kernels_pallas.call import Call, bind
 from kernels_pallas.selective_scan import api
 
 READING = ('D', 'z', 'readout', 'prior')  # the arguments that read the states and do not move them
+MOVED_BY = {'mosaic_gpu_scaled': 'mosaic_gpu'}  # what moves the states where an implementation is of a readout alone
 
 
 def selective_scan(*args, axis_name: str = exchange.AXIS, exchange_by: str | None = None, **kwargs) -> tuple:
@@ -38,6 +39,7 @@ def selective_scan(*args, axis_name: str = exchange.AXIS, exchange_by: str | Non
         key, std, *start = call['process_noise']
         call['process_noise'] = (key, std, sum(start) + lax.axis_index(axis_name) * u.shape[1])
     moving = {name: value for name, value in call.items() if name not in READING}
+    moving['implementation'] = MOVED_BY.get(call['implementation'], call['implementation'])
     run = lambda **changed: api.selective_scan(**(moving | changed))
     _, local = run(initial_state=None)
     if delay is None:

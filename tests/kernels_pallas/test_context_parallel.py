@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels_pallas import adaptive_gain, attention, context_parallel, exchange
-from kernels_pallas.selective_scan import selective_scan
+from kernels_pallas.selective_scan import api, selective_scan
 
 B, T, D, N, H, P = 2, 16, 4, 3, 2, 4
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -125,6 +125,23 @@ def test_selective_scan(shards, delay, borders):
     arrays, readout = draw_scan(len(borders), delay)
     args = (arrays, resets(borders), readout)
     assert_close(scan_on_shards(shards, delay)(*args), scan_on_one(delay)(*args))
+
+
+def test_kernels_of_a_readout_leave_moving_the_states_to_those_without(monkeypatch):
+    named, chunked = [], functools.partial(selective_scan, implementation='chunked')
+
+    @functools.wraps(selective_scan)
+    def heard(*args, implementation, **kwargs):
+        named.append(implementation)
+        return chunked(*args, **kwargs)
+
+    monkeypatch.setattr(api, 'selective_scan', heard)
+    arrays, readout = draw_scan(0)
+    scan = functools.partial(context_parallel.selective_scan, implementation='mosaic_gpu_scaled')
+    run = lambda reset, readout, **arrays: scan(**arrays, dt_softplus=True, reset=reset, readout=readout)
+    found = on_shards(run, 2, (SPLIT, WHOLE), **arrays, reset=resets('none'), readout=readout)
+    assert named == ['mosaic_gpu', 'mosaic_gpu_scaled']
+    assert_close(found, chunked(**arrays, dt_softplus=True, reset=resets('none'), readout=readout))
 
 
 def test_no_buffer_holds_the_states_of_all_tokens():

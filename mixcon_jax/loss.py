@@ -111,7 +111,7 @@ def _by_one_reduction(logits: Array, hit: Array) -> tuple[Array, Array, Array]:
     """The same, with the sum scaled anew where a higher logit is met (Milakov and Gimelshein, 2018).
 
     A GPU reads the logits once from memory in place of three times. A CPU, which does not fill its vectors with such
-    a reduction, takes a fifth longer for the loss.
+    a reduction, takes a fifth longer for the loss. Of an infinite logit the loss is no finite number in either form.
     """
 
     def merged(these: tuple, those: tuple) -> tuple[Array, Array, Array]:

@@ -82,10 +82,11 @@ def test_highest_sum_and_wanted_logit_of_a_row(form, seed):
 
 
 @pytest.mark.parametrize('form', [loss._by_three, loss._by_one_reduction])
-def test_a_logit_that_is_no_number_makes_its_row_none(form):
-    logits = jnp.zeros((1, 2, 9)).at[0, 1, 4].set(jnp.nan)
-    found = form(logits, jnp.arange(9) == jnp.zeros((1, 2, 1), jnp.int32))
-    assert np.isnan(found[:2]).tolist() == [[[False, True]]] * 2
+@pytest.mark.parametrize('value', [jnp.nan, jnp.inf])
+def test_a_logit_that_is_no_number_leaves_its_rows_loss_none(form, value):
+    logits = jnp.zeros((1, 2, 9)).at[0, 1, 4].set(value)
+    highest, total, wanted = form(logits, jnp.arange(9) == jnp.zeros((1, 2, 1), jnp.int32))
+    assert np.isfinite(jnp.log(total) + highest - wanted).tolist() == [[True, False]]
 
 
 @pytest.mark.usefixtures('platform')

@@ -28,8 +28,8 @@ from tests.test_resume import outcome
 from tests.tiny import ROOT, tiny_config, write_corpus, write_experiment
 
 STEPS = 8
-STOPS = [(signal.SIGTERM, 2), (signal.SIGINT, 5)]  # at which step
-STOPS += [pytest.param(*more, marks=pytest.mark.slow) for more in ((signal.SIGHUP, 8), (signal.SIGUSR1, 3))]
+STOPS = [(signal.SIGTERM, 2), (signal.SIGHUP, STEPS)]  # at which step; test_stop.py asks other signals
+STOPS += [pytest.param(*more, marks=pytest.mark.slow) for more in ((signal.SIGINT, 5), (signal.SIGUSR1, 3))]
 
 
 def small_config(folder: Path, **overrides):

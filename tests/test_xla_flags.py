@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from mixcon_jax import config as configs
+from mixcon_jax import step
 from mixcon_jax.errors import ConfigError
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.planner.programs import BATCH
@@ -77,7 +78,18 @@ def exchanges_of_a_step(flags):
     return sum(number for number, _ in collectives(compiled.as_text()).values())
 
 
-@pytest.mark.slow  # each is compiled with by itself above
+def test_what_the_options_say_is_what_the_step_is_compiled_with(monkeypatch):
+    """XLA refuses what it does not know, and so it was told."""
+    monkeypatch.setattr(step, 'compiler_options', lambda *_: {'xla_no_such_flag': True})
+    config = step_config(**{'model.pattern': ('attention',)})
+    steps = make_steps(config, make_mesh(config.mesh, [CPU]))
+    shape = (config.train.batch_size, config.data.seq_len)
+    batch = {key: jax.ShapeDtypeStruct(shape, kind) for key, kind in BATCH.items()}
+    with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_flag'):
+        steps.train_step.trace(steps.abstract_state, batch).lower().compile()
+
+
+@pytest.mark.slow  # that each compiles, and that options reach the step, is shown above
 def test_a_step_compiles_with_all_of_them_and_the_option_reaches_it():
     flags = {name: flag.value for name, flag in FLAGS.items() if name != DETERMINISTIC}
     apart = flags | {name: 1 for name in flags if name.endswith('_combine_threshold_bytes')}

@@ -19,8 +19,7 @@ from tests.gpu.accept.runner import Outcome, Runner, Stage
 from tests.models.cases import CASES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
+NAMES = [name for group in stages.LAYERS for name in group]
 CHEAP = ('device', 'kernel:causal_conv1d')  # the others train, or run layers and kernels, as other tests do
 
 
@@ -45,12 +44,8 @@ def test_every_kind_of_stage_passes_on_the_cpu(tmp_path, only):
 
 
 def test_every_mixer_and_ffn_is_tried_as_a_layer():
-    names = [name for group in stages.LAYERS for name in group]
-    assert len(names) == len(set(names))
-    assert not set(registered.names()) - {CASES[name][0] for name in names}
-
-
-NAMES = [name for group in stages.LAYERS for name in group]
+    assert len(NAMES) == len(set(NAMES))
+    assert not set(registered.names()) - {CASES[name][0] for name in NAMES}
 
 
 @pytest.mark.parametrize('name', [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])

@@ -25,7 +25,7 @@ CEILINGS = {('dq', 64): (81, 430), ('dkv', 64): (83, 475), ('dq', 128): (161, 49
 PRODUCTS = {'dq': 3, 'dkv': 4}  # of a tile
 FORMS = ((128, True), (64, True), (128, False))  # width, packed; 128 takes the most registers and shared memory
 
-pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
+pytestmark = pytest.mark.slow  # of kernels compiled for an absent GPU, make test has those that run most
 
 
 @pytest.fixture(scope='module', params=FORMS, ids=str)

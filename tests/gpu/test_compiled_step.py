@@ -33,7 +33,7 @@ PORTABLE = {
 CEILINGS = PORTABLE if importlib.util.find_spec('tokamax') is None else LIBRARY
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_default_kernels.py always lowers a step for a GPU, with the dispatch of this one
 def test_a_small_step_and_its_table():
     found = in_a_process('dense 75M', (), 'h100', tiny=True)
     assert 'error' not in found, found

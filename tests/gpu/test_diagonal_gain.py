@@ -33,7 +33,7 @@ CEILINGS = {
 BARRIERS = {'forward': 4, 'backward': 5, 'carry': 3, 'cocarry': 3}
 
 
-pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
+pytestmark = pytest.mark.slow  # of kernels compiled for an absent GPU, make test has those that run most
 
 
 @pytest.fixture(scope='module', params=CEILINGS)

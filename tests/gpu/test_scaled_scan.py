@@ -32,7 +32,7 @@ REGISTERS = {'forward': 128, 'backward': 255}
 # Instructions of a warp: of a token in its own loop; and of the rest of a tile of 8, states replayed included.
 TOKEN, TILE = {'forward': 370, 'backward': 850}, {'forward': 480, 'backward': 1540}
 
-pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
+pytestmark = pytest.mark.slow  # of kernels compiled for an absent GPU, make test has those that run most
 
 
 @pytest.fixture(scope='module', params=FORMS, ids=str)

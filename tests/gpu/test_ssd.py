@@ -28,7 +28,7 @@ TWO_A_CORE = 113  # KiB, that a block of `chain` may have for two of them to sha
 SMALL, NAMES = 'HGMMA.64x64x16.F32.BF16', ('forward', 'turned', 'gradients')
 FORMS = ((128, 64), (64, 64), (64, 128))  # keys, values
 
-pytestmark = pytest.mark.slow  # compiles what test_gain_and_conv.py and test_grouped_matmul.py compile of other kernels
+pytestmark = pytest.mark.slow  # of kernels compiled for an absent GPU, make test has those that run most
 
 
 @pytest.fixture(scope='module', params=FORMS, ids=str)

@@ -80,10 +80,10 @@ def test_outputs_and_gradients_equal_the_law(case):
     agree(interpret(*arguments, segments), oracle(*arguments))
 
 
-@pytest.mark.slow  # a GPU's card says so of each of its cases
+@pytest.mark.slow  # the next test compares two programs bit for bit
 def test_twice_they_are_the_same_bits():
-    arguments = draw(1, 2, 19, 8, 16, True)
-    for one, other in zip(interpret(*arguments, 1), interpret(*arguments, 1), strict=True):
+    arguments = draw(0, 2, 21, 5, 32, True)
+    for one, other in zip(interpret(*arguments, 2), interpret(*arguments, 2), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -46,11 +46,11 @@ def close(actual, expected):
 
 # rows of the groups, rows, width, columns
 CASES = [
-    ((0, 1, 139, 8), 148, 192, 64),
+    ((30, 0, 101, 0), 150, 64, 192),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
-            ((30, 0, 101, 0), 150, 64, 192),
+            ((0, 1, 139, 8), 148, 192, 64),
             ((64, 128, 256, 1, 1), 450, 128, 128),
             ((0, 0, 0), 5, 64, 64),
             ((129,), 129, 64, 256),

@@ -153,7 +153,7 @@ def test_what_an_instruction_is_given_stands_in_its_text_in_the_order_of_the_cal
 # Products of numbers split in two: by chance Z's gradient was up to 1.8e-5 of its largest number off.
 TOLERANCE = {jnp.dtype(jnp.float32): 3e-5, jnp.dtype(jnp.bfloat16): 5e-3}
 CASES = [
-    Case((1, 11, 128, 16), **FULL, resets=(5, 8)),
+    Case((2, 9, 128, 16), **FULL, resets=(5, 8)),
     Case((2, 19, 128, 16), **FULL, resets=(5, 8), slow=True),
     Case((2, 11, 256, 7), **FULL, resets=(0, 8, 10), slow=True),  # tokens behind the end, of several rows and blocks
     Case((1, 8, 256, 16), jnp.bfloat16, **FULL, slow=True),

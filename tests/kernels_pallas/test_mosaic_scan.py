@@ -65,7 +65,7 @@ CASES = [
     Case((1, 24, 128, 8), softplus=True, slow=True),
     Case((1, 24, 128, 8), skip=True, slow=True),
     Case((1, 24, 128, 8), state=True, slow=True),
-    Case((1, 24, 128, 8), softplus=True, padded=True, resets=(16,)),
+    Case((2, 24, 128, 8), softplus=True, padded=True, resets=(16,)),
     Case((1, 24, 128, 8), padded=True, state=True, slow=True),
     # documents that start on the borders of tiles, beside them, and all at once
     Case((1, 33, 128, 8), resets=(0, 8, 16, 32), state=True),

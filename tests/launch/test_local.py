@@ -48,32 +48,29 @@ def of_kind(run, kind: str) -> list:
     return [record for record in read(run / 'metrics.jsonl') if record['kind'] == kind]
 
 
-def test_a_killed_process_ends_the_job(tmp_path):
-    """While the other waits for it."""
-    experiment = tmp_path / 'experiment.py'
-    experiment.write_text(LATE)
-    launcher = launch('launch.local', '--processes', 2, '--config', experiment, '--workdir', tmp_path / 'run')
-    wait_until(launcher, lambda: len(children_of(launcher.pid)) == 2)
-    children = children_of(launcher.pid)
-    os.kill(children[1], signal.SIGKILL)
-    output = finish(launcher, code=1, seconds=60)
-    assert all_end(children, 0), 'no process is left'
-    assert 'error: process 1 of 2 failed (killed by SIGKILL' in output
-
-
-@pytest.mark.slow  # the end is shown above, going on by test_resume.py, two processes by test_across_processes.py
-def test_a_killed_process_ends_the_job_and_going_on_ends_as_one_process_does(tmp_path):
-    """Two processes, of which one is killed; both again; then the same run in this process alone."""
-    config = small_config(tmp_path, train__steps=40, checkpoint__every=4, eval__every=20, log__every=1)
-    pair, alone = tmp_path / 'pair', tmp_path / 'alone'
-    launcher = start(tmp_path, config, workdir='pair')
-    wait_until(launcher, lambda: of_kind(pair, 'checkpoint'))
+def killed_when_one_checkpoint_is_there(launcher, run) -> str:
+    """What the launcher of two processes prints when one of them is killed while both train."""
+    wait_until(launcher, lambda: of_kind(run, 'checkpoint'))
     children = children_of(launcher.pid)
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
     output = finish(launcher, code=1, seconds=60)
     assert all_end(children, 0), 'no process is left'
     assert 'error: process 1 of 2 failed (killed by SIGKILL' in output
+    return output
+
+
+def test_a_killed_process_ends_the_job(tmp_path):
+    config = small_config(tmp_path, train__steps=400, checkpoint__every=4, log__every=1)
+    killed_when_one_checkpoint_is_there(start(tmp_path, config), tmp_path / 'run')
+
+
+@pytest.mark.slow  # the end is above, one process going on in test_resume.py, two as one in test_across_processes.py
+def test_a_killed_process_ends_the_job_and_going_on_ends_as_one_process_does(tmp_path):
+    """Two processes, of which one is killed; both again; then the same run in this process alone."""
+    config = small_config(tmp_path, train__steps=40, checkpoint__every=4, eval__every=20, log__every=1)
+    pair, alone = tmp_path / 'pair', tmp_path / 'alone'
+    output = killed_when_one_checkpoint_is_there(start(tmp_path, config, workdir='pair'), pair)
     assert 'process 1 printed last:\n  ' in output
 
     output = finish(start(tmp_path, config, workdir='pair'))

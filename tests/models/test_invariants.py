@@ -162,13 +162,14 @@ def test_a_models_structure_may_be_a_static_argument_and_needs_no_values(name):
     assert like(variables) == like(made_with_values[1])
 
 
-# Norms are Conba's too; feedback conba_paper's, a companion conba_companion's, and the diagonal gain has a test of its
-# own in tests/kernels_pallas/test_adaptive_gain.py; retention is Mamba-2's primitive, RWKV-6 is on gla's. Attention
-# with positions is attention; experts are moe's, and those of a mixer on Mamba's scan.
+# Norms are Conba's too, a companion conba_companion's; conba_paper's feedback is a second scan, which a companion is
+# too, and the diagonal gain has a test of its own in tests/kernels_pallas/test_adaptive_gain.py; retention is Mamba-2's
+# primitive, RWKV-6 is on gla's. Attention with positions is attention; experts are moe's, and those of a mixer on
+# Mamba's scan.
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
     'moe_switch', 'hyena_modal', 'rwkv6', 'attention_named', 'moe_dense', 'moe_bias', 'moe_grouped', 'moe_mamba',
-    'conba_diag', 'attention_rope', 'conba_paper', 'conba_companion',
+    'conba_diag', 'attention_rope', 'conba_paper',
 )  # fmt: skip
 
 

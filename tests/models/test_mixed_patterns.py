@@ -74,7 +74,8 @@ def by_token_alone():
     return sum(-n * math.log(n / tokens[token]) for (token, _), n in counts.items()) / sum(counts.values())
 
 
-PATTERNS = {'first': square(0)[:3], 'next': square(0)[3:5]}  # with every FFN that there was when this was written
+# With every FFN that there was when this was written; one of them is always run, as its layers are by themselves.
+PATTERNS = {'first': square(0)[:3], 'next': square(0)[3:5]}
 SQUARES = {f'square_{shift}': square(shift) for shift in range(len(FFNS))}
 
 

@@ -64,6 +64,14 @@ def test_every_flag_is_one_of_the_pinned_xla(name):
     ).compile()
 
 
+def traced(config, devices):
+    """The train step of a configuration on these devices."""
+    steps = make_steps(config, make_mesh(config.mesh, devices))
+    shape = (config.train.batch_size, config.data.seq_len)
+    batch = {key: jax.ShapeDtypeStruct(shape, kind) for key, kind in BATCH.items()}
+    return steps.train_step.trace(steps.abstract_state, batch)
+
+
 def exchanges_of_a_step(flags):
     """Exchanges in a step compiled for eight absent H100s with these flags."""
     texts = tuple(f'{name}={value}' for name, value in flags.items())
@@ -71,22 +79,16 @@ def exchanges_of_a_step(flags):
     config = step_config(**options)
     devices = compiling.devices('h100', 1, 8)
     with jax.default_device(devices[0]):
-        steps = make_steps(config, make_mesh(config.mesh, devices))
-        shape = (config.train.batch_size, config.data.seq_len)
-        batch = {key: jax.ShapeDtypeStruct(shape, kind) for key, kind in BATCH.items()}
-        compiled = steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',)).compile()
+        compiled = traced(config, devices).lower(lowering_platforms=('cuda',)).compile()
     return sum(number for number, _ in collectives(compiled.as_text()).values())
 
 
 def test_what_the_options_say_is_what_the_step_is_compiled_with(monkeypatch):
     """XLA refuses what it does not know, and so it was told."""
     monkeypatch.setattr(step, 'compiler_options', lambda *_: {'xla_no_such_flag': True})
-    config = step_config(**{'model.pattern': ('attention',)})
-    steps = make_steps(config, make_mesh(config.mesh, [CPU]))
-    shape = (config.train.batch_size, config.data.seq_len)
-    batch = {key: jax.ShapeDtypeStruct(shape, kind) for key, kind in BATCH.items()}
+    lowered = traced(step_config(**{'model.pattern': ('attention',)}), [CPU]).lower()
     with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_flag'):
-        steps.train_step.trace(steps.abstract_state, batch).lower().compile()
+        lowered.compile()
 
 
 @pytest.mark.slow  # that each compiles, and that options reach the step, is shown above

@@ -223,6 +223,12 @@ gated = keeping_arguments(swish_product)
 
 
 @keeping_arguments
+def gated_halves(both: Float[Array, '*b g']) -> Float[Array, '*b f']:
+    """``gated`` of the two halves of one array, which is kept in one piece: a product of both matrices at once."""
+    return swish_product(*jnp.split(both, 2, axis=-1))
+
+
+@keeping_arguments
 def rms_norm(x: Float[Array, '*b d'], scale: Float[Array, 'd'], eps: float | Float[Array, '']) -> Float[Array, '*b d']:
     """Divides by the root mean square over the last axis and scales, all in at least float32; keeps x's dtype."""
     wide = widened(x)

@@ -21,6 +21,7 @@ from mixcon_jax.models.layers import (
     Loss,
     Parameters,
     gated,
+    gated_halves,
     kept,
     masked_mean,
     normal,
@@ -205,7 +206,8 @@ class Routed(Layer):
         one_hot = jax.nn.one_hot(choice.chosen, self.moe.num_experts, dtype=choice.weights.dtype)
         mix = jnp.einsum('btk,btke->bte', choice.weights, one_hot).astype(x.dtype)
         first = [kept(jnp.einsum('btd,edf->btef', x, matrices[name])) for name in MATRICES[:2] if name in matrices]
-        return jnp.einsum('btef,bte,efo->bto', _between(first), mix, matrices['w_down'])
+        hidden = gated(*first) if len(first) == 2 else jax.nn.relu(*first)
+        return jnp.einsum('btef,bte,efo->bto', hidden, mix, matrices['w_down'])
 
     def _grouped(
         self,
@@ -264,8 +266,9 @@ class Routed(Layer):
         product = shared(grouped_matmul, block=self.moe.group_block or None)
         first = [matrices[name] for name in MATRICES[:2] if name in matrices]
         # One product for both of SwiGLU's: XLA writes them side by side as it converts them.
-        hidden = kept(product(rows, jnp.concatenate(first, axis=-1), group_sizes))
-        return kept(product(_between(jnp.split(hidden, len(first), axis=-1)), matrices['w_down'], group_sizes))
+        both = kept(product(rows, jnp.concatenate(first, axis=-1), group_sizes))
+        hidden = gated_halves(both) if len(first) == 2 else jax.nn.relu(both)
+        return kept(product(hidden, matrices['w_down'], group_sizes))
 
     def report(self, choice: Choice, context: Context, taken: Bool[Array, 'b t k']) -> Aux:
         """Losses and statistics over the real tokens.
@@ -334,11 +337,6 @@ class Experts(nnx.Module):
 def matrices_of(owner: nnx.Module, dtype: Any) -> dict[str, Array]:
     """The matrices of ``make_experts``, by name."""
     return {name: getattr(owner, name)[...].astype(dtype) for name in MATRICES if hasattr(owner, name)}
-
-
-def _between(first: list[Array]) -> Array:
-    """What an expert makes of its first products: SiLU(gate) * up of two, max(up, 0) of one."""
-    return gated(*first) if len(first) == 2 else jax.nn.relu(first[0])
 
 
 def _of_chosen(values: Float[Array, 'b t e'], chosen: Int[Array, 'b t k']) -> Float[Array, 'b t k']:

@@ -8,7 +8,16 @@ from flax import nnx
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.ffns.mlp import swiglu
-from mixcon_jax.models.layers import Parameters, RMSNorm, gated, layer_norm, project_halves, rms_norm, scaled
+from mixcon_jax.models.layers import (
+    Parameters,
+    RMSNorm,
+    gated,
+    gated_halves,
+    layer_norm,
+    project_halves,
+    rms_norm,
+    scaled,
+)
 from mixcon_jax.models.mixers.conba import full_gate
 from tests.jaxprs import operations
 from tests.models.cases import CASES, DIM, layer
@@ -102,7 +111,18 @@ def pulled(function, *args):
     return y, *vjp(args[-1])
 
 
-@pytest.mark.parametrize('function, count', [(swiglu, 3), (gated, 2), (rms_norm_sum, 2), (layer_norm_sum, 3)])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_joined_halves_are_gated_as_two_arrays_are(dtype):
+    gate, up, dy = (jnp.asarray(normal(seed, 64, 48), dtype) for seed in range(3))
+    want, *gradients = pulled(gated, gate, up, dy)
+    got, joined = pulled(gated_halves, jnp.concatenate([gate, up], -1), dy)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(joined, jnp.concatenate(gradients, -1))
+
+
+@pytest.mark.parametrize(
+    'function, count', [(swiglu, 3), (gated, 2), (gated_halves, 1), (rms_norm_sum, 2), (layer_norm_sum, 3)]
+)
 def test_a_narrow_gradient_keeps_the_arguments_alone(function, count):
     norm = function in (rms_norm_sum, layer_norm_sum)
     shapes = ([(64, 48), (48,), (48,)] if norm else [(64, 48), (64, 48), (48, 32)])[:count]

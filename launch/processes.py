@@ -1,7 +1,6 @@
 """What the launchers share: children that end with their launcher, their shares of the machine, and stopping them."""
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import signal
@@ -12,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mixcon_jax.errors import Exit, UserError
-from mixcon_jax.host.signals import Handler
+from mixcon_jax.errors import UserError
+from mixcon_jax.host.signals import Handler, end_with
 
 LAUNCHER = 'MIXCON_LAUNCHER'  # the environment variable in which a child finds its launcher's process id
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL for children that nothing is left to wait for
@@ -137,13 +136,10 @@ def _confined(cores: Sequence[int]) -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """In a child: on Linux, SIGTERM comes when the launcher dies, however it dies."""
+    """In a child of a launcher: it ends when the launcher does, as ``end_with`` has it."""
     launcher = int(os.environ.pop(LAUNCHER, '0'))
-    if sys.platform == 'linux' and launcher:
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != launcher:  # it has died already
-            sys.exit(Exit.STOPPED)
+    if launcher:
+        end_with(launcher)
 
 
 def end(children: Sequence[Child], grace: float = GRACE) -> None:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from mixcon_jax.errors import Exit
 from mixcon_jax.host.signals import STOPPING, StopRequest
 from mixcon_jax.runs.records import last, read
 from tests.tiny import ROOT, tiny_config, write_experiment
@@ -76,3 +77,25 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path):
     stopped = last(read(tmp_path / 'run' / 'metrics.jsonl'), kind='run')
     assert stopped['event'] == 'stopped'
     assert (tmp_path / 'run' / 'checkpoints' / str(stopped['step'])).is_dir()
+
+
+ENDING = """
+import os, time
+from mixcon_jax.host.signals import end_with
+end_with({})
+print('up', flush=True)
+time.sleep(99)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells a child')
+def test_a_child_ends_with_its_parent_however_that_dies():
+    parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {ENDING.format("os.getppid()")!r}])'
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, '-c', parent], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline() == b'up\n'
+        process.kill()
+        assert process.stdout.read() == b''  # the child had it open
+    assert time.monotonic() - began < 60
+    late = subprocess.run([sys.executable, '-c', ENDING.format(0)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert (late.returncode, late.stdout) == (Exit.STOPPED, b'')

@@ -1,12 +1,16 @@
-"""Signals: stopping between two steps when the system or the user asks for it."""
+"""Signals: stopping between two steps when the system or the user asks for it, and ending with the parent."""
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
+
+from mixcon_jax.errors import Exit
 
 # What asks a process to stop: also a terminal that closes, and schedulers that warn by SIGUSR1.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -72,3 +76,16 @@ class StopRequest(Handler):
             self.requested = True
         else:
             signal.raise_signal(signal.SIGTERM)
+
+
+def end_with(parent: int) -> None:
+    """On Linux, SIGTERM comes when the parent dies, however it dies; where it has died already, this exits.
+
+    Args:
+      parent: its process id. The thread of it that started this process must live as long.
+    """
+    if sys.platform == 'linux':
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit(Exit.STOPPED)

@@ -78,7 +78,7 @@ def compile_apart(job: dict[str, Any]) -> dict[str, Any]:
     try:
         done = subprocess.run(
             arguments,
-            input=json.dumps(job),
+            input=json.dumps(job | {'parent': os.getpid()}),
             capture_output=True,
             encoding='utf-8',
             errors='replace',

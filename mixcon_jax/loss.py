@@ -12,6 +12,8 @@ from kernels_pallas import platform
 from mixcon_jax.parallel.layout import constrain
 from mixcon_jax.parallel.split import shards_of
 
+LOGITS = 2**28  # of a chunk on a GPU: 1 GiB in float32
+
 
 class Sums(NamedTuple):
     """Sums over the scored tokens.
@@ -35,7 +37,7 @@ def cross_entropy(
     targets: Int[Array, 'b t'],
     mask: Bool[Array, 'b t'],
     *,
-    chunk: int,
+    chunk: int = 0,
     z_coef: float = 0.0,
 ) -> Sums:
     """Sums of the cross-entropy over the masked tokens.
@@ -49,7 +51,7 @@ def cross_entropy(
       head: `[D, V]` output weights.
       targets: `[B, T]` ids below V.
       mask: `[B, T]`, the tokens to score.
-      chunk: tokens at a time on each device.
+      chunk: tokens at a time on each device; 0 takes `usual_chunk`'s.
       z_coef: weight of the z-loss, logsumexp(logits)^2 (PaLM, Chowdhery et al., 2022).
     """
     batch, length = targets.shape
@@ -57,7 +59,7 @@ def cross_entropy(
     rows, parts = shards_of('batch', batch), shards_of('sequence', length)
     shards = rows * parts
     tokens = batch * length // shards
-    num_chunks = math.ceil(tokens / chunk)
+    num_chunks = math.ceil(tokens / (chunk or usual_chunk(head.shape[1])))
     size = math.ceil(tokens / num_chunks)
 
     def split(x: Array) -> Array:
@@ -70,6 +72,18 @@ def cross_entropy(
     # Gathered here, once, rather than inside the loop, once a chunk.
     head = constrain(head.astype(hidden.dtype), None, 'vocab')
     return Sums(*_sums(split(hidden), head, split(targets), split(mask), z_coef))
+
+
+def usual_chunk(vocab: int) -> int:
+    """Tokens a chunk that suit the platform.
+
+    Every chunk reads and writes the gradient of the whole head, so that a GPU takes many: a power of two, whose logits,
+    as far as a device has them, are at most `LOGITS`. Elsewhere 1024.
+    """
+    if platform.platform() != 'gpu':
+        return 1024
+    most = max(256, LOGITS * shards_of('vocab', vocab) // vocab)
+    return 1 << most.bit_length() - 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -219,7 +219,11 @@ OPTIONS: dict[str, Any] = {
             ' no GPUs have run yet.',
             one_of('microbatch', 'step'),
         ),
-        'loss_chunk': Option(1024, 'Tokens a chunk of the cross-entropy.', POSITIVE),
+        'loss_chunk': Option(
+            0, 'Tokens a chunk of the cross-entropy, on each device; 0 picks: on GPUs as many, a power of two, as have at most 1 GiB of float32'
+            ' logits, elsewhere 1024.',
+            COUNT,
+        ),
         'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
         'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE),
         'extend': Option(False, 'Go on with another train.steps though the steps so far followed the schedule of the old one.'),

@@ -12,6 +12,7 @@ from mixcon_jax import loss
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.parallel import layout
 from mixcon_jax.parallel.mesh import make_mesh
+from tests.jaxprs import operations
 
 SIZES = [(1, 1, 3, 5), (3, 7, 5, 11), (4, 13, 8, 257), (2, 64, 16, 33)]  # B, T, D, V
 
@@ -147,3 +148,19 @@ def test_no_buffer_holds_all_logits():
     largest = max(int(np.prod([int(size) for size in shape.split(',')])) for shape in shapes)
     assert largest <= max(chunk * vocab, batch * length * width)
     assert compiled.memory_analysis().temp_size_in_bytes < batch * length * vocab
+
+
+@pytest.mark.parametrize(
+    'vocab, tokens', [(32_768, 8192), (50_257, 4096), (65_536, 4096), (262_144, 1024), (2**30, 256)], ids=str
+)
+def test_a_gpus_chunk_has_up_to_a_gibibyte_of_logits(vocab, tokens, monkeypatch):
+    assert loss.usual_chunk(vocab) == 1024
+    monkeypatch.setattr(loss.platform, 'platform', lambda: 'gpu')
+    assert loss.usual_chunk(vocab) == tokens
+
+
+def test_without_a_number_chunks_are_the_usual_ones(monkeypatch):
+    monkeypatch.setattr(loss, 'usual_chunk', lambda vocab: {9: 256}[vocab])
+    program = jax.make_jaxpr(cross_entropy)(*problem(8, 3, 200, 4, 9))
+    scans = [operation for operation, _ in operations(program.jaxpr) if operation.primitive.name == 'scan']
+    assert [scan.params['length'] for scan in scans] == [3]

@@ -2,8 +2,9 @@
 
 1,293M parameters, 573M active. 11.4B tokens, 20 per active parameter, are 3.8e+19 FLOPs: 27 hours of one H100
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 20.7 GB in all.
-``mesh.fsdp`` is 8: it takes a multiple of 8 devices. Learning rate and batch are of the usual size, not tuned. It
-wants your own text: set ``data.sources``.
+``mesh.fsdp`` is 8: it takes a multiple of 8 devices, each 8 rows in each of 4 microbatches; on n times as many,
+``train.accum_steps`` is to be 4 / n. Compiled for 8 H100s it takes 38.4 GiB of each (``mixcon plan``). Learning rate
+and batch are of the usual size, not tuned. It wants your own text: set ``data.sources``.
 
     mixcon train --config experiments/mixcon/1_3b.py --workdir runs/mixcon_1_3b
 """
@@ -24,7 +25,7 @@ def get_config(arg=None):
     model.pattern = hybrid(attention=2, conba=6, moe_every=2)
     model.tie_embeddings = False
     model.dtype = 'bfloat16'
-    model.remat = 'block'
+    model.remat = 'selective'
     model.attention.num_heads = 20
     model.attention.num_kv_heads = 4
     model.mlp.hidden_dim = 3456
@@ -42,7 +43,7 @@ def get_config(arg=None):
     config.optim.warmup_steps = 500
     config.train.steps = 10900
     config.train.batch_size = 256
-    config.train.loss_chunk = 4096
+    config.train.accum_steps = 4
     config.mesh.fsdp = 8
     config.checkpoint.every = 1000
     config.eval.every = 1000

@@ -25,7 +25,7 @@ def get_config(arg=None):
     model.pattern = hybrid(attention=2, conba=6, moe_every=2)
     model.tie_embeddings = False
     model.dtype = 'bfloat16'
-    model.remat = 'block'
+    model.remat = 'selective'
     model.attention.num_heads = 32
     model.attention.num_kv_heads = 4
     model.mlp.hidden_dim = 5632
@@ -44,7 +44,6 @@ def get_config(arg=None):
     config.train.steps = 13500
     config.train.batch_size = 512
     config.train.accum_steps = 16
-    config.train.loss_chunk = 4096
     config.mesh.fsdp = 32
     config.checkpoint.every = 1000
     config.eval.every = 1000

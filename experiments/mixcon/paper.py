@@ -4,7 +4,9 @@
 the paper prints none, and 2 KV heads are what its 2 GB cache at 256K tokens implies. Optimizer, data and schedule are
 not reported: the ones below are placeholders of the usual size. It needs a cluster: parameters and AdamW's moments
 alone take 0.6 TB, and the 1.05T tokens set here are 7.9e+22 FLOPs: 55,000 hours of one H100 at 40 % MFU, which is an
-assumption and no measurement. `mixcon config --config experiments/mixcon/paper.py` prints all of it.
+assumption and no measurement. ``mesh.fsdp`` is 128: it takes a multiple of 128 devices, each a row in each of 8
+microbatches; on n times as many, ``train.accum_steps`` is to be 8 / n.
+`mixcon config --config experiments/mixcon/paper.py` prints all of it.
 """
 
 from mixcon_jax.config import default
@@ -39,6 +41,7 @@ def get_config(arg=None):
     config.optim.warmup_steps = 2000
     config.train.steps = 250000
     config.train.batch_size = 1024
+    config.train.accum_steps = 8
     config.mesh.fsdp = 128
     config.checkpoint.every = 1000
     config.eval.every = 1000

@@ -56,12 +56,12 @@ def at_75m(pattern: tuple[str, ...], preset: str = 'conba') -> ml_collections.Co
 def experiment(name: str, rows: int) -> ml_collections.ConfigDict:
     """A file of experiments/mixcon on one device, at a batch of so many rows."""
     config = runpy.run_path(str(ROOT / 'experiments' / 'mixcon' / f'{name}.py'))['get_config']()
-    config.train.batch_size, config.mesh.fsdp = rows, 1
+    config.train.batch_size, config.train.accum_steps, config.mesh.fsdp = rows, 1, 1
     return config
 
 
 def billion() -> ml_collections.ConfigDict:
-    """The 1.3B file, keeping what products and kernels give instead of computing each block again."""
+    """The 1.3B file, keeping what products and kernels give alone, for one GPU holds all of its state."""
     config = experiment('1_3b', 8)
     config.model.remat = 'selective'
     return config

@@ -85,14 +85,25 @@ def test_an_experiment_is_a_line(name):
 @pytest.mark.parametrize('name', SIZES)
 def test_it_trains_on_as_many_gpus_as_is_said(name):
     """Compiled for H100s that are not there, a row of 4096 tokens a device and microbatch."""
-    devices = DEVICES[name]
-    overrides = ['model.unroll=1', f'train.accum_steps={256 // devices}']
-    config = configs.validate(configs.load(f'{ROOT}/experiments/presets.py:{name}', overrides), devices)
-    job = {'target': 'h100', 'hosts': devices // 8, 'per_host': 8, 'what': 'train', 'batch': 1, 'context': 0}
-    found = planner.plan(config, job, ['cublas'], planner.read_limit('', 'h100'))
-    print(f'{name}: {found["peak"] / 2**30:.1f} GiB of each of {devices}')
+    found = planned(f'presets.py:{name}', DEVICES[name], [f'train.accum_steps={256 // DEVICES[name]}'])
     assert found['fits']
     assert found['model']['total'] == presets.figures(SIZES[name])['parameters']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, devices', [('130m', 1), ('350m', 8), ('1_3b', 8), ('5b', 32), ('paper', 128)])
+def test_mixcons_files_fit_the_gpus_that_they_name(name, devices):
+    """As they are: their microbatches, and what they keep for the backward pass."""
+    assert planned(f'mixcon/{name}.py', devices)['fits']
+
+
+def planned(experiment, devices, overrides=()):
+    config = configs.load(f'{ROOT}/experiments/{experiment}', ['model.unroll=1', *overrides])
+    hosts = max(1, devices // 8)
+    job = {'target': 'h100', 'hosts': hosts, 'per_host': devices // hosts, 'what': 'train', 'batch': 1, 'context': 0}
+    found = planner.plan(configs.validate(config, devices), job, ['cublas'], planner.read_limit('', 'h100'))
+    print(f'{experiment}: {found["peak"] / 2**30:.1f} GiB of each of {devices}')
+    return found
 
 
 def test_an_unknown_name_is_told_the_known():

@@ -272,7 +272,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a copy in which every 0 or () that means "derive it" is spelled out."""
     config = canonical(config)
     config.model = pattern.resolve(config.model)
-    config.eval.batch_size = config.eval.batch_size or config.train.batch_size
+    config.eval.batch_size = config.eval.batch_size or config.train.batch_size // max(config.train.accum_steps, 1)
     return config
 
 
@@ -348,8 +348,9 @@ def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None
         axes.across(found, mesh.slices)
     if all(found[axis] != -1 for axis in axes.BATCH_AXES):
         shards = axes.rows(found)
-        divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)
-        divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size or batch)
+        rows = batch // config.train.accum_steps
+        divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', rows)
+        divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size or rows)
     known = {axis: max(size, 1) for axis, size in found.items()}  # what is left to take is not known yet
     rules, groups = axes.rules(mesh), axes.groups(config.train, known)
     if groups > 1:

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks of tokens: no array of all tokens times the vocabulary, forward or backward."""
+"""Cross-entropy in chunks of tokens: no array of more tokens than a chunk's times the vocabulary, either way."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from kernels_pallas import platform
 from mixcon_jax.parallel.layout import constrain
 from mixcon_jax.parallel.split import shards_of
 
-LOGITS = 2**28  # of a chunk on a GPU: 1 GiB in float32
+CHUNK_LOGITS = 2**28  # at most, on a GPU: 1 GiB in float32
 
 
 class Sums(NamedTuple):
@@ -77,13 +77,13 @@ def cross_entropy(
 def usual_chunk(vocab: int) -> int:
     """Tokens a chunk that suit the platform.
 
-    Every chunk reads and writes the gradient of the whole head, so that a GPU takes many: a power of two, whose logits,
-    as far as a device has them, are at most `LOGITS`. Elsewhere 1024.
+    Every chunk reads and writes the gradient of the whole head, so that a GPU takes as many as have at most
+    `CHUNK_LOGITS` on a device, rounded down to a power of two, which divides the usual numbers of tokens; others 1024.
     """
     if platform.platform() != 'gpu':
         return 1024
-    most = max(256, LOGITS * shards_of('vocab', vocab) // vocab)
-    return 1 << most.bit_length() - 1
+    most = max(1, CHUNK_LOGITS * shards_of('vocab', vocab) // vocab)
+    return 1 << (most.bit_length() - 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -13,12 +13,12 @@ INT32, UINT32 = 2**31 - 1, 2**32 - 1  # the largest integers that 32 bits hold
 SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 
 # What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
-# a dot stands for a group. On another mesh, or in other tiles, sums are taken in another order, and so they are over
-# devices once a step: the run goes on, but not bit for bit.
+# a dot stands for a group. On another mesh, in other tiles or chunks, or with parts computed again, sums are taken in
+# another order, and so they are over devices once a step: the run goes on, but not bit for bit.
 FREE = (
     'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
     'data.synthetic.eval_', 'train.sum_gradients', 'train.max_bad_steps', 'train.deterministic', 'train.xla_flags', 'train.extend',
-    'model.attention.block_size', 'model.moe.group_block', 'model.moe.exchange',
+    'train.loss_chunk', 'model.remat', 'model.unroll', 'model.attention.block_size', 'model.moe.group_block', 'model.moe.exchange',
 )  # fmt: skip
 # What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
 # with other values that give the same tokens, such as the new place of text that has been moved.
@@ -220,8 +220,8 @@ OPTIONS: dict[str, Any] = {
             one_of('microbatch', 'step'),
         ),
         'loss_chunk': Option(
-            0, 'Tokens a chunk of the cross-entropy, on each device; 0 picks: on GPUs as many, a power of two, as have at most 1 GiB of float32'
-            ' logits, elsewhere 1024.',
+            0, 'Tokens a chunk of the cross-entropy, on each device; 0 picks: on GPUs as many as have up to 1 GiB of float32 logits (half as'
+            ' much again is their gradient), which costs the fewest passes over the head\'s gradient, elsewhere 1024.',
             COUNT,
         ),
         'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
@@ -238,7 +238,7 @@ OPTIONS: dict[str, Any] = {
     },
     'eval': {
         'every': Option(200, 'Steps between held-out evaluations; 0 evaluates at the end only.', COUNT),
-        'batch_size': Option(0, 'Rows of an evaluation batch; 0 means train.batch_size.', COUNT),
+        'batch_size': Option(0, 'Rows of an evaluation batch; 0 means those of a microbatch, train.batch_size / train.accum_steps.', COUNT),
         'max_rows': Option(0, 'Held-out rows scored during the run; 0 means all. The end always scores all.', COUNT),
     },
     'checkpoint': {

@@ -133,6 +133,16 @@ def test_the_arms_of_moe_mamba_have_equal_active_parameters_and_those_of_8_exper
 
 
 @pytest.mark.parametrize(
+    'name, devices, rows', [('130m', 1, 32), ('350m', 8, 32), ('1_3b', 8, 8), ('5b', 32, 4), ('paper', 128, 1)]
+)
+def test_the_ladders_microbatches_are_what_its_docstrings_say(name, devices, rows):
+    config = configs.validate(configs.load(f'{ROOT}/experiments/mixcon/{name}.py'), devices)
+    at_once = devices * rows
+    assert config.train.batch_size == at_once * config.train.accum_steps
+    assert config.eval.batch_size == at_once
+
+
+@pytest.mark.parametrize(
     'name, total', [('130m', 130e6), ('350m', 350e6), ('1_3b', 1.3e9), ('5b', 5e9)], ids=lambda value: str(value)
 )
 def test_the_ladder_has_the_sizes_of_its_names(name, total):

@@ -151,12 +151,23 @@ def test_no_buffer_holds_all_logits():
 
 
 @pytest.mark.parametrize(
-    'vocab, tokens', [(32_768, 8192), (50_257, 4096), (65_536, 4096), (262_144, 1024), (2**30, 256)], ids=str
+    'vocab, tensor, tokens',
+    [
+        (32_768, 1, 8192),
+        (50_257, 1, 4096),
+        (262_144, 1, 1024),
+        (32_768, 2, 16_384),
+        (50_257, 2, 4096),  # which 2 does not divide
+        (2**30, 1, 1),
+    ],
 )
-def test_a_gpus_chunk_has_up_to_a_gibibyte_of_logits(vocab, tokens, monkeypatch):
-    assert loss.usual_chunk(vocab) == 1024
-    monkeypatch.setattr(loss.platform, 'platform', lambda: 'gpu')
-    assert loss.usual_chunk(vocab) == tokens
+def test_a_gpus_chunk_has_up_to_a_gibibyte_of_logits(vocab, tensor, tokens, monkeypatch):
+    mesh = configs.default().mesh
+    mesh.update(data=1, tensor=tensor)
+    with jax.sharding.use_abstract_mesh(make_mesh(mesh, jax.devices()[:tensor]).abstract_mesh):
+        assert loss.usual_chunk(vocab) == 1024
+        monkeypatch.setattr(loss.platform, 'platform', lambda: 'gpu')
+        assert loss.usual_chunk(vocab) == tokens
 
 
 def test_without_a_number_chunks_are_the_usual_ones(monkeypatch):

@@ -38,7 +38,7 @@ def experiment(steps):
     config.data.seq_len = 16
     config.data.synthetic.update(symbols=8, eval_rows=8)
     config.optim.update(warmup_steps=2, schedule='constant')
-    config.train.update(steps=steps, batch_size=4, loss_chunk=64)
+    config.train.update(steps=steps, batch_size=4)  # it had chunks of 64 tokens in the loss
     config.eval.every = 2
     config.checkpoint.update(every=2)
     config.log.update(every=1, tensorboard=False)

@@ -1,10 +1,12 @@
 """`mixcon plan`: its figures against arithmetic by hand, its refusals, its exit codes."""
 
 import functools
+import io
 import json
 import math
 import pathlib
 import re
+import sys
 
 import jax
 import pytest
@@ -328,6 +330,13 @@ def test_generation_compiles(what):
     found = planned(1, 2, (('mesh.fsdp', 2), ('model.pattern', ('conba+mlp', 'attention+moe'))), what)
     assert found['fits'] and found['model']['tokens'] == (2 * 64 if what == 'prefill' else 2)
     assert found['gradients'] == found['moments'] == 0 < found['model']['state_bytes']
+
+
+def test_the_compiling_process_ends_with_the_one_that_asked(monkeypatch):
+    monkeypatch.setattr('sys.stdin', io.StringIO(json.dumps({'parent': 7})))
+    monkeypatch.setattr(compiled, 'end_with', sys.exit)
+    with pytest.raises(SystemExit, match='7'):
+        compiled.main()
 
 
 def test_a_compiler_that_ends_early_is_told(monkeypatch):

@@ -191,7 +191,7 @@ class HeldoutBatches:
     Args:
       config: The whole configuration; data.* is used.
       stores: Of ``prepare``, or opened.
-      batch_size: Rows B of a batch; 0 means train.batch_size, as eval.batch_size has it.
+      batch_size: Rows B of a batch; 0 means train.batch_size.
       max_rows: Score only so many rows, spread evenly over all; 0 means all.
       share: Which rows of every batch to make.
     """

@@ -82,7 +82,8 @@ def end_with(parent: int) -> None:
     """On Linux, SIGTERM comes when the parent dies, however it dies; where it has died already, this exits.
 
     Args:
-      parent: its process id. The thread of it that started this process must live as long.
+      parent: its process id. The thread of it that started this process must live as long. A process that
+        ignores SIGTERM lives on.
     """
     if sys.platform == 'linux':
         set_parent_death_signal = 1

@@ -224,7 +224,7 @@ gated = keeping_arguments(swish_product)
 
 @keeping_arguments
 def gated_halves(both: Float[Array, '*b g']) -> Float[Array, '*b f']:
-    """``gated`` of the two halves of one array, which is kept in one piece: a product of both matrices at once."""
+    """``gated`` of the halves of one array [..., 2 F], gate first, which is kept in one piece: two products in one."""
     return swish_product(*jnp.split(both, 2, axis=-1))
 
 

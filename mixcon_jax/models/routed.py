@@ -206,7 +206,7 @@ class Routed(Layer):
         one_hot = jax.nn.one_hot(choice.chosen, self.moe.num_experts, dtype=choice.weights.dtype)
         mix = jnp.einsum('btk,btke->bte', choice.weights, one_hot).astype(x.dtype)
         first = [kept(jnp.einsum('btd,edf->btef', x, matrices[name])) for name in MATRICES[:2] if name in matrices]
-        hidden = gated(*first) if len(first) == 2 else jax.nn.relu(*first)
+        hidden = gated(*first) if len(first) == 2 else jax.nn.relu(first[0])
         return jnp.einsum('btef,bte,efo->bto', hidden, mix, matrices['w_down'])
 
     def _grouped(
@@ -266,8 +266,8 @@ class Routed(Layer):
         product = shared(grouped_matmul, block=self.moe.group_block or None)
         first = [matrices[name] for name in MATRICES[:2] if name in matrices]
         # One product for both of SwiGLU's: XLA writes them side by side as it converts them.
-        both = kept(product(rows, jnp.concatenate(first, axis=-1), group_sizes))
-        hidden = gated_halves(both) if len(first) == 2 else jax.nn.relu(both)
+        hidden = kept(product(rows, jnp.concatenate(first, axis=-1), group_sizes))
+        hidden = gated_halves(hidden) if len(first) == 2 else jax.nn.relu(hidden)
         return kept(product(hidden, matrices['w_down'], group_sizes))
 
     def report(self, choice: Choice, context: Context, taken: Bool[Array, 'b t k']) -> Aux:

@@ -1,4 +1,4 @@
-"""The process that compiles: reads a job from stdin, writes what it found, a JSON line at a time.
+"""The process that compiles: reads a job and its parent from stdin, writes what it found, a JSON line at a time.
 
 A line after the layout, one after each variant; the variants are compiled side by side.
 """
@@ -42,7 +42,7 @@ BY_BYTES = ('selective_scan', 'adaptive_gain', 'causal_conv1d')  # kernels whose
 def main() -> None:
     """Compiles the job on stdin."""
     job = json.load(sys.stdin)
-    end_with(job.pop('parent'))  # a compilation takes minutes
+    end_with(job.pop('parent'))  # it would go on for minutes, for nobody
     answers, lock = os.fdopen(os.dup(1), 'w', encoding='utf-8'), threading.Lock()
     os.dup2(2, 1)  # what compilers print goes where they warn
 

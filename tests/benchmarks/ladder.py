@@ -54,16 +54,9 @@ def at_75m(pattern: tuple[str, ...], preset: str = 'conba') -> ml_collections.Co
 
 
 def experiment(name: str, rows: int) -> ml_collections.ConfigDict:
-    """A file of experiments/mixcon on one device, at a batch of so many rows."""
+    """A file of experiments/mixcon on one device, at a batch of so many rows, all at once."""
     config = runpy.run_path(str(ROOT / 'experiments' / 'mixcon' / f'{name}.py'))['get_config']()
     config.train.batch_size, config.train.accum_steps, config.mesh.fsdp = rows, 1, 1
-    return config
-
-
-def billion() -> ml_collections.ConfigDict:
-    """The 1.3B file, keeping what products and kernels give alone, for one GPU holds all of its state."""
-    config = experiment('1_3b', 8)
-    config.model.remat = 'selective'
     return config
 
 
@@ -90,7 +83,7 @@ RUNGS: dict[str, Callable[[], ml_collections.ConfigDict]] = {
     'RetNet': lambda: at_75m(hybrid(0, 8, mixer='retnet')),
     'GLA': lambda: at_75m(hybrid(0, 8, mixer='gla')),
     'RWKV-4': lambda: at_75m(('rwkv4+rwkv_channel_mix',) * 8),
-    '1.3B, 8 experts': billion,
+    '1.3B, 8 experts': lambda: experiment('1_3b', 8),
 }
 # What orders of sums cost: `free` is without train.deterministic, `scatter` with XLA's gradient of the embedding.
 PLAIN = tuple(RUNGS)

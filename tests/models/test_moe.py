@@ -70,6 +70,17 @@ def test_outputs_losses_and_statistics_equal_a_loop_over_tokens(implementation, 
     assert aux['stats']['moe_dropped'] == 0
 
 
+def test_gate_and_up_are_kept_in_one_piece():
+    """The backward pass keeps of the pairs' rows, in bfloat16: rows, first product, and what the second multiplies."""
+    layer, rows = build(), 200
+    sizes = jnp.full((layer.moe.num_experts,), rows // layer.moe.num_experts)
+    matrices = {name: jnp.asarray(getattr(layer, name)[...], jnp.bfloat16) for name in ('w_gate', 'w_up', 'w_down')}
+    width = matrices['w_down'].shape[1]
+    pull = lambda x, matrices: jax.vjp(lambda *args: layer._products(args[0], sizes, args[1]), x, matrices)[1]
+    leaves = jax.tree.leaves(jax.eval_shape(pull, jax.ShapeDtypeStruct((rows, DIM), jnp.bfloat16), matrices))
+    assert sorted(leaf.shape[1] for leaf in leaves if leaf.shape[:1] == (rows,)) == sorted([DIM, 2 * width, width])
+
+
 @pytest.mark.parametrize('implementation', ['dense', 'grouped'])
 def test_shared_experts_are_added_with_weight_one(implementation):
     """Each of their widths is an expert of its own, that every token passes."""

@@ -3,7 +3,7 @@
 1,293M parameters, 573M active. 11.4B tokens, 20 per active parameter, are 3.8e+19 FLOPs: 27 hours of one H100
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 20.7 GB in all.
 ``mesh.fsdp`` is 8: it takes a multiple of 8 devices, each 8 rows in each of 4 microbatches; on n times as many,
-``train.accum_steps`` may be 4 / n. Compiled for 8 H100s it takes 38.4 GiB of each (``mixcon plan``). Learning rate
+``train.accum_steps`` may be 4 / n. Compiled for 8 H100s it takes 38.5 GiB of each (``mixcon plan``). Learning rate
 and batch are of the usual size, not tuned. It wants your own text: set ``data.sources``.
 
     mixcon train --config experiments/mixcon/1_3b.py --workdir runs/mixcon_1_3b

@@ -3,7 +3,7 @@
 4,984M parameters, 1,417M active. 28.3B tokens, 20 per active parameter, are 2.2e+20 FLOPs: 158 hours of one H100
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 79.7 GB in all.
 ``mesh.fsdp`` is 32: it takes a multiple of 32 devices, each 4 rows in each of 4 microbatches; on n times as many,
-``train.accum_steps`` may be 4 / n. Compiled for 32 H100s it takes 36.0 GiB of each (``mixcon plan``). Learning rate
+``train.accum_steps`` may be 4 / n. Compiled for 32 H100s it takes 36.3 GiB of each (``mixcon plan``). Learning rate
 and batch are of the usual size, not tuned. It wants your own text: set ``data.sources``.
 
     mixcon train --config experiments/mixcon/5b.py --workdir runs/mixcon_5b

@@ -296,8 +296,9 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         )
     if (noise := config.seed + config.train.seed_noise) > UINT32:
         raise ConfigError(f'seed + train.seed_noise={noise} {beyond(noise, UINT32)}')
+    config = resolve(config)
     check_mesh(config, num_devices)
-    return resolve(config)
+    return config
 
 
 def check_each(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -348,9 +349,8 @@ def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None
         axes.across(found, mesh.slices)
     if all(found[axis] != -1 for axis in axes.BATCH_AXES):
         shards = axes.rows(found)
-        rows = batch // config.train.accum_steps
-        divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', rows)
-        divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size or rows)
+        divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)
+        divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size)
     known = {axis: max(size, 1) for axis, size in found.items()}  # what is left to take is not known yet
     rules, groups = axes.rules(mesh), axes.groups(config.train, known)
     if groups > 1:

@@ -2,9 +2,9 @@
 
 132M parameters, 86M active. 1.7B tokens, 20 per active parameter, are 9.2e+17 FLOPs: 0.6 hours of one H100
 at 40 % MFU, which is an assumption and no measurement. Parameters, gradients and AdamW's moments take 2.1 GB in all.
-As compiled for an H100 of 80 GB, its 128 rows in 4 microbatches take 29.6 GiB (``mixcon plan``); on 2 or 4
-``train.accum_steps`` may be 2 or 1. Learning rate and batch are of the usual size, not tuned. It wants your own text:
-set ``data.sources``.
+As compiled for an H100 of 80 GB, its 128 rows in 4 microbatches take 29.6 GiB (``mixcon plan``); with 2 or
+4 of them ``train.accum_steps`` may be 2 or 1. Learning rate and batch are of the usual size, not tuned. It wants your
+own text: set ``data.sources``.
 
     mixcon train --config experiments/mixcon/130m.py --workdir runs/mixcon_130m
 """

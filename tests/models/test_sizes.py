@@ -10,6 +10,7 @@ from mixcon_jax.models.sizes import SIZES
 from mixcon_jax.planner import plan as planner
 from mixcon_jax.reports import presets
 from tests.models.cases import traced_once
+from tests.test_experiments import LADDER
 from tests.tiny import ROOT
 
 # H100s that each is planned for, of docs/models.md: 8, or for what is larger, a power of two.
@@ -92,7 +93,7 @@ def test_it_trains_on_as_many_gpus_as_is_said(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, devices', [('130m', 1), ('350m', 8), ('1_3b', 8), ('5b', 32), ('paper', 128)])
+@pytest.mark.parametrize('name, devices', LADDER.items())
 def test_mixcons_files_fit_the_gpus_that_they_name(name, devices):
     """As they are: their microbatches, and what they keep for the backward pass."""
     assert planned(f'mixcon/{name}.py', devices, ['model.unroll=1'] * (name == 'paper'))['fits']  # minutes less

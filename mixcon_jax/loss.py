@@ -69,9 +69,7 @@ def cross_entropy(
         x = jnp.moveaxis(x.reshape(shards, num_chunks, size, *x.shape[2:]), 1, 0)
         return constrain(x, None, 'shards', *[None] * (x.ndim - 2))
 
-    # Gathered here, once, rather than inside the loop, once a chunk.
-    head = constrain(head.astype(hidden.dtype), None, 'vocab')
-    return Sums(*_sums(split(hidden), head, split(targets), split(mask), z_coef))
+    return Sums(*_sums(split(hidden), head.astype(hidden.dtype), split(targets), split(mask), z_coef))
 
 
 def usual_chunk(vocab: int) -> int:
@@ -94,9 +92,15 @@ def _sums(h: Array, head: Array, targets: Array, mask: Array, z_coef: float) -> 
         h, targets, mask = xs
         return sums + _chunk_sums(h, head, targets, mask)[0], None
 
+    head = _gathered(head)
     zeros = jnp.zeros((3,), jnp.promote_types(h.dtype, jnp.float32))
     sums, _ = jax.lax.scan(body, zeros, (h, targets, mask))
     return _with_total(sums, z_coef)
+
+
+def _gathered(head: Array) -> Array:
+    """The head with whole columns, once before the loop, where XLA would gather it once a chunk."""
+    return constrain(head, None, 'vocab')
 
 
 def _with_total(sums: Array, z_coef: float) -> tuple[Array, ...]:
@@ -153,10 +157,12 @@ def _sums_forward(h: Array, head: Array, targets: Array, mask: Array, z_coef: fl
         d_head = d_head + jnp.einsum('scd,scv->sdv', h, d_logits, preferred_element_type=wide)
         return (sums + more, d_head), jnp.einsum('scv,dv->scd', d_logits, head)
 
-    # Every shard adds up a gradient of its own; they meet once, after the loop.
+    head = _gathered(head)
+    # Every shard adds up a gradient of its own; they meet once, after the loop, each device to keep its own part.
     d_head = constrain(jnp.zeros((shards, *head.shape), wide), 'shards', None, 'vocab')
     (sums, d_head), d_h = jax.lax.scan(body, (jnp.zeros((3,), wide), d_head), (h, targets, mask))
-    return _with_total(sums, z_coef), (d_h, d_head.sum(axis=0).astype(head.dtype))
+    d_head = constrain(d_head.sum(axis=0), 'embed', 'vocab')
+    return _with_total(sums, z_coef), (d_h, d_head.astype(head.dtype))
 
 
 def _sums_backward(z_coef: float, residuals: tuple[Array, Array], cotangents: tuple) -> tuple:

@@ -156,7 +156,7 @@ OPTIONS: dict[str, Any] = {
         ),
         'embedding_gradient': Option(
             'auto', 'How the gradient of the embedding adds up its tokens: by XLA\'s "scatter"; "sorted", in one order on every device; "auto"'
-            ' is sorted on one GPU, where a scatter in one order takes longer, and scatter elsewhere.',
+            ' is sorted on GPUs, where a scatter in one order takes longer, and scatter elsewhere.',
             one_of('auto', 'scatter', 'sorted'),
         ),
         'layers': {},  # groups of options by the name that a pattern calls them: models/pattern.py

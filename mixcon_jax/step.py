@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from mixcon_jax import optim
 from mixcon_jax.errors import UserError
@@ -24,7 +24,7 @@ from mixcon_jax.loss import cross_entropy
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
-from mixcon_jax.parallel import apart, axes, layout
+from mixcon_jax.parallel import apart, axes, layout, magnitude
 from mixcon_jax.parallel.rules import on_mesh
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, rates, to_state, undecayed
 from mixcon_jax.xla_flags import compiler_options
@@ -271,7 +271,7 @@ def train_step(
     loss, metrics, grads = gradients_of(batch, state.params, state.buffers, key, divisor)
 
     # ----- update -----
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = magnitude.norm(grads, param_specs)
     if config.optim.clip_norm:
         factor = config.optim.clip_norm / jnp.maximum(grad_norm, config.optim.clip_norm)
         grads = jax.tree.map(lambda g: g * factor, grads)
@@ -291,6 +291,7 @@ def train_step(
         bad_steps=jnp.where(bad, state.bad_steps + 1, 0),
         skipped=state.skipped + bad,
     )
+    whole = jax.tree.map(lambda _: PartitionSpec(), state.buffers)
     metrics |= {
         'grad_norm': grad_norm,
         'learning_rate': config.optim.learning_rate * rate,
@@ -298,19 +299,9 @@ def train_step(
         'bad': bad,
         'bad_steps': state.bad_steps,
         'skipped': state.skipped,
-        'broken': ~all_finite((state.params, state.buffers)),
+        'broken': ~magnitude.all_finite((state.params, state.buffers), (param_specs, whole)),
     }
     return state, metrics
-
-
-def all_finite(tree: Tree) -> Bool[Array, '']:
-    """Whether no array of floating-point numbers holds NaN or an infinity.
-
-    By the largest magnitude, which NaN passes through: a reduction that XLA makes fast, where ``isfinite`` takes
-    as long on a CPU as the whole update.
-    """
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
-    return jnp.all(jnp.stack([jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in leaves]) < jnp.inf)
 
 
 def eval_step(config: ml_collections.ConfigDict, model: Model, batch: Batch) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from mixcon_jax.errors import ConfigError
 from mixcon_jax.parallel import apart, layout
 from mixcon_jax.parallel.axes import RULES
 from mixcon_jax.parallel.rules import current, on_mesh
-from tests.test_meshes import CONVOLUTIONS, INNER, MATRICES, RWKV, assert_same, one_step, wanted
+from tests.test_meshes import CONVOLUTIONS, INNER, MATRICES, RWKV, SORTED, assert_same, one_step, wanted
 from tests.training import mesh_of, step_config
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -26,6 +26,8 @@ CASES = [
     slow({'data': 2, 'context': 2}, CONVOLUTIONS),
     slow({'data': 2, 'context': 2, 'tensor': 2}, MATRICES),
     slow({'data': 4, 'tensor': 2}, RWKV),
+    slow({'data': 4}, SORTED),
+    slow({'data': 2, 'fsdp': 2, 'tensor': 2}, SORTED),
 ]
 
 

@@ -56,6 +56,7 @@ CONVOLUTIONS = {
     'model__hyena__filter_width': 8,
     'model__hyena__features': 5,
 }
+SORTED = {'model__pattern': ('attention+mlp',), 'model__embedding_gradient': 'sorted'}
 SIXTEEN = {'model__moe__num_experts': 16}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MESHES = [
@@ -76,6 +77,8 @@ MESHES = [
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, PANGU),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, RWKV),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, {'model__pattern': ('gla+mlp',)}),
+    slow({'fsdp': 2, 'context': 2, 'tensor': 2}, SORTED),
+    slow({'data': 2, 'fsdp': 4}, SORTED),
     slow({'expert': 4, 'tensor': 2}, INNER),
     slow({'fsdp': 2, 'context': 2, 'expert': 2}, INNER),
     slow({'fsdp': 2, 'context': 2, 'tensor': 2}, CONVOLUTIONS),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mixcon_jax import config as configs
-from mixcon_jax import optim, startup, step
+from mixcon_jax import optim, startup
 from mixcon_jax import train as train_module
 from mixcon_jax.commands import _step
 from mixcon_jax.errors import Exit, UserError
@@ -231,7 +231,7 @@ def test_scores_that_are_no_numbers_end_no_run_as_done(folder, tmp_path, monkeyp
 
 def test_an_update_that_leaves_no_numbers_ends_the_run_and_is_not_saved(folder, tmp_path, monkeypatch, capsys):
     workdir = copy_of(folder, tmp_path, 2)
-    monkeypatch.setattr(step, 'all_finite', lambda tree: jnp.bool_(False))
+    monkeypatch.setattr('mixcon_jax.parallel.magnitude.all_finite', lambda tree, specs: jnp.bool_(False))
     assert train(small(folder, checkpoint__every=1), workdir).exit_code == Exit.ABORTED
     assert 'the update of step 3' in capsys.readouterr().out and saved.steps(workdir / 'checkpoints') == [2]
     aborted = last(read(workdir / 'metrics.jsonl'), kind='run')

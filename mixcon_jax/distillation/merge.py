@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
@@ -41,8 +42,9 @@ def merge(
     params, model, count = merged(trees['params'], config.model)
     if not count:
         raise UserError(f'no layer of {workdir} has anything to merge')
-    before, after = _logits(trees, config.model), _logits(trees | {'params': params}, model)
-    difference = float(jnp.abs(after - before).max() / jnp.abs(before).max())
+    # NumPy's maximum is NaN where there is one; XLA:CPU's is not.
+    before, after = (np.asarray(x) for x in (_logits(trees, config.model), _logits(trees | {'params': params}, model)))
+    difference = float(np.abs(after - before).max() / np.abs(before).max())
     fewer = sum(leaf.size for leaf in jax.tree.leaves(trees['params'])) - sum(x.size for x in jax.tree.leaves(params))
     config.model = model
     derived.write(folder, config, trees | {'params': params}, meta, workdir, say)

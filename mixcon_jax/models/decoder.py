@@ -15,7 +15,7 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.embedding import lookup
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, stream_norm
 from mixcon_jax.models.pattern import resolve
-from mixcon_jax.parallel.layout import constrain, stream
+from mixcon_jax.parallel.layout import stream
 
 POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -38,13 +38,10 @@ def written_out(config) -> int:
 
 
 def embedding_gradient(config) -> str:
-    """What ``config.embedding_gradient`` comes to: 'sorted' or 'scatter'.
-
-    On a mesh all devices' tokens would have to be sorted together.
-    """
+    """What ``config.embedding_gradient`` comes to: 'sorted' or 'scatter'."""
     if config.embedding_gradient != 'auto':
         return config.embedding_gradient
-    return 'sorted' if platform.platform() == 'gpu' and jax.sharding.get_abstract_mesh().size <= 1 else 'scatter'
+    return 'sorted' if platform.platform() == 'gpu' else 'scatter'
 
 
 class Decoder(nnx.Module):
@@ -109,9 +106,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, 'b t']) -> Float[Array, 'b t d']:
         """Returns the features that the first block reads."""
-        # Gathered as a whole: XLA would otherwise look up columns, and exchange features.
-        table = constrain(self.embedding[...], 'vocab', None)
-        x = stream(lookup(table, tokens, embedding_gradient(self.config)).astype(self.dtype))
+        x = stream(lookup(self.embedding[...], tokens, self.dtype, embedding_gradient(self.config)))
         return x if self.embedding_norm is None else stream(self.embedding_norm(x))
 
     def block(self, index: int | Int[Array, '']) -> Block:

@@ -6,30 +6,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mixcon_jax.parallel.layout import constrain
+from mixcon_jax.parallel.split import axes_of, by_parts, shards_of
 
-def lookup(table: Float[Array, 'v d'], tokens: Int[Array, '*b'], gradient: str = 'scatter') -> Float[Array, '*b d']:
-    """The rows of a table by their indices.
+PARTS = {'b': 'batch', 't': 'sequence'}  # what devices have of their own: the logical axes of these dimensions
+
+
+def lookup(
+    table: Float[Array, 'v d'], tokens: Int[Array, 'b t'], dtype: jnp.dtype, gradient: str = 'scatter'
+) -> Float[Array, 'b t d']:
+    """The rows of a table by their indices, in the type that the model computes in.
 
     Args:
       table: one row a token of the vocabulary.
       tokens: indices below the number of rows.
+      dtype: of the result.
       gradient: of the table, 'scatter', XLA's, which on a GPU adds in whatever order its threads come; or 'sorted', by
-        `sums_by_token`, which has one order.
+        `sums_by_token`, which has one order. On a mesh each device adds up its own tokens, and devices meet once.
     """
-    return _sorted_lookup(table, tokens, len(table)) if gradient == 'sorted' else table[tokens]
+    if gradient == 'sorted':
+        return _sorted_lookup(table, tokens, dtype, jax.ShapeDtypeStruct(table.shape, table.dtype))
+    return _gathered(table)[tokens].astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _sorted_lookup(table: Array, tokens: Array, vocab_size: int) -> Array:
-    return table[tokens]
+def _gathered(table: Array) -> Array:
+    """The table with whole rows: XLA would otherwise look up parts of them, and exchange features."""
+    return constrain(table, 'vocab', None)
 
 
-def _forward(table: Array, tokens: Array, vocab_size: int) -> tuple[Array, Array]:
-    return table[tokens], tokens
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sorted_lookup(table: Array, tokens: Array, dtype: jnp.dtype, like: jax.ShapeDtypeStruct) -> Array:
+    return _gathered(table.astype(dtype))[tokens]
 
 
-def _backward(vocab_size: int, tokens: Array, dy: Array) -> tuple[Array, None]:
-    return sums_by_token(dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1), vocab_size).astype(dy.dtype), None
+def _forward(table: Array, tokens: Array, dtype: jnp.dtype, like: jax.ShapeDtypeStruct) -> tuple[Array, Array]:
+    return _sorted_lookup(table, tokens, dtype, like), tokens
+
+
+def _backward(dtype: jnp.dtype, like: jax.ShapeDtypeStruct, tokens: Array, dy: Array) -> tuple[Array, None]:
+    across = [axes_of(axis) for axis, size in zip(PARTS.values(), tokens.shape) if shards_of(axis, size) > 1]
+
+    def own(rows: Array, tokens: Array) -> Array:
+        sums = sums_by_token(rows.reshape(-1, rows.shape[-1]), tokens.reshape(-1), like.shape[0])
+        return jax.lax.psum(sums, sum(across, ())) if across else sums
+
+    sums = by_parts(own, {'rows': dy, 'tokens': tokens}, {'rows': 'b t d', 'tokens': 'b t'}, 'v d', PARTS)
+    return constrain(sums, 'vocab', 'embed').astype(like.dtype), None
 
 
 _sorted_lookup.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.compiled_step                                     # the ladder's models
     python -m tests.benchmarks.compiled_step 'dense 856M' --variant model.remat=selective --variant model.remat=block
+    python -m tests.benchmarks.compiled_step 'dense 856M' --gpus 8 --variant mesh.fsdp=8
 
 Nothing runs, and a count is no speed. Each rung is compiled in a process of its own, since a compiler that aborts takes
 its process along, as it is and once for each `--variant`: options to set, `KEY=VALUE` with spaces between.
@@ -9,9 +10,12 @@ JAX_PLATFORMS=cpu, extra `plan`.
 
 The columns: memory at the peak; kernels launched; conditions of loops whose rounds depend on data, each of which the
 host waits for; GiB read and written by kernels, and of those in float32; the necessary GiB and the ratio; operations in
-matrix products as a multiple of the model's own (models/accounting); CPU seconds to trace and to compile, all threads
-together. Of a loop of unknown rounds `--rounds` are counted: by default (n + 1) / 2, n blocks of attention in a row,
-the mean of a causal triangle.
+matrix products as a multiple of the model's own (models/accounting); exchanges with other GPUs and the GiB sent, by
+rings; CPU seconds to trace and to compile, all threads together. Of a loop of unknown rounds `--rounds` are counted: by
+default (n + 1) / 2, n blocks of attention in a row, the mean of a causal triangle.
+
+Of several GPUs, each with as many rows as a rung has, all figures are one's. They are data parallel unless a variant
+arranges them otherwise. Where it splits the inside of layers or the tokens of a row, the necessary counts too much.
 
 Necessary are, of P parameters with AdamW, 32 P bytes (the gradient written; parameter, gradient and both moments read;
 parameter and moments written, all float32) and twice the bytes of what the backward pass keeps with
@@ -35,8 +39,8 @@ PRODUCTS = ('triton', 'cublas')
 MODELS = ('dense 75M', 'dense 856M', 'Mamba', '2:6 Conba', '2:6 Conba, 8 experts')
 
 
-def configuration(name: str, options: Sequence[str] = (), tiny: bool = False) -> Any:
-    """A rung's configuration, resolved, with options set: `key=value`."""
+def configuration(name: str, options: Sequence[str] = (), tiny: bool = False, gpus: int = 1) -> Any:
+    """A rung's configuration, resolved, with options set, `key=value`, and as many rows for each of several GPUs."""
     from mixcon_jax import config as configs
     from tests.benchmarks.ladder import RUNGS, shrunk
 
@@ -47,32 +51,34 @@ def configuration(name: str, options: Sequence[str] = (), tiny: bool = False) ->
             configs.put(config, key, ast.literal_eval(value))
         except (ValueError, SyntaxError):  # a word
             configs.put(config, key, value)
-    return configs.validate(config)
+    config.train.batch_size *= gpus
+    return configs.validate(config, gpus)
 
 
-def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCTS[0]) -> dict[str, Any]:
-    """The counts of a configuration's train step.
+def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCTS[0], gpus: int = 1) -> dict[str, Any]:
+    """The counts of a configuration's train step, on one device of however many.
 
     Args:
       config: resolved.
       target: of `planning.hardware.TARGETS`.
       rounds: of a loop whose number is not known; 0 takes those of a causal triangle.
       products: what computes matrix products, of `PRODUCTS`: a GPU that is there would choose one by one.
+      gpus: of one host, arranged by `config.mesh`.
     """
     import jax
 
     from mixcon_jax.models.accounting import flops_per_token, parameter_count
     from mixcon_jax.parallel.mesh import make_mesh
     from mixcon_jax.planner import programs
-    from mixcon_jax.planning import hlo
+    from mixcon_jax.planning import collectives, hlo
     from mixcon_jax.planning.compiling import devices
     from mixcon_jax.step import make_steps
 
-    device = devices(target)[0]
-    length, rows = config.data.seq_len, config.train.batch_size
+    device, *others = devices(target, devices_per_host=gpus)
+    length, rows = config.data.seq_len, config.train.batch_size // gpus
     with jax.default_device(device):  # kernels ask for its architecture
         rounds = rounds or programs.unknown_rounds(config)
-        steps = make_steps(config, make_mesh(config.mesh, [device]))
+        steps = make_steps(config, make_mesh(config.mesh, [device, *others]))
         start = time.process_time()
         lowered = programs.train_step(config, steps)
         traced = time.process_time()
@@ -84,16 +90,19 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     by_name: dict[str, int] = {}
     for loop in loops:
         by_name[loop.operation] = by_name.get(loop.operation, 0) + loop.entered
-    parameters = parameter_count(config.model).total
-    kept = kept_bytes(config, device)
+    kept, kernels = kept_bytes(config, rows, device), hlo.kernels(module, rounds)
+    exchanges = collectives.exchanges(kernels, steps.mesh.shape, [0] * gpus)
+    own = programs.shard_bytes(steps.abstract_state.params)
     return {
-        'parameters': parameters,
+        'parameters': parameter_count(config.model).total,
         'peak': compiled.memory_analysis().peak_memory_in_bytes,
-        **hlo.totals(hlo.kernels(module, rounds)),
+        **hlo.totals(kernels),
+        'exchanges': sum(exchange.count for exchange in exchanges),
+        'sent': sum(exchange.sent for exchange in exchanges),
         'conditions': round(sum(loop.entered for loop in loops) * (rounds + 1)),
         'rounds': rounds,
         'unknown': by_name,
-        'necessary': 32 * parameters + 2 * kept * config.train.accum_steps,
+        'necessary': 8 * own + 2 * kept * config.train.accum_steps,
         'kept': kept,
         'flops_of_model': flops_per_token(config.model, length) * rows * length,
         'traced': seconds[0],
@@ -101,8 +110,11 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     }
 
 
-def kept_bytes(config: Any, device: Any) -> int:
-    """Bytes that the backward pass of one microbatch keeps when remat is selective, weights left out."""
+def kept_bytes(config: Any, rows: int, device: Any) -> int:
+    """Bytes that the backward pass of a microbatch, of so many rows a step, keeps when remat is selective.
+
+    Weights are left out.
+    """
     import jax
     from flax import nnx
 
@@ -112,7 +124,7 @@ def kept_bytes(config: Any, device: Any) -> int:
     config = config.copy_and_resolve_references()
     config.model.remat = 'selective'
     graphdef, params, rest = nnx.split(abstract(config.model), nnx.Param, ...)
-    tokens = jax.ShapeDtypeStruct((config.train.batch_size // config.train.accum_steps, config.data.seq_len), 'int32')
+    tokens = jax.ShapeDtypeStruct((rows // config.train.accum_steps, config.data.seq_len), 'int32')
 
     def pullback(params: Any, rest: Any, tokens: Any) -> Any:
         context = Context(tokens, tokens, rng=jax.random.key(0), train=True)
@@ -125,11 +137,17 @@ def kept_bytes(config: Any, device: Any) -> int:
 
 
 def in_a_process(
-    name: str, options: Sequence[str], target: str, rounds: float = 0, products: str = PRODUCTS[0], tiny: bool = False
+    name: str,
+    options: Sequence[str],
+    target: str,
+    rounds: float = 0,
+    products: str = PRODUCTS[0],
+    tiny: bool = False,
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """`figures` of a rung, from a process of its own, or ``{'error': its last lines}``."""
     command = [sys.executable, '-m', 'tests.benchmarks.compiled_step', '--one', name, '--target', target]
-    command += ['--rounds', str(rounds), '--products', products, *(['--tiny'] if tiny else [])]
+    command += ['--rounds', str(rounds), '--products', products, '--gpus', str(gpus), *(['--tiny'] if tiny else [])]
     command += [argument for option in options for argument in ('--variant', option)]
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'MIXCON_TRUST_UNVERIFIED': '1'}
     try:
@@ -143,7 +161,7 @@ def in_a_process(
 
 HEADER = (
     f'{"rung":44}{"peak GiB":>9}{"kernels":>9}{"waits":>7}{"GiB":>8}{"float32":>9}{"necessary":>11}{"ratio":>7}'
-    f'{"products":>10}{"trace s":>9}{"compile s":>11}'
+    f'{"products":>10}{"exchanges":>11}{"GiB sent":>10}{"trace s":>9}{"compile s":>11}'
 )
 
 
@@ -154,7 +172,8 @@ def line(name: str, found: dict[str, Any]) -> str:
     return (
         f'{name:44}{found["peak"] / GIB:9.2f}{found["kernels"]:9,}{found["conditions"]:7,}{found["bytes"] / GIB:8.1f}'
         f'{found["float32"] / GIB:9.1f}{found["necessary"] / GIB:11.1f}{found["bytes"] / found["necessary"]:7.1f}'
-        f'{found["flops"] / found["flops_of_model"]:10.2f}{found["traced"]:9.1f}{found["compiled"]:11.1f}'
+        f'{found["flops"] / found["flops_of_model"]:10.2f}{found["exchanges"]:11,}{found["sent"] / GIB:10.2f}'
+        f'{found["traced"]:9.1f}{found["compiled"]:11.1f}'
     )
 
 
@@ -165,23 +184,27 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument('--target', default='h100')
     parser.add_argument('--rounds', type=float, default=0, help='of a loop whose number of rounds is not known')
     parser.add_argument('--products', choices=PRODUCTS, default=PRODUCTS[0], help='what computes matrix products')
+    parser.add_argument(
+        '--gpus', type=int, default=1, help="of one host, each with the rung's rows; --variant mesh.fsdp=8"
+    )
     parser.add_argument('--tiny', action='store_true', help='small sizes, to try the script')
     parser.add_argument('--json', action='store_true', help='every figure, as JSON')
     parser.add_argument('--one', metavar='RUNG', help=argparse.SUPPRESS)  # in this process
     args = parser.parse_args(arguments)
     if args.one:
-        config = configuration(args.one, args.variant, args.tiny)
-        print(json.dumps(figures(config, args.target, args.rounds, args.products)))
+        config = configuration(args.one, args.variant, args.tiny, args.gpus)
+        print(json.dumps(figures(config, args.target, args.rounds, args.products, args.gpus)))
         return
     from tests.benchmarks.ladder import RUNGS
 
     if unknown := [name for name in args.rungs if name not in RUNGS]:
         parser.error(f'no rung {unknown[0]!r}; there are {", ".join(RUNGS)}')
     if not args.json:
-        print(f'compiled for an absent {args.target}\n{HEADER}', flush=True)
+        print(f'compiled for {args.gpus} absent {args.target}, each\n{HEADER}', flush=True)
     for name in args.rungs or MODELS:
         for variant in ['', *args.variant]:
-            found = in_a_process(name, variant.split(), args.target, args.rounds, args.products, args.tiny)
+            settings = args.target, args.rounds, args.products, args.tiny, args.gpus
+            found = in_a_process(name, variant.split(), *settings)
             title = f'{name}: {variant}' if variant else name
             print(json.dumps({title: found}) if args.json else line(title, found), flush=True)
             if not args.json:

@@ -1,11 +1,18 @@
 """The embedding's gradient by sorted tokens, against sums in float64 and XLA's scatter."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixcon_jax import config as configs
 from mixcon_jax.models.embedding import lookup, sums_by_token
+from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.axes import RULES
+from mixcon_jax.parallel.mesh import make_mesh
+from mixcon_jax.parallel.rules import on_mesh
 from mixcon_jax.step import make_steps
 from mixcon_jax.trees import named_leaves
 from tests.training import mesh_of, random_batch, step_config
@@ -45,11 +52,43 @@ def test_the_sorted_gradient_equals_the_scatter(dtype):
     dy = jnp.asarray(np.random.default_rng(3).normal(size=(4, 50, WIDTH)), dtype)
 
     def both(gradient):
-        return jax.vjp(lambda table: lookup(table, tokens, gradient).astype(dtype), table)
+        return jax.vjp(lambda table: lookup(table, tokens, jnp.dtype(dtype), gradient), table)
 
     (y, sorted_vjp), (want, scatter_vjp) = both('sorted'), both('scatter')
     np.testing.assert_array_equal(y, want)
     np.testing.assert_allclose(sorted_vjp(dy)[0], scatter_vjp(dy)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'mesh',
+    [{'data': 2, 'context': 2, 'tensor': 2}, {'fsdp': 4, 'context': 2}, {'fsdp': 2, 'expert': 2, 'tensor': 2}],
+    ids=str,
+)
+def test_each_device_adds_up_its_own_tokens(mesh):
+    """On a mesh: the same sums, though no device sorts more than its own tokens; parts of the table lie on several."""
+    config = configs.default().mesh
+    config.update({'data': 1} | mesh)
+    made = make_mesh(config, jax.devices())
+    vocab, width, rows, length = 40, 12, 8, 6
+    table = jnp.asarray(np.random.default_rng(4).normal(size=(vocab, width)), jnp.float32)
+    tokens = jnp.asarray(np.random.default_rng(5).integers(0, vocab, (rows, length)), jnp.int32)
+    dy = jnp.asarray(np.random.default_rng(6).normal(size=(rows, length, width)), jnp.float32)
+
+    def both(table, tokens, dy):
+        y, pull = jax.vjp(lambda table: lookup(table, tokens, dy.dtype, 'sorted'), table)
+        return y, pull(dy)[0]
+
+    with on_mesh(made, RULES):
+        placed = jax.tree.map(lambda x: jax.device_put(x, layout.replicated(made)), (table, tokens, dy))
+        compiled = jax.jit(both).lower(*placed).compile()
+        y, d_table = compiled(*placed)
+    want = np.zeros((vocab, width))
+    np.add.at(want, np.asarray(tokens).reshape(-1), np.asarray(dy, np.float64).reshape(-1, width))
+    np.testing.assert_array_equal(y, table[tokens])
+    np.testing.assert_allclose(d_table, want, rtol=1e-5, atol=1e-6)
+    own = rows * length * mesh.get('tensor', 1) // made.size
+    sorted_ = re.findall(r'= \(?s32\[(\d+)\].* sort\(', compiled.as_text())
+    assert set(sorted_) == {str(own)}
 
 
 def test_its_program_scatters_nothing():

@@ -83,6 +83,16 @@ def test_ceilings(rung, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('mesh, kernels, sent', [('mesh.data=8', 680, 0.51), ('mesh.fsdp=8', 630, 0.45)])
+def test_ceilings_of_one_of_eight_gpus(mesh, kernels, sent):
+    """The dense 75M model: launches, and the GiB that a GPU sends the others."""
+    pytest.importorskip('tokamax', reason='tokamax, of the extra "gpu", is not installed')
+    found = in_a_process('dense 75M', (mesh,), 'h100', gpus=8)
+    assert 'error' not in found, found
+    assert found['kernels'] <= kernels and found['sent'] / GIB <= sent and found['conditions'] == 0, found
+
+
+@pytest.mark.slow
 def test_the_dense_75m_step_launches_at_most_60_kernels_a_layer_and_60():
     """With products by cuBLAS; Triton's splits of a sum, which only a GPU could choose by timing, add a kernel each."""
     pytest.importorskip('tokamax', reason='tokamax, of the extra "gpu", is not installed')

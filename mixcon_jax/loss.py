@@ -158,7 +158,8 @@ def _sums_forward(h: Array, head: Array, targets: Array, mask: Array, z_coef: fl
         return (sums + more, d_head), jnp.einsum('scv,dv->scd', d_logits, head)
 
     head = _gathered(head)
-    # Every shard adds up a gradient of its own; they meet once, after the loop, each device to keep its own part.
+    # Every shard adds up a gradient of its own; they meet once, after the loop. Of its part alone each device needs the
+    # sum: XLA exchanges no more than that where no other axis has tokens.
     d_head = constrain(jnp.zeros((shards, *head.shape), wide), 'shards', None, 'vocab')
     (sums, d_head), d_h = jax.lax.scan(body, (jnp.zeros((3,), wide), d_head), (h, targets, mask))
     d_head = constrain(d_head.sum(axis=0), 'embed', 'vocab')

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mixcon_jax import config as configs
 from mixcon_jax import loss
 from mixcon_jax.loss import cross_entropy
 from mixcon_jax.parallel import layout
+from mixcon_jax.parallel.axes import RULES
 from mixcon_jax.parallel.mesh import make_mesh
+from mixcon_jax.parallel.rules import on_mesh
 from tests.jaxprs import operations
 
 SIZES = [(1, 1, 3, 5), (3, 7, 5, 11), (4, 13, 8, 257), (2, 64, 16, 33)]  # B, T, D, V
@@ -108,6 +111,23 @@ def test_what_devices_share_out_changes_nothing(rows, tokens, tensor):
     (want, *_), want_grads = dense(hidden, head, targets, mask, 0.0)
     np.testing.assert_allclose(found, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, tuple(want_grads))
+
+
+def test_each_device_gets_its_part_of_the_heads_gradient():
+    hidden, head, targets, mask = problem(3, 8, 9, 8, 32)
+    config = configs.default().mesh
+    config.update(data=1, fsdp=4, tensor=2)
+    mesh = make_mesh(config, jax.devices())
+    parts = NamedSharding(mesh, layout.partition_spec(('embed', 'vocab'), head.shape, mesh, RULES))
+    assert parts.spec == PartitionSpec(('fsdp',), ('tensor',))
+
+    def total(head):
+        with on_mesh(mesh, RULES):
+            return cross_entropy(hidden, head, targets, mask, chunk=4)[0]
+
+    found = jax.jit(jax.grad(total))(jax.device_put(head, parts))
+    assert found.sharding.is_equivalent_to(parts, 2)
+    np.testing.assert_allclose(found, dense(hidden, head, targets, mask, 0.0)[1][1], rtol=1e-4, atol=1e-5)
 
 
 def test_without_gradient_the_sums_are_the_same():

@@ -16,17 +16,21 @@ from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.parallel.rules import on_mesh
 
 SHAPES = {
-    'scalar': (), 'none': (0, 4), 'one': (1,), 'vector': (8,), 'small': (4, 6), 'odd': (3, 7), 'stack': (2, 12, 8),
-    'rows': (8, 9001),
+    'scalar': (), 'none': (0, 4), 'one': (1,), 'odd': (3, 7), 'rows': (8, 9001), 'narrow': (4, 8209, 3),
+    'column': (65537, 1), 'vector': (8,), 'other': (10,), 'wide': (4, 70000),
+    'small': (4, 6), 'stack': (2, 12, 8), 'large': (2, 400, 400),
 }  # fmt: skip
 SPECS = {name: PartitionSpec() for name in SHAPES} | {
     'vector': PartitionSpec('fsdp'),
+    'other': PartitionSpec('fsdp'),
+    'wide': PartitionSpec(None, ('fsdp',)),
     'small': PartitionSpec(('fsdp', 'data'), None),
     'stack': PartitionSpec(None, 'fsdp', 'tensor'),
-    'rows': PartitionSpec(None, None),
+    'large': PartitionSpec(None, 'tensor', 'fsdp'),
 }
+WAYS = 4  # of splitting: not at all, and three sets of axes
 MESHES = [{}, {'fsdp': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2}]
-assert np.prod(SHAPES['rows']) > magnitude.SMALL > np.prod(SHAPES['stack'])
+assert np.prod(SHAPES['large']) // 4 > magnitude.SMALL  # on each device
 
 
 def tree(seed, dtype=np.float32):
@@ -40,14 +44,15 @@ def run(function, *mesh):
     config = configs.default().mesh
     config.update({'data': 1} | dict(mesh))
     made = make_mesh(config, jax.devices()[: int(np.prod([size for _, size in mesh]))])
+    spec = lambda name: SPECS.get(name, PartitionSpec()) if mesh else PartitionSpec()
 
     @jax.jit
     def compiled(values):
         with on_mesh(made, RULES):
-            return function(values, {name: SPECS.get(name, PartitionSpec()) for name in values})
+            return function(values, {name: spec(name) for name in values})
 
     return compiled, lambda values: {
-        name: jax.device_put(x, NamedSharding(made, SPECS.get(name, PartitionSpec()))) for name, x in values.items()
+        name: jax.device_put(x, NamedSharding(made, spec(name))) for name, x in values.items()
     }
 
 
@@ -65,6 +70,7 @@ def test_the_norm_against_float64(mesh, seed, dtype):
 def test_one_number_that_is_not_finite_is_found_wherever_it_is(mesh, value):
     compiled, put = run(magnitude.all_finite, *mesh.items())
     values = tree(0) | {'step': np.int32(2**31 - 1), 'least': np.full((), -3e38, np.float32)}
+    values['narrow'][:] = 3e38  # their sum is not finite
     values['odd'] = values['odd'].astype(jnp.bfloat16)
     assert compiled(put(values))
     for name in values.keys() - {'none', 'step'}:
@@ -74,7 +80,9 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(mesh, value):
             assert not compiled(put(spoilt)), (name, place)
 
 
-def test_devices_exchange_a_number_for_each_way_of_splitting_not_for_each_array():
-    compiled, put = run(magnitude.norm, *MESHES[-1].items())
+@pytest.mark.parametrize('function', [magnitude.norm, magnitude.all_finite])
+def test_devices_exchange_a_number_for_each_way_of_splitting_not_for_each_array(function):
+    compiled, put = run(function, *MESHES[-1].items())
     text = compiled.lower(put(tree(0))).compile().as_text()
-    assert len(re.findall(r'= f32\[\S* all-reduce\(', text)) == 3
+    taken = [part.count('%') for part in re.findall(r' all-reduce\(([^)]*)\)', text)]
+    assert sum(taken) == WAYS - 1, text

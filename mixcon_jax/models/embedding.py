@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixcon_jax.parallel.layout import constrain
-from mixcon_jax.parallel.split import axes_of, by_parts, shards_of
-
-PARTS = {'b': 'batch', 't': 'sequence'}  # what devices have of their own: the logical axes of these dimensions
+from mixcon_jax.parallel.split import TOKENS, axes_of, by_parts, shards_of
 
 
 def lookup(
@@ -26,7 +24,7 @@ def lookup(
     """
     if gradient == 'sorted':
         return _sorted_lookup(table, tokens, dtype, jax.ShapeDtypeStruct(table.shape, table.dtype))
-    return _gathered(table)[tokens].astype(dtype)
+    return _gathered(table)[tokens].astype(dtype)  # in this order, since a scatter adds up in its array's type
 
 
 def _gathered(table: Array) -> Array:
@@ -44,13 +42,14 @@ def _forward(table: Array, tokens: Array, dtype: jnp.dtype, like: jax.ShapeDtype
 
 
 def _backward(dtype: jnp.dtype, like: jax.ShapeDtypeStruct, tokens: Array, dy: Array) -> tuple[Array, None]:
-    across = [axes_of(axis) for axis, size in zip(PARTS.values(), tokens.shape) if shards_of(axis, size) > 1]
+    across = [axes_of(axis) for axis, size in zip(TOKENS.values(), tokens.shape) if shards_of(axis, size) > 1]
 
     def own(rows: Array, tokens: Array) -> Array:
         sums = sums_by_token(rows.reshape(-1, rows.shape[-1]), tokens.reshape(-1), like.shape[0])
         return jax.lax.psum(sums, sum(across, ())) if across else sums
 
-    sums = by_parts(own, {'rows': dy, 'tokens': tokens}, {'rows': 'b t d', 'tokens': 'b t'}, 'v d', PARTS)
+    sums = by_parts(own, {'rows': dy, 'tokens': tokens}, {'rows': 'b t d', 'tokens': 'b t'}, 'v d', TOKENS)
+    # Of its part alone each device needs the sum. XLA exchanges no more than that where no other axis has tokens.
     return constrain(sums, 'vocab', 'embed').astype(like.dtype), None
 
 

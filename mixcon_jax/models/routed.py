@@ -33,12 +33,11 @@ from mixcon_jax.parallel import expert_parallel, experts
 from mixcon_jax.parallel.apart import total
 from mixcon_jax.parallel.layout import constrain
 from mixcon_jax.parallel.shared import shared
-from mixcon_jax.parallel.split import axes_of, by_parts, shards_of
+from mixcon_jax.parallel.split import TOKENS, axes_of, by_parts, shards_of
 
 TITLE = 'experts: share of tokens'  # of the statistics' table
 METHODS = ('padded', 'ragged')  # those of parallel.expert_parallel
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
-TOKENS = {'b': 'batch', 't': 'sequence'}  # what devices share out: no token needs another's experts
 DIMS = {
     'x': 'b t d', 'chosen': 'b t k', 'weights': 'b t k', 'mask': 'b t k',
     'w_gate': 'e d f', 'w_up': 'e d f', 'w_down': 'e f o',

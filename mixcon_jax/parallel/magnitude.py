@@ -5,19 +5,20 @@ number of its own for devices to exchange and to add. So the rows of large array
 comes of them, with the small arrays as they are, all at once.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mixcon_jax.trees import Tree
 
 SMALL = 2**16  # numbers of an array that is not worth a launch of its own
+ROW = 128  # numbers of a row at least, where the array has as many
 
 
 def norm(tree: Tree, specs: Tree) -> Float[Array, '']:
@@ -27,59 +28,51 @@ def norm(tree: Tree, specs: Tree) -> Float[Array, '']:
       tree: of arrays.
       specs: the PartitionSpec of each, on the mesh of the step that is being traced.
     """
-    by_axes: dict[tuple[str, ...], list[int]] = defaultdict(list)  # what splits arrays, and which
-    for index, spec in enumerate(jax.tree.leaves(specs)):
-        by_axes[tuple(sorted(_axes(spec)))].append(index)
-
-    shared_out = jax.sharding.get_abstract_mesh().size > 1
-
-    def own(leaves: Sequence[Array]) -> Array:
-        parts = []
-        for axes, indices in by_axes.items():
-            part = _reduced(jnp.square, jnp.sum, [leaves[index] for index in indices])
-            parts.append(jax.lax.psum(part, axes) if axes and shared_out else part)
-        return jnp.sqrt(sum(parts))
-
-    return _on_every_device(own, tree, specs)
+    return jnp.sqrt(_sum(jnp.square, tree, specs))
 
 
 def all_finite(tree: Tree, specs: Tree) -> Bool[Array, '']:
-    """Whether no array of floating-point numbers holds NaN or an infinity.
+    """Whether no array holds NaN or an infinity.
 
-    By the largest magnitude's bits, as an integer: those of an infinity come after those of every finite number, and
-    those of NaN after them. The largest float would take as long, but XLA:CPU, and libraries that exchange numbers, may
-    put a number above NaN; and ``isfinite`` takes as long on a CPU as the whole update.
+    By a sum of zeros, what each number differs from itself by: for an infinity and for NaN that is NaN. The largest
+    magnitude would not show NaN on a CPU, where XLA may take a number for larger; ``isfinite`` takes it twice as long.
 
     Args:
       tree: of arrays.
       specs: as for `norm`.
     """
-    infinite = np.float32(np.inf).view(np.int32)
+    return _sum(lambda x: x - x, tree, specs) == 0
+
+
+def _sum(each: Callable[[Array], Array], tree: Tree, specs: Tree) -> Float[Array, '']:
+    """The sum of ``each`` number, in float32; every device adds up its own parts, and all come to the same."""
+    leaves, specs = jax.tree.leaves(tree), jax.tree.leaves(specs)
+    by_axes: dict[tuple[str, ...], list[int]] = defaultdict(list)  # what splits arrays, and which
+    for index, (_, spec) in enumerate(zip(leaves, specs, strict=True)):
+        by_axes[tuple(sorted(_axes(spec)))].append(index)
 
     def own(leaves: Sequence[Array]) -> Array:
-        largest = _reduced(lambda x: jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32), jnp.max, leaves)
-        mesh = jax.sharding.get_abstract_mesh()
-        return (jax.lax.pmax(largest, mesh.axis_names) if mesh.size > 1 else largest) < infinite
+        total = jnp.zeros((), jnp.float32)
+        for axes, indices in by_axes.items():
+            rows = jnp.concatenate([_rows(each(leaves[index].astype(jnp.float32))) for index in indices])
+            # Without the barrier XLA would reduce every array by itself again.
+            part = jnp.sum(jax.lax.optimization_barrier(rows))
+            total += jax.lax.psum(part, axes) if axes else part
+        return total
 
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True)
-    floats = [(x, spec) for x, spec in pairs if jnp.issubdtype(x.dtype, jnp.floating)]
-    return _on_every_device(own, *map(list, zip(*floats)))
-
-
-def _reduced(each: Callable[[Array], Array], reduce: Callable[..., Array], leaves: Sequence[Array]) -> Array:
-    """``reduce`` of ``each`` number of all arrays, as float32."""
-    wide = [each(leaf.astype(jnp.float32)) for leaf in leaves]
-    rows = [x.reshape(-1) if x.size <= SMALL else reduce(x, axis=-1).reshape(-1) for x in wide]
-    # Without the barrier XLA would reduce every vector by itself again.
-    return reduce(jax.lax.optimization_barrier(jnp.concatenate(rows)))
-
-
-def _on_every_device(own: Callable[[Sequence[Array]], Array], tree: Tree, specs: Tree) -> Array:
-    """``own`` of the parts of a tree's leaves that each device has; all devices come to the same."""
-    leaves, specs = jax.tree.leaves(tree), jax.tree.leaves(specs)
     if jax.sharding.get_abstract_mesh().size <= 1:
         return own(leaves)
     return jax.shard_map(own, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False)(leaves)
+
+
+def _rows(x: Array) -> Array:
+    """A vector with the same sum: of a large array a number a row, of as many last dimensions as make a row."""
+    if x.size <= SMALL:
+        return x.reshape(-1)
+    first = x.ndim - 1
+    while first and math.prod(x.shape[first:]) < ROW:
+        first -= 1
+    return jnp.sum(x, axis=tuple(range(first, x.ndim))).reshape(-1)
 
 
 def _axes(spec: Any) -> set[str]:

@@ -20,6 +20,7 @@ from mixcon_jax.parallel.rules import current
 from mixcon_jax.parallel.shared import shared
 
 Partition = dict[str, tuple[str, ...]]  # the mesh axes over which each dimension is split
+TOKENS = {'b': 'batch', 't': 'sequence'}  # the axes of what needs nothing of other tokens, `by_parts`
 
 
 def split(call: Call) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ rings; CPU seconds to trace and to compile, all threads together. Of a loop of u
 default (n + 1) / 2, n blocks of attention in a row, the mean of a causal triangle.
 
 Of several GPUs, each with as many rows as a rung has, all figures are one's. They are data parallel unless a variant
-arranges them otherwise. Where it splits the inside of layers or the tokens of a row, the necessary counts too much.
+arranges them otherwise. Where it splits the inside of layers, the necessary counts what that leaves whole as split.
 
 Necessary are, of P parameters with AdamW, 32 P bytes (the gradient written; parameter, gradient and both moments read;
 parameter and moments written, all float32) and twice the bytes of what the backward pass keeps with
@@ -90,7 +90,7 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     by_name: dict[str, int] = {}
     for loop in loops:
         by_name[loop.operation] = by_name.get(loop.operation, 0) + loop.entered
-    kept, kernels = kept_bytes(config, rows, device), hlo.kernels(module, rounds)
+    kept, kernels = kept_bytes(config, rows // config.train.accum_steps, device), hlo.kernels(module, rounds)
     exchanges = collectives.exchanges(kernels, steps.mesh.shape, [0] * gpus)
     own = programs.shard_bytes(steps.abstract_state.params)
     return {
@@ -111,10 +111,7 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
 
 
 def kept_bytes(config: Any, rows: int, device: Any) -> int:
-    """Bytes that the backward pass of a microbatch, of so many rows a step, keeps when remat is selective.
-
-    Weights are left out.
-    """
+    """Bytes that the backward pass of a microbatch of so many rows keeps when remat is selective, but for weights."""
     import jax
     from flax import nnx
 
@@ -124,7 +121,7 @@ def kept_bytes(config: Any, rows: int, device: Any) -> int:
     config = config.copy_and_resolve_references()
     config.model.remat = 'selective'
     graphdef, params, rest = nnx.split(abstract(config.model), nnx.Param, ...)
-    tokens = jax.ShapeDtypeStruct((rows // config.train.accum_steps, config.data.seq_len), 'int32')
+    tokens = jax.ShapeDtypeStruct((rows, config.data.seq_len), 'int32')
 
     def pullback(params: Any, rest: Any, tokens: Any) -> Any:
         context = Context(tokens, tokens, rng=jax.random.key(0), train=True)
@@ -200,7 +197,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     if unknown := [name for name in args.rungs if name not in RUNGS]:
         parser.error(f'no rung {unknown[0]!r}; there are {", ".join(RUNGS)}')
     if not args.json:
-        print(f'compiled for {args.gpus} absent {args.target}, each\n{HEADER}', flush=True)
+        number = 'an' if args.gpus == 1 else f'each of {args.gpus}'
+        print(f'compiled for {number} absent {args.target}\n{HEADER}', flush=True)
     for name in args.rungs or MODELS:
         for variant in ['', *args.variant]:
             settings = args.target, args.rounds, args.products, args.tiny, args.gpus

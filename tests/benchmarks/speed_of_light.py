@@ -34,7 +34,8 @@ def floors(config: Any, device: str) -> dict[str, float]:
     flops, bandwidth = DEVICES[device]
     tokens = config.train.batch_size * config.data.seq_len
     moved = 32 * parameter_count(config.model).total
-    moved += 2 * kept_bytes(config, config.train.batch_size, devices('h100')[0]) * config.train.accum_steps
+    microbatches = config.train.accum_steps
+    moved += 2 * microbatches * kept_bytes(config, config.train.batch_size // microbatches, devices('h100')[0])
     return {
         'products': 1e3 * flops_per_token(config.model, config.data.seq_len) * tokens / flops,
         'bytes': 1e3 * moved / bandwidth,

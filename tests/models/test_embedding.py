@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from mixcon_jax import config as configs
 from mixcon_jax.models.embedding import lookup, sums_by_token
@@ -72,20 +73,22 @@ def test_each_device_adds_up_its_own_tokens(mesh):
     vocab, width, rows, length = 40, 12, 8, 6
     table = jnp.asarray(np.random.default_rng(4).normal(size=(vocab, width)), jnp.float32)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, vocab, (rows, length)), jnp.int32)
-    dy = jnp.asarray(np.random.default_rng(6).normal(size=(rows, length, width)), jnp.float32)
+    dy = jnp.asarray(np.random.default_rng(6).normal(size=(rows, length, width)), jnp.bfloat16)
+    parts = NamedSharding(made, layout.partition_spec(('vocab', 'embed'), table.shape, made, RULES))
 
     def both(table, tokens, dy):
         y, pull = jax.vjp(lambda table: lookup(table, tokens, dy.dtype, 'sorted'), table)
         return y, pull(dy)[0]
 
     with on_mesh(made, RULES):
-        placed = jax.tree.map(lambda x: jax.device_put(x, layout.replicated(made)), (table, tokens, dy))
+        placed = jax.device_put((table, tokens, dy), (parts, *[layout.replicated(made)] * 2))
         compiled = jax.jit(both).lower(*placed).compile()
         y, d_table = compiled(*placed)
     want = np.zeros((vocab, width))
     np.add.at(want, np.asarray(tokens).reshape(-1), np.asarray(dy, np.float64).reshape(-1, width))
-    np.testing.assert_array_equal(y, table[tokens])
+    np.testing.assert_array_equal(y, table[tokens].astype(dy.dtype))
     np.testing.assert_allclose(d_table, want, rtol=1e-5, atol=1e-6)
+    assert d_table.dtype == jnp.float32 and d_table.sharding.is_equivalent_to(parts, 2)
     own = rows * length * mesh.get('tensor', 1) // made.size
     sorted_ = re.findall(r'= \(?s32\[(\d+)\].* sort\(', compiled.as_text())
     assert set(sorted_) == {str(own)}

@@ -75,6 +75,12 @@ def rules(mesh: ml_collections.ConfigDict) -> dict[str, tuple[str, ...]]:
     return table
 
 
+def named(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that entries of a PartitionSpec name, outermost first."""
+    found = {axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    return tuple(axis for axis in AXES if axis in found)
+
+
 def _known(where: str, what: str, name: str, choices: tuple[str, ...]) -> None:
     if name not in choices:
         close = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]

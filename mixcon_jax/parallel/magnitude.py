@@ -8,13 +8,13 @@ comes of them, with the small arrays as they are, all at once.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from mixcon_jax.parallel.axes import named
 from mixcon_jax.trees import Tree
 
 SMALL = 2**16  # numbers of an array that is not worth a launch of its own
@@ -49,7 +49,7 @@ def _sum(each: Callable[[Array], Array], tree: Tree, specs: Tree) -> Float[Array
     leaves, specs = jax.tree.leaves(tree), jax.tree.leaves(specs)
     by_axes: dict[tuple[str, ...], list[int]] = defaultdict(list)  # what splits arrays, and which
     for index, (_, spec) in enumerate(zip(leaves, specs, strict=True)):
-        by_axes[tuple(sorted(_axes(spec)))].append(index)
+        by_axes[named(*spec)].append(index)
 
     def own(leaves: Sequence[Array]) -> Array:
         total = jnp.zeros((), jnp.float32)
@@ -73,8 +73,3 @@ def _rows(x: Array) -> Array:
     while first and math.prod(x.shape[first:]) < ROW:
         first -= 1
     return jnp.sum(x, axis=tuple(range(first, x.ndim))).reshape(-1)
-
-
-def _axes(spec: Any) -> set[str]:
-    """The mesh axes that a PartitionSpec names."""
-    return {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from mixcon_jax.parallel.axes import AXES
+from mixcon_jax.parallel.axes import named
 from mixcon_jax.trees import Tree, named_leaves
 from mixcon_jax.units import short
 
@@ -25,7 +25,7 @@ def placement(params: Tree, logical_axes: Mapping[str, Sequence[str | None]], me
     groups: dict[tuple, list[tuple[str, int]]] = {}
     for name, leaf in named_leaves(params).items():
         spec = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
-        dims = tuple(zip((axis or '-' for axis in logical_axes[name]), map(_axes, spec)))
+        dims = tuple(zip((axis or '-' for axis in logical_axes[name]), map(named, spec)))
         groups.setdefault(tuple(dim for dim in dims if dim[0] != 'layers'), []).append((name, math.prod(leaf.shape)))
     if not any(axes for dims in groups for _, axes in dims):
         return ['parameters are whole on every device']
@@ -43,11 +43,6 @@ def placement(params: Tree, logical_axes: Mapping[str, Sequence[str | None]], me
     if whole:
         lines.append(f'large, but whole on every device: {", ".join(whole)}')
     return lines
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    found = (entry,) if isinstance(entry, str) else entry or ()
-    return tuple(axis for axis in AXES if axis in found)
 
 
 def _words(dims: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[str]:

@@ -199,9 +199,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     if not args.json:
         number = 'an' if args.gpus == 1 else f'each of {args.gpus}'
         print(f'compiled for {number} absent {args.target}\n{HEADER}', flush=True)
+    settings = args.target, args.rounds, args.products, args.tiny, args.gpus
     for name in args.rungs or MODELS:
         for variant in ['', *args.variant]:
-            settings = args.target, args.rounds, args.products, args.tiny, args.gpus
             found = in_a_process(name, variant.split(), *settings)
             title = f'{name}: {variant}' if variant else name
             print(json.dumps({title: found}) if args.json else line(title, found), flush=True)

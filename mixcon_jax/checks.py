@@ -13,10 +13,10 @@ from mixcon_jax.options import Option, beyond, float32
 __all__ = ['ConfigError', 'at_most', 'check_leaf', 'divides', 'not_apart']
 
 
-def divides(name: str, value: int, whole_name: str, whole: int) -> None:
-    """Refuses a value that does not divide the whole."""
+def divides(name: str, value: int, whole_name: str, whole: int, advice: str = '') -> None:
+    """Refuses a value that does not divide the whole; the advice ends the line."""
     if whole % value:
-        raise ConfigError(f'{name}={value} must divide {whole_name}={whole}')
+        raise ConfigError(f'{name}={value} must divide {whole_name}={whole}' + (f'; {advice}' if advice else ''))
 
 
 def at_most(name: str, value: float, limit_name: str, limit: float, advice: str = '') -> None:

@@ -47,6 +47,11 @@ def known(config: Any) -> dict[str, Option]:
     return dict(leaves()) | {f'model.layers.{key}': option for key, option in named.items()}
 
 
+def free(*configurations: Any) -> frozenset[str]:
+    """Keys of all that may change between one start of a run and the next; in ``model.layers``, of any of these."""
+    return frozenset(key for config in configurations for key, option in known(config).items() if option.free)
+
+
 def default() -> ml_collections.ConfigDict:
     """Returns a new configuration in which every option has its default."""
 
@@ -348,9 +353,12 @@ def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None
     if found['data'] != -1 and found['fsdp'] != -1:
         axes.across(found, mesh.slices)
     if all(found[axis] != -1 for axis in axes.BATCH_AXES):
-        shards = axes.rows(found)
-        divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps)
-        divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size)
+        shards, advice = (
+            axes.rows(found),
+            '' if num_devices is None else f'there are {num_devices} devices; {axes.FEWER}',
+        )
+        divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps, advice)
+        divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size, advice)
     known = {axis: max(size, 1) for axis, size in found.items()}  # what is left to take is not known yet
     rules, groups = axes.rules(mesh), axes.groups(config.train, known)
     if groups > 1:

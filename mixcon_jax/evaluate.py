@@ -149,6 +149,8 @@ def rows_to_score(
         documents = _documents(paths, config)
         _require_same_everywhere(documents)
         return heldout_from_texts(documents, trained.tokenizer, config, rows, share)
+    if not trained.data:
+        raise UserError(f'{workdir} was not trained here, so that no text of it is held out; name files to score')
     dataset = open_dataset(config, trained.data)
     dataset.require_tokenizer(trained.tokenizer, f'{workdir} (checkpoint {trained.step})')
     if trained.data != dataset.identity:

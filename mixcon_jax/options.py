@@ -6,20 +6,12 @@ A layer declares its own options in its file; ``mixcon_jax.config.table()`` has 
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 INT32, UINT32 = 2**31 - 1, 2**32 - 1  # the largest integers that 32 bits hold
 SMALLEST = 2.0**-126  # what is closer to 0 becomes 0 where float32 is computed
 
-# What may change between one start of a run and the next: none of it enters the sequence of updates. A prefix ending in
-# a dot stands for a group. On another mesh, in other tiles or chunks, or with parts computed again, sums are taken in
-# another order, and so they are over devices once a step: the run goes on, but not bit for bit.
-FREE = (
-    'name', 'checkpoint.', 'log.', 'mesh.', 'eval.', 'data.cache_dir', 'data.prefetch', 'data.num_threads',
-    'data.synthetic.eval_', 'train.sum_gradients', 'train.max_bad_steps', 'train.deterministic', 'train.xla_flags', 'train.extend',
-    'train.loss_chunk', 'model.remat', 'model.unroll', 'model.attention.block_size', 'model.moe.group_block', 'model.moe.exchange',
-)  # fmt: skip
 # What acts through the tokens alone that are prepared with it. A checkpoint knows those by their hash, so a run goes on
 # with other values that give the same tokens, such as the new place of text that has been moved.
 THROUGH_TOKENS = ('data.sources', 'data.bad_records', 'data.text_field', 'data.tokenizer')
@@ -47,6 +39,10 @@ class Option:
     derive: Callable[[Any], Any] | None = (
         None  # of a layer's option: what its default, 0 or (), stands for, from ``config.model``
     )
+    # Whether it may change between one start of a run and the next: what does not enter the sequence of updates. On
+    # another mesh, in other tiles or chunks, or with parts computed again, sums are taken in another order, and so they
+    # are over devices once a step: the run goes on, but not bit for bit.
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +109,13 @@ def one_of(*choices: str) -> Check:
     return Check(lambda value: value in choices, 'one of ' + ', '.join(choices))
 
 
+def free(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same group of options, all of which may change between one start of a run and the next."""
+    return {
+        name: replace(node, free=True) if isinstance(node, Option) else free(node) for name, node in options.items()
+    }
+
+
 POSITIVE, COUNT, FRACTION = at_least(1), at_least(0), between(0.0, 1.0)
 PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), 'two numbers in [0, 1)')
 # A comma ends a source where the next one of a known kind begins; other commas are of a path.
@@ -121,7 +124,7 @@ DTYPE = one_of('float32', 'bfloat16')
 SIZE = Check(lambda value: value == -1 or value >= 1, '-1 or at least 1')  # of a mesh axis
 
 OPTIONS: dict[str, Any] = {
-    'name': Option('', 'Name of the run, shown in its logs.'),
+    'name': Option('', 'Name of the run, shown in its logs.', free=True),
     'seed': Option(0, 'Seed of initial values, data order and noise.', COUNT, most=UINT32),
     'model': {
         'vocab_size': Option(2048, 'Rows of the embedding; at least the tokenizer\'s vocabulary.', POSITIVE),
@@ -147,12 +150,12 @@ OPTIONS: dict[str, Any] = {
         'remat': Option(
             'none', 'What the backward pass computes again: nothing; a layer\'s elementwise parts, "selective", but no product and no GPU kernel;'
             ' all but the products with weights, "dots"; or everything in a block.',
-            one_of('none', 'selective', 'dots', 'block'),
+            one_of('none', 'selective', 'dots', 'block'), free=True,
         ),
         'unroll': Option(
             0, 'Blocks that one round of the loop over blocks holds: more take less memory beside what is kept, and longer to compile;'
             ' 0 picks: on GPUs all where the model has up to 32 layers, else one.',
-            COUNT,
+            COUNT, free=True,
         ),
         'embedding_gradient': Option(
             'auto', 'How the gradient of the embedding adds up its tokens: by XLA\'s "scatter"; "sorted", in one order on every device; "auto"'
@@ -174,14 +177,14 @@ OPTIONS: dict[str, Any] = {
             'refuse', 'Records that cannot be used: "refuse" them, or "skip" and count them.', one_of('refuse', 'skip'),
         ),
         'text_field': Option('text', 'Field that holds the text in JSONL, Parquet and Hugging Face records.'),
-        'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.', path='a folder'),
+        'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.', path='a folder', free=True),
         'tokenizer': Option('bpe', '"bpe" trains one on the sources; otherwise the path of a tokenizer.json.', path='a tokenizer.json, or "bpe"'),
         'tokenizer_vocab_size': Option(2048, 'Vocabulary of a trained tokenizer.', at_least(257)),
         'heldout_fraction': Option(0.05, 'Share of documents that is held out.', Check(lambda v: 0 < v < 1, 'between 0 and 1, exclusive')),
         'seq_len': Option(256, 'Tokens T a row.', at_least(2)),
         'packing': Option(True, 'Pack several documents into a row; off gives each row one document.'),
-        'prefetch': Option(8, 'Batches prepared ahead.', COUNT),
-        'num_threads': Option(2, 'Threads that read rows.', POSITIVE),
+        'prefetch': Option(8, 'Batches prepared ahead.', COUNT, free=True),
+        'num_threads': Option(2, 'Threads that read rows.', POSITIVE, free=True),
         'synthetic': {
             'symbols': Option(16, 'Symbols that a synthetic task uses.', at_least(2)),
             'num_items': Option(8, 'What there is to remember: symbols to copy, or pairs; induction has always one.', POSITIVE),
@@ -190,15 +193,15 @@ OPTIONS: dict[str, Any] = {
             'curriculum_steps': Option(0, 'Steps until the curriculum reaches data.seq_len and num_items; 0 is none.', COUNT),
             'eval_lengths': Option(
                 (), 'Tokens of the sequences that are scored; empty means data.seq_len.',
-                Check(lambda value: all(v >= 2 for v in value), 'lengths of at least 2'), element=int,
+                Check(lambda value: all(v >= 2 for v in value), 'lengths of at least 2'), element=int, free=True,
             ),
-            'eval_rows': Option(256, 'Sequences that are scored at each length.', POSITIVE),
+            'eval_rows': Option(256, 'Sequences that are scored at each length.', POSITIVE, free=True),
         },
     },
     'optim': {
         'name': Option('adamw', 'Optimizer.', one_of('adamw', 'muon', 'lion', 'adafactor')),
         'learning_rate': Option(4e-3, 'Peak learning rate.', above(0.0)),
-        'schedule': Option('cosine', 'Shape after warm-up: cosine, warm-up-stable-decay, or linear.', one_of('cosine', 'wsd', 'linear', 'constant')),
+        'schedule': Option('cosine', 'Shape after warm-up: cosine, warm-up-stable-decay, linear to the end, or constant.', one_of('cosine', 'wsd', 'linear', 'constant')),
         'warmup_steps': Option(30, 'Steps of linear warm-up.', COUNT),
         'decay_fraction': Option(0.2, 'Share of the steps that decay, with schedule="wsd".', FRACTION),
         'final_fraction': Option(0.1, 'Last learning rate as a share of the peak.', FRACTION),
@@ -217,44 +220,44 @@ OPTIONS: dict[str, Any] = {
             'microbatch',
             'How often gradients are summed over mesh.data: every microbatch, as XLA does by itself, or once a "step", which'
             ' no GPUs have run yet.',
-            one_of('microbatch', 'step'),
+            one_of('microbatch', 'step'), free=True,
         ),
         'loss_chunk': Option(
             0, 'Tokens a chunk of the cross-entropy, on each device; 0 picks: on GPUs as many as have up to 1 GiB of float32 logits (half as'
             ' much again is their gradient), which costs the fewest passes over the head\'s gradient, elsewhere 1024.',
-            COUNT,
+            COUNT, free=True,
         ),
         'z_loss_coef': Option(0.0, 'Weight of the cross-entropy\'s z-loss.', at_least(0.0)),
-        'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE),
-        'extend': Option(False, 'Go on with another train.steps though the steps so far followed the schedule of the old one.'),
+        'max_bad_steps': Option(10, 'Consecutive steps with a non-finite loss or gradient that end the run.', POSITIVE, free=True),
+        'extend': Option(False, 'Go on with another train.steps though the steps so far followed the schedule of the old one.', free=True),
         'init_from': Option('', 'Workdir whose weights start this run, with new data and schedule.', path='a workdir'),
-        'deterministic': Option(True, 'On GPUs, steps that give the same bits every time, which cost 14 to 23 % of the speed where it was measured; CPUs always do.'),
+        'deterministic': Option(True, 'On GPUs, steps that give the same bits every time, which cost 14 to 23 % of the speed where it was measured; CPUs always do.', free=True),
         'xla_flags': Option(
             (), 'Flags of XLA\'s for the train step, "/" between on the command line; the page "Flags of XLA" has those worth a try.',
             Check(lambda value: all(v.startswith('xla_') and '=' in v for v in value), 'NAME=VALUE each, such as xla_gpu_autotune_level=0'),
-            element=str, between=r'[,/\s]+(?=xla_)',
+            element=str, between=r'[,/\s]+(?=xla_)', free=True,
         ),
         'seed_noise': Option(0, 'Added to the seed of Conba\'s noise.', COUNT),
     },
-    'eval': {
+    'eval': free({
         'every': Option(200, 'Steps between held-out evaluations; 0 evaluates at the end only.', COUNT),
         'batch_size': Option(0, 'Rows of an evaluation batch; 0 means those of a microbatch, train.batch_size / train.accum_steps.', COUNT),
         'max_rows': Option(0, 'Held-out rows scored during the run; 0 means all. The end always scores all.', COUNT),
-    },
-    'checkpoint': {
+    }),
+    'checkpoint': free({
         'every': Option(200, 'Steps between checkpoints; the end always saves.', POSITIVE),
         'keep_last': Option(2, 'Newest checkpoints kept.', POSITIVE),
         'keep_best': Option(1, 'Checkpoints kept by held-out loss.', COUNT),
-    },
-    'log': {
+    }),
+    'log': free({
         'every': Option(10, 'Steps between lines of metrics.jsonl.', POSITIVE),
         'tensorboard': Option(True, 'Write TensorBoard events.'),
         'wandb': Option(False, 'Log to Weights & Biases (needs the wandb extra).'),
         'peak_flops': Option(0.0, 'Peak FLOP/s of one device, for MFU; 0 looks it up.', at_least(0.0)),
         'profile_start': Option(0, 'First step of a profiler trace; 0 is off.', COUNT),
         'profile_steps': Option(3, 'Steps a profiler trace covers.', POSITIVE),
-    },
-    'mesh': {
+    }),
+    'mesh': free({
         'data': Option(-1, 'Devices that share out the batch; of one axis -1 takes what the others leave.', SIZE),
         'fsdp': Option(1, 'Devices that share out the batch and the parameters.', SIZE),
         'expert': Option(1, 'Devices that share out the batch and the experts.', SIZE),
@@ -270,7 +273,7 @@ OPTIONS: dict[str, Any] = {
             element=str, between='[,/]',
         ),
         'cpu_devices': Option(0, 'On CPU, how many XLA devices to make; 0 leaves JAX\'s default.', COUNT),
-    },
+    }),
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     Args:
       config: an experiment's; it need not be validated.
       workdir: the run's folder. If a run is there, it goes on from its newest intact checkpoint; options that change
-        the updates must be the same then (``options.FREE`` lists those that need not).
+        the updates must be the same then (``configs.free`` lists those that need not).
 
     Raises:
       UserError: one line on what the user can mend: configuration, data, workdir, a full disk.
@@ -115,6 +115,8 @@ def _train(
         flops = accounting.flops_per_token(config.model, config.data.seq_len)
         metrics = Metrics(folder.path, config, clock, flops, startup.peak_flops(config), active=first_process)
         stack.callback(metrics.close)
+        trace = Trace(config.log, folder.path / 'profile', metrics.say)
+        stack.callback(trace.end)
         startup.banner(metrics.say, config, folder, steps, train_batches, heldout, tokenizer)
         keep = config.checkpoint
         checkpoints = Checkpoints(folder.checkpoints, keep.keep_last, keep.keep_best, say=metrics.say)
@@ -141,8 +143,6 @@ def _train(
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
         records = metrics.start(meta.step, meta.tokens_seen)
-        trace = Trace(config.log, folder.path / 'profile', metrics.say)
-        stack.callback(trace.end)
         metrics.record('run', meta.step, event='resumed' if restored else 'started', devices=jax.device_count())
         checkpoints.prune()  # only now: nothing refuses the start any more
         batches = train_batches.iterate(meta.step)
@@ -309,7 +309,12 @@ def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints) -> Res
     metrics.say(
         f'error: {what}; '
         + (f'the newest checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet')
-        + '; a lower optim.learning_rate or optim.clip_norm may help'
+        + '; a lower optim.learning_rate or optim.clip_norm may help, in another workdir'
+        + (
+            f', which --config.train.init_from={checkpoints.folder.parent}:{kept[-1]} can begin from here'
+            if kept
+            else ''
+        )
     )
     return Result(Exit.ABORTED, step)
 

@@ -1,6 +1,7 @@
 """Configuration: every option can be overridden, nothing unknown or ill-typed passes, messages say what is right."""
 
 import dataclasses
+import fnmatch
 import json
 import re
 import textwrap
@@ -11,7 +12,7 @@ import pytest
 from mixcon_jax import config as configs
 from mixcon_jax.checks import check_leaf
 from mixcon_jax.config import ConfigError, leaves
-from mixcon_jax.options import FREE, INT32, SMALLEST, UINT32, Option, beyond, float32
+from mixcon_jax.options import INT32, SMALLEST, UINT32, Option, beyond, float32
 from tests.tiny import ROOT
 
 
@@ -122,6 +123,8 @@ def test_argument_reaches_get_config(experiment):
         ('model.dim=130', 'must divide'),
         ('model.conba.head_dim=48', 'model.conba.head_dim=48 must divide'),
         ('model.moe.top_k=9', 'exceeds model.moe.num_experts'),
+        (('model.conba.control=slow', 'model.conba.kappa=bounded'), "set model.conba.kappa='free'"),
+        (('model.pattern=moe_mamba', 'model.moe.shared_experts=1'), 'no meaning for moe_mamba'),
         ('train.accum_steps=3', 'train.accum_steps=3 must divide train.batch_size=4'),
         ('data.weights=1,2', 'data.weights has 2 numbers for 1'),
         ('optim.warmup_steps=1000', 'exceeds train.steps'),
@@ -141,7 +144,7 @@ def test_argument_reaches_get_config(experiment):
 )
 def test_bad_values_are_refused_in_one_line(experiment, override, message):
     with pytest.raises(ConfigError) as error:
-        configs.validate(configs.load(experiment, [override]), num_devices=2)
+        configs.validate(configs.load(experiment, [override] if type(override) is str else override), num_devices=2)
     assert message in str(error.value)
     assert '\n' not in str(error.value)
 
@@ -311,5 +314,16 @@ def test_text_that_libraries_cannot_take_is_refused(text, message):
 
 def test_the_docs_name_all_that_may_change_between_starts():
     page = (ROOT / 'docs' / 'howto-resume.md').read_text()
-    named = [name + '*' if name[-1] in '._' else name for name in FREE]
-    assert [name for name in named if f'`{name}`' not in page] == []
+    patterns = re.findall('`([a-z_.*]+)`', page)
+    assert [key for key in configs.free({}) if not any(fnmatch.fnmatch(key, pattern) for pattern in patterns)] == []
+
+
+def test_what_may_change_may_change_in_named_layers_too():
+    config = configs.default()
+    config.model.layers = {'local': {'kind': 'attention', 'window': 8}, 'many': {'kind': 'moe'}}
+    named = {key for key in configs.free(config) if key.startswith('model.layers.')}
+    assert named == {
+        f'model.layers.{key}'
+        for key in ('local.block_size', 'many.exchange', 'many.group_block', 'many.implementation')
+    }
+    assert configs.free(config) - named == configs.free({})

@@ -159,7 +159,8 @@ def test_clock_splits_time_and_counts_inner_time_once():
         ('NVIDIA H20', 148e12), ('NVIDIA GeForce GTX 1080', None),
         ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA B200', 2250e12), ('NVIDIA L4', 121e12), ('NVIDIA L40S', 362e12),
         ('NVIDIA A10G', 70e12), ('NVIDIA A10', 125e12), ('Tesla V100-SXM2-16GB', 125e12), ('TPU v4', 275e12),
-        ('TPU v5 lite', 197e12), ('NVIDIA GeForce RTX 4090', 165.2e12), ('cpu', None),
+        ('TPU v5 lite', 197e12), ('TPU v5', 459e12), ('TPU v5p', 459e12),
+        ('NVIDIA GeForce RTX 4090', 165.2e12), ('cpu', None),
     ],
 )  # fmt: skip
 def test_peaks_by_device_kind(kind, expected):
@@ -305,7 +306,8 @@ def test_scalars_pass_over_what_is_not_finite(tmp_path):
 def test_wandb_without_the_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(UserError, match=r'mixcon-jax\[wandb\]'):
-        Metrics(tmp_path, config_of(wandb=True, tensorboard=False), Clock()).start(0)
+        Metrics(tmp_path, config_of(wandb=True, tensorboard=False), Clock())
+    assert not list(tmp_path.iterdir())
 
 
 def test_wandb_goes_on_under_the_same_id(tmp_path, monkeypatch):

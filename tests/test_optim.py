@@ -143,6 +143,17 @@ def test_the_table_has_no_stale_entries():
     assert not {end for end in EXPECTED if not any(ends_in(name, end) for name in names)}
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+def test_muon_takes_wide_projections_alone_however_many_groups_mamba2_has(groups):
+    config = configs.default().model
+    config.pattern, config.mamba2.groups = ('mamba2+rwkv_channel_mix',), groups
+    state = nnx.state(decoder.abstract(config), nnx.Param)
+    found = optim.describe_groups('muon', logical_axes(state), undecayed(state))
+    by_end = {name.split('/')[-1]: group for name, group in found.items()}
+    assert {by_end[name] for name in ('B_proj', 'C_proj', 'dt_proj')} == {('adamw', True)}
+    assert {by_end[name] for name in ('in_proj', 'out_proj', 'w_key', 'w_receptance', 'w_value')} == {('muon', True)}
+
+
 def test_what_makes_a_filter_neither_decays_nor_learns_as_fast_as_the_rest():
     config = configs.default().model
     config.pattern, config.hyena.filter_rate = ('hyena+mlp', 'hyena_modal'), 0.25

@@ -96,7 +96,7 @@ def _attention(given: Given, rope: bool = True, share: float = 1.0, theta: float
     if (kind := rules.get('rope_type', rules.get('type', 'default'))) != 'default':
         raise UserError(f'rotary positions of type {kind!r} of {given.architecture} have no counterpart here')
     stated = Given({'model_type': given.architecture} | rules)
-    width = int(head_dim * stated.of('partial_rotary_factor', share))
+    width = int(head_dim * stated.of('partial_rotary_factor', given.of('partial_rotary_factor', share)))
     if width < 1:
         raise UserError(f'partial_rotary_factor of {given.architecture} leaves no channel of {head_dim} to rotate')
     theta = float(stated.of('rope_theta', given.of('rope_theta', theta)))

@@ -110,12 +110,14 @@ class Routed(Layer):
                 '',
                 'Expert products: "" picks; dense runs every expert, grouped sorts tokens.',
                 one_of('', 'dense', 'grouped'),
+                free=True,
             ),
             'exchange': Option(
                 '',
                 'How tokens reach experts on other devices (mesh.expert): in parts of one size, "padded", or as many as'
                 ' there are, "ragged", which no GPU has run yet and CPUs cannot; "" is padded.',
                 one_of('', *METHODS),
+                free=True,
             ),
             'capacity': Option(
                 0.0,
@@ -123,7 +125,9 @@ class Routed(Layer):
                 ' room for all.',
                 at_least(0.0),
             ),
-            'group_block': Option(0, 'Rows a block of the portable grouped product; 0 picks for the platform.', COUNT),
+            'group_block': Option(
+                0, 'Rows a block of the portable grouped product; 0 picks for the platform.', COUNT, free=True
+            ),
         }
     }
     STATISTICS = {

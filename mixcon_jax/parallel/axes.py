@@ -14,6 +14,7 @@ BATCH_AXES = ('data', 'fsdp', 'expert')  # the mesh axes that share out the rows
 SEQUENCE_AXIS = 'context'  # the mesh axis that shares out the tokens of a row
 APART_AXES = ('data',)  # the mesh axes along which train.sum_gradients='step' sums once: they split no parameters
 ROWS = ' x '.join(f'mesh.{axis}' for axis in BATCH_AXES)  # in words
+FEWER = 'CUDA_VISIBLE_DEVICES, or mesh.cpu_devices on a CPU, leaves out some'  # devices
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -29,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     'kv_heads': ('tensor',),
     'inner': ('tensor',),
     'gain': ('tensor',),
+    'per_head': ('tensor',),  # of the narrow projections that give each head or group a few numbers
     'experts': ('expert',),
     'norm': (),
     'narrow': (),
@@ -106,7 +108,9 @@ def sizes(mesh: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
     if taken != devices:
         keys = ' * '.join(f'mesh.{axis} ({mesh[axis]})' for axis in AXES)
         hint = ', which the others must divide' if open_axes else ''
-        raise ConfigError(f'the mesh takes {taken} devices: {keys} must be the number of devices, {devices}{hint}')
+        raise ConfigError(
+            f'the mesh takes {taken} devices: {keys} must be the number of devices, {devices}{hint}; {FEWER}'
+        )
     return found
 
 

@@ -37,8 +37,10 @@ PEAK_FLOPS = (
     ('3090', 71e12),
     ('V100', 125e12),
     ('TPU v6', 918e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v5e', 197e12),
     ('TPU v5p', 459e12),
-    ('TPU v5', 197e12),
+    ('TPU v5', 459e12),  # the same
     ('TPU v4', 275e12),
 )
 

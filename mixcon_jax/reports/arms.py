@@ -13,7 +13,6 @@ import numpy as np
 
 from mixcon_jax import config as configs
 from mixcon_jax.models import accounting
-from mixcon_jax.options import FREE
 from mixcon_jax.reports.runs import ReportedRun, number
 from mixcon_jax.runs.run import DONE
 
@@ -103,7 +102,7 @@ def _costs(model: str, seq_len: int) -> Costs:
 
 
 def group(runs: Sequence[ReportedRun]) -> tuple[list[Arm], list[str]]:
-    """Groups runs that differ only in the seed and in options that enter no update (``options.FREE``).
+    """Groups runs that differ only in the seed and in options that enter no update (``configs.free``).
 
     Arms come in the order in which their lowest seeds were started, which for a sweep is the experiment file's order;
     if they differ in one number alone, in that number's order.
@@ -138,7 +137,8 @@ def numeric_axis(arms: Sequence[Arm]) -> str | None:
 
 def _identity(run: ReportedRun) -> Options:
     """The options that make a run's updates, but for the seed."""
-    options = {key: value for key, value in configs.flatten(run.config).items() if not key.startswith(FREE)}
+    free = configs.free(run.config)
+    options = {key: value for key, value in configs.flatten(run.config).items() if key not in free}
     del options['seed']
     # A run that starts from the weights of the same seed of another sweep differs in the seed alone.
     options['train.init_from'] = re.sub(rf'\bseed-{run.seed}\b', 'seed-*', options['train.init_from'])

@@ -74,15 +74,26 @@ def require_ours(folder: str | Path) -> None:
         )
 
 
+def require_place(path: Path) -> None:
+    """Refuses a place for a folder of a run where there is something else; changes nothing.
+
+    Raises:
+      UserError: there is a file, or a link that leads nowhere, as to a disk that is not mounted.
+    """
+    if path.is_symlink() and not path.exists():
+        raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there; mount or make it')
+    if path.exists() and not path.is_dir():
+        raise UserError(f'{path} is no folder; move it away')
+
+
 def require_folder(path: Path) -> None:
     """Makes a folder of a run, unless it or a link to one is there.
 
     Raises:
-      UserError: there is a link that leads nowhere, as to a disk that is not mounted.
+      UserError: see ``require_place``.
       OSError: it cannot be made.
     """
-    if path.is_symlink() and not path.exists():
-        raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there; mount or make it')
+    require_place(path)
     path.mkdir(parents=True, exist_ok=True)
 
 

@@ -68,7 +68,7 @@ class Metrics:
         stream: Stream | None = None,
     ) -> None:
         self._folder, self._config, self._clock, self._active = Path(folder), config, clock, active
-        self._path = self._folder / METRICS
+        self._path, self._events = self._folder / METRICS, self._folder / 'tensorboard'
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._progress = Progress(config.train.steps, stream or sys.stdout, active)
         self._log: RecordLog | None = None
@@ -76,6 +76,12 @@ class Metrics:
         self._window: tuple[int, float] | None = None  # tokens and training seconds at the last record
         self._tokens = self.tokens_seen = 0
         self._rate = math.nan
+        if active and config.log.tensorboard:
+            mark.require_place(self._events)
+        if active and config.log.wandb and importlib.util.find_spec('wandb') is None:
+            raise UserError(
+                "log.wandb is on but wandb is not installed: pip install 'mixcon-jax[wandb]', or turn it off"
+            )
 
     def start(self, step: int, tokens_seen: int = 0) -> list[Record]:
         """Opens the files for a run that goes on after ``step``; returns the records up to there.
@@ -83,9 +89,6 @@ class Metrics:
         Args:
           step: the restored step, 0 for a new run; what was written after it is dropped.
           tokens_seen: tokens trained on before it.
-
-        Raises:
-          UserError: Weights & Biases is wanted but not installed.
         """
         self.tokens_seen = tokens_seen
         if not self._active:  # what follows from the records must be the same in every process
@@ -93,7 +96,7 @@ class Metrics:
         kept = keep_until(self._path, step)
         self._log = RecordLog(self._path)
         if self._config.log.tensorboard:
-            self._writers.append(TensorBoard(self._folder / 'tensorboard', kept))
+            self._writers.append(TensorBoard(self._events, kept))
         if self._config.log.wandb:
             self._writers.append(WeightsAndBiases(self._folder, self._config))
         return kept
@@ -263,10 +266,6 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, config: ml_collections.ConfigDict) -> None:
-        if importlib.util.find_spec('wandb') is None:
-            raise UserError(
-                "log.wandb is on but wandb is not installed: pip install 'mixcon-jax[wandb]', or turn it off"
-            )
         import wandb
 
         path = folder / 'wandb_id.txt'

@@ -18,10 +18,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mixcon_jax import config as configs
 from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.folders import walk
-from mixcon_jax.options import FREE
 from mixcon_jax.parsing import Record
 from mixcon_jax.runs import saved
 from mixcon_jax.runs.scores import is_complete
@@ -160,7 +160,10 @@ class Run:
           UserError: the folder of the checkpoints cannot be read.
         """
         written, kept = parsing.json_file(self.config_file), saved.newest(self.checkpoints)
-        return written if kept is None else _brought_up_to_date(kept['config'], written or {})
+        if kept is None:
+            return written
+        config = kept['config']
+        return _brought_up_to_date(config, written or {}, configs.free(config) | {'train.steps'})
 
     def option(self, key: str, default: Any = None) -> Any:
         """An option by its dotted key; ``default`` where the configuration has none."""
@@ -250,14 +253,16 @@ def thinned(lines: list[bytes]) -> Iterator[tuple[bytes, bool]]:
             adjacent = True
 
 
-def _brought_up_to_date(kept: Mapping[str, Any], written: Mapping[str, Any], group: str = '') -> dict[str, Any]:
-    """The options of ``kept`` with those of ``written`` that may have changed since, where they are of its type."""
+def _brought_up_to_date(
+    kept: Mapping[str, Any], written: Mapping[str, Any], free: Collection[str], group: str = ''
+) -> dict[str, Any]:
+    """The options of ``kept`` with those of ``written`` that are free to change, where they are of its type."""
     result = dict(kept)
     for name, value in written.items():
         key, old = group + name, kept.get(name)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            result[name] = _brought_up_to_date(old, value, f'{key}.')
-        elif type(value) is type(old) and (key.startswith(FREE) or key == 'train.steps'):
+            result[name] = _brought_up_to_date(old, value, free, f'{key}.')
+        elif type(value) is type(old) and key in free:
             result[name] = value
     return result
 

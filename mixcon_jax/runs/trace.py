@@ -8,7 +8,6 @@ import jax
 import ml_collections
 
 from mixcon_jax.runs import mark
-from mixcon_jax.runs.workdir import explained
 
 
 class Trace:
@@ -18,19 +17,18 @@ class Trace:
 
     Args:
       log: ``config.log``.
-      folder: where it goes; made if a trace is wanted.
+      folder: where it goes, made when it begins.
       say: takes a line.
 
     Raises:
-      UserError: the folder cannot be made, as where it is a link that leads nowhere.
+      UserError: a trace is wanted, but there is something else in the folder's place.
     """
 
     def __init__(self, log: ml_collections.ConfigDict, folder: Path, say: Callable[[str], None]) -> None:
         self._first, self._last = log.profile_start, log.profile_start + log.profile_steps - 1
         self._folder, self._say, self._running = folder, say, False
         if self._first:
-            with explained(folder):
-                mark.require_folder(folder)
+            mark.require_place(folder)
 
     def begins_after(self, step: int) -> bool:
         """Whether the step after this one is the first that it covers."""

@@ -16,7 +16,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import locks
 from mixcon_jax.host.paths import expand_folder
-from mixcon_jax.options import FREE, THROUGH_TOKENS
+from mixcon_jax.options import THROUGH_TOKENS
 from mixcon_jax.runs import mark, saved
 from mixcon_jax.runs.records import Record
 from mixcon_jax.runs.run import DONE, Run
@@ -92,8 +92,8 @@ class Workdir(Run):
           UserError: lists what differs.
         """
         differences = configs.differences(configs.resolve(was), configs.resolve(config))
-        free = lambda key: key.startswith(FREE) or (made > 0 and key in THROUGH_TOKENS)
-        changed = {key: values for key, values in differences.items() if not free(key)}
+        free = configs.free(was, config).union(THROUGH_TOKENS if made else ())
+        changed = {key: values for key, values in differences.items() if key not in free}
         steps, hint = config.train.steps, ''
         if set(changed) == {'train.steps'}:
             if steps < made:
@@ -175,14 +175,14 @@ class Workdir(Run):
 def same_schedule(was: ml_collections.ConfigDict, now: ml_collections.ConfigDict, made: int) -> bool:
     """Whether the learning rates of ``made`` steps are the same under two lengths of the run.
 
-    So they are while it warms up, while it is constant and, of warm-up-stable-decay, before either decay begins: then
-    going on gives what the longer run would have given from the start, bit for bit.
+    So they are before warm-up-stable-decay decays in either length, while any other schedule warms up, and while it is
+    constant: then going on gives what the longer run would have given from the start, bit for bit.
     """
-    if was.optim.schedule == now.optim.schedule and made <= min(was.optim.warmup_steps, now.optim.warmup_steps):
-        return True
-    if was.optim.schedule == now.optim.schedule == 'wsd':
+    if was.optim.schedule != now.optim.schedule:
+        return False
+    if now.optim.schedule == 'wsd':  # whose decay may begin before the end of the warm-up
         return all(made <= each.train.steps - each.optim.decay_fraction * each.train.steps for each in (was, now))
-    return was.optim.schedule == now.optim.schedule == 'constant'
+    return now.optim.schedule == 'constant' or made <= min(was.optim.warmup_steps, now.optim.warmup_steps)
 
 
 def renamed(was: ml_collections.ConfigDict, now: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -96,9 +96,10 @@ def test_layers_repeat_in_the_shortest_pattern():
 
 def test_rotary_positions_in_older_and_newer_files():
     newer = {'rope_parameters': {'rope_type': 'default', 'rope_theta': 5e5, 'partial_rotary_factor': 0.25}}
-    found = [options_of(values).attention for values in (LLAMA, LLAMA | {'rope_theta': 5e5}, LLAMA | newer, BAMBA)]
+    older = {'rope_theta': 5e5, 'partial_rotary_factor': 0.5}
+    found = [options_of(values).attention for values in (LLAMA, LLAMA | older, LLAMA | newer, BAMBA)]
     assert [(a.rope, a.rope_theta, a.rope_dim) for a in found] == [
-        (True, 1e4, 0), (True, 5e5, 0), (True, 5e5, 32), (True, 1e4, 64),
+        (True, 1e4, 0), (True, 5e5, 64), (True, 5e5, 32), (True, 1e4, 64),
     ]  # fmt: skip
     assert not options_of(JAMBA).attention.rope
     assert (

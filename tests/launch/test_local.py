@@ -147,7 +147,8 @@ def test_what_the_run_refuses_is_said_once(tmp_path):
     """All processes find the same fault; the first says it, and its exit code is the launcher's."""
     output = finish(start(tmp_path, small_config(tmp_path), '--config.train.batch_size=7'), code=2)
     assert [line for line in output.splitlines() if 'error' in line] == [
-        'error: mesh.data x mesh.fsdp x mesh.expert=2 must divide train.batch_size / train.accum_steps=7'
+        'error: mesh.data x mesh.fsdp x mesh.expert=2 must divide train.batch_size / train.accum_steps=7;'
+        ' there are 2 devices; CUDA_VISIBLE_DEVICES, or mesh.cpu_devices on a CPU, leaves out some'
     ]
 
 

@@ -50,6 +50,7 @@ OTHERS = {
             'conba.state_scaling': 'readout',
         },
     ),
+    'conba_slow_feedback': ('conba', {'conba.control': 'slow', 'conba.feedback_iters': 1, 'conba.delay': 'none'}),
     'moe_dense': ('moe', {'moe.implementation': 'dense'}),
     'moe_grouped': ('moe', {'moe.implementation': 'grouped', 'moe.group_block': 4, 'moe.renormalize': True}),
     'moe_bias': ('moe', {'moe.balance': 'bias'}),

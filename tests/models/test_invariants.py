@@ -169,7 +169,7 @@ def test_a_models_structure_may_be_a_static_argument_and_needs_no_values(name):
 LONG = but_slow(
     'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
     'moe_switch', 'hyena_modal', 'rwkv6', 'attention_named', 'moe_dense', 'moe_bias', 'moe_grouped', 'moe_mamba',
-    'conba_diag', 'attention_rope', 'conba_paper',
+    'conba_diag', 'attention_rope', 'conba_paper', 'conba_slow_feedback',
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from mixcon_jax.models.layers import (
     rms_norm,
     scaled,
 )
+from mixcon_jax.models.mixers.attention import rotate
 from mixcon_jax.models.mixers.conba import full_gate
 from tests.jaxprs import operations
 from tests.models.cases import CASES, DIM, layer
@@ -168,3 +169,11 @@ def test_conba_keeps_no_wide_array_of_its_tokens_between_scan_and_gain():
     leaves = jax.tree.leaves(jax.eval_shape(pullback, tokens, tokens, tokens))
     kept = [leaf for leaf in leaves if leaf.size >= tokens.size]
     assert len(kept) == 4 and all(leaf.dtype == jnp.bfloat16 for leaf in kept), kept
+
+
+def test_rotary_positions_are_rounded_once():
+    x = jnp.asarray(normal(20, 1, 64, 2, 16), jnp.bfloat16)
+    positions = 1000 + jnp.arange(64)[None]
+    found = rotate(x, positions, 1e4)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, rotate(x.astype(jnp.float32), positions, 1e4).astype(jnp.bfloat16))

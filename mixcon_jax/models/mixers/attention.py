@@ -10,7 +10,7 @@ from kernels_pallas.attention import whole_tiles
 from mixcon_jax.checks import ConfigError, at_most, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, kept, normal, output_std, project, zeros
+from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, kept, normal, output_std, project, widened, zeros
 from mixcon_jax.models.published import Published, linear
 from mixcon_jax.options import COUNT, POSITIVE, Option, above, at_least
 from mixcon_jax.parallel.kernels import attention
@@ -39,7 +39,10 @@ class Attention(Layer):
             'logit_cap': Option(0.0, 'Scores become cap * tanh(score / cap); 0 leaves them.', at_least(0.0)),
             'sinks': Option(False, 'A learned score a head that takes part in the softmax and has no value.'),
             'block_size': Option(
-                0, 'Queries and keys a tile of the portable blockwise attention; 0 picks for the platform.', COUNT
+                0,
+                'Queries and keys a tile of the portable blockwise attention; 0 picks for the platform.',
+                COUNT,
+                free=True,
             ),
         }
     }
@@ -173,11 +176,12 @@ def rotate(
     x: Float[Array, 'b t h p'], positions: Int[Array, 'b t'], theta: float, width: int = 0
 ) -> Float[Array, 'b t h p']:
     """Rotary position embedding (Su et al., 2021), the two halves of a head's first ``width`` channels rotated
-    against each other; 0 means all.
+    against each other; 0 means all. Angles and products are in at least float32, rounded to x's dtype.
     """
     half = (width or x.shape[-1]) // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b, rest = widened(x[..., :half]), widened(x[..., half : 2 * half]), x[..., 2 * half :]
+    turned = (a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype)
+    return jnp.concatenate([*turned, rest], axis=-1)

@@ -18,6 +18,7 @@ from mixcon_jax.models.layers import (
     Parameters,
     State,
     constant,
+    gated,
     keeping_arguments,
     masked_mean,
     narrow_gradient,
@@ -75,7 +76,7 @@ class Conba(SelectiveSSM):
             'gate': Option('full', "Output gate: full SwiGLU (eq. 12) or Mamba's SiLU.", one_of('full', 'mamba')),
             'process_noise': Option(0.0, 'Standard deviation of w_k (eq. 13), training only.', at_least(0.0)),
             'observation_noise': Option(0.0, 'Standard deviation of v_k (eq. 14), training only.', at_least(0.0)),
-            'gain_chunk': Option(32, 'Tokens a chunk of the matrix gain.', POSITIVE),
+            'gain_chunk': Option(32, 'Tokens a chunk of the matrix gain.', POSITIVE, free=True),
         }
     }
     STATISTICS = {
@@ -95,6 +96,8 @@ class Conba(SelectiveSSM):
             raise ConfigError(
                 f'model.conba.feedback_iters={options.feedback_iters} feeds back a gain; choose a model.conba.control'
             )
+        if options.control == 'slow' and options.kappa != 'free':
+            raise ConfigError("model.conba.control='slow' learns its gain freely; set model.conba.kappa='free'")
 
     @staticmethod
     def check_split(model, shards) -> None:
@@ -181,7 +184,7 @@ class Conba(SelectiveSSM):
         for i in range(options.feedback_iters):
             _, final, prior = self._scan(inputs, u, context, old, i, prior=True)
             correction, gain, stats = self.control.correction(
-                prior, law, context, None if old is None else old['gain'], i
+                prior, law, context, None if old is None else old.get('gain'), i
             )
             u = inputs.u - correction.astype(u.dtype)
             scans.append(final)
@@ -204,7 +207,7 @@ class Conba(SelectiveSSM):
         if options.gate == 'full':
             y = full_gate(y, inputs.z, self.gate_output[...], self.gate_linear[...])
         else:
-            y = y * jax.nn.silu(inputs.z)
+            y = gated(inputs.z, y)
 
         if old is not None:
             state = {'conv': inputs.conv_state, 'scan': jnp.stack(scans, axis=1)}

@@ -50,7 +50,7 @@ class GLA(Layer):
             ),
             'gate_rank': Option(16, 'Rank of the forget gate.', POSITIVE),
             'temperature': Option(16.0, 'tau, by which the forget gate is slowed.', above(0.0)),
-            'chunk': Option(64, 'Tokens a chunk.', POSITIVE),
+            'chunk': Option(64, 'Tokens a chunk.', POSITIVE, free=True),
         }
     }
 

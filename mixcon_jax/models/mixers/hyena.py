@@ -53,8 +53,9 @@ class Hyena(GatedConvolution):
                 '',
                 'Long convolution: "" picks; "fft" takes one FFT of the rows of a batch without packed documents.',
                 one_of('', 'halves', 'fft', 'reference'),
+                free=True,
             ),
-            'block': Option(0, 'Tokens whose lags are summed one by one; 0 picks.', COUNT),
+            'block': Option(0, 'Tokens whose lags are summed one by one; 0 picks.', COUNT, free=True),
         }
     }
 

@@ -33,7 +33,7 @@ class HyenaModal(GatedConvolution):
             'order': Option(2, 'Order N: gates; N - 1 long filters.', at_least(2)),
             'd_conv': Option(3, 'Width of the short causal convolutions.', POSITIVE),
             'd_state': Option(2, 'Complex modes S a channel.', POSITIVE),
-            'chunk': Option(0, 'Tokens a chunk of the scan; 0 picks for the platform.', COUNT),
+            'chunk': Option(0, 'Tokens a chunk of the scan; 0 picks for the platform.', COUNT, free=True),
         }
     }
 

@@ -69,7 +69,7 @@ class Mamba2(Layer):
             'head_dim': Option(64, 'Channels P of a head; divides d_in.', POSITIVE),
             'groups': Option(1, 'Groups of heads that share B, C and a norm; divides the heads.', POSITIVE),
             'd_conv': Option(4, 'Width of the short causal convolutions.', POSITIVE),
-            'chunk': Option(64, 'Tokens a chunk.', POSITIVE),
+            'chunk': Option(64, 'Tokens a chunk.', POSITIVE, free=True),
             'A_min': Option(1.0, 'Smallest initial decay rate.', above(0.0)),
             'A_max': Option(16.0, 'Largest initial decay rate.', above(0.0)),
             'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0)),
@@ -114,11 +114,11 @@ class Mamba2(Layer):
         self.heads = heads = inner // options.head_dim
         self.eps, self.dtype = config.norm_eps, jnp.dtype(config.dtype)
         keys, init = options.groups * options.d_state, normal(config.init_std)
-        by_group = 'kv_heads' if options.groups > 1 else 'dt_rank'  # what all heads read is whole on every device
+        by_group = 'per_head' if options.groups > 1 else 'dt_rank'  # what all heads read is whole on every device
         self.in_proj = params('in_proj', (config.dim, 2 * inner), ('embed', 'inner'), init)
         self.B_proj = params('B_proj', (config.dim, keys), ('embed', by_group), init)
         self.C_proj = params('C_proj', (config.dim, keys), ('embed', by_group), init)
-        self.dt_proj = params('dt_proj', (config.dim, heads), ('embed', 'heads'), init)
+        self.dt_proj = params('dt_proj', (config.dim, heads), ('embed', 'per_head'), init)
         self.conv = ShortConv(options.d_conv, inner, params.scope('conv'))
         self.conv_B = ShortConv(options.d_conv, keys, params.scope('conv_B'))
         self.conv_C = ShortConv(options.d_conv, keys, params.scope('conv_C'))

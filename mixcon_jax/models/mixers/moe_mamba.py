@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from mixcon_jax.checks import divides
+from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
 from mixcon_jax.models.mixers.mamba import Mamba
@@ -48,6 +48,14 @@ class MoEMamba(Mamba, Routed):
         }
     }
     PUBLISHED = {}
+
+    @staticmethod
+    def check(model) -> None:
+        if shared := model.moe.shared_experts:
+            raise ConfigError(
+                f'model.moe.shared_experts={shared} has no meaning for moe_mamba; set it to 0, or for the moe layers'
+                ' alone in a group of their own, model.layers.NAME'
+            )
 
     @staticmethod
     def check_split(model, shards) -> None:

@@ -46,7 +46,7 @@ class RetNet(Layer):
             ),
             'value_factor': Option(2, 'Width d_v of the values of a head as a multiple of d_k.', POSITIVE),
             'theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
-            'chunk': Option(64, 'Tokens a chunk.', POSITIVE),
+            'chunk': Option(64, 'Tokens a chunk.', POSITIVE, free=True),
         }
     }
 

@@ -25,7 +25,7 @@ class RWKV4(Layer):
     OPTIONS = {
         'rwkv4': {
             'inner_dim': Option(0, 'Channels of r, k and v; 0 means dim.', COUNT, derive=lambda model: model.dim),
-            'chunk': Option(0, 'Tokens a chunk of the scan; 0 picks for the platform.', COUNT),
+            'chunk': Option(0, 'Tokens a chunk of the scan; 0 picks for the platform.', COUNT, free=True),
         }
     }
     PUBLISHED = {

@@ -51,7 +51,7 @@ class RWKV6(Layer):
             'mix_rank': Option(32, 'Rank of what a token adds to the share of the token before.', POSITIVE),
             'decay_rank': Option(64, 'Rank of what a token adds to the decay.', POSITIVE),
             'norm_eps': Option(64e-5, 'Added to the variance in the norm of a head.', above(0.0)),
-            'chunk': Option(64, 'Tokens a chunk.', POSITIVE),
+            'chunk': Option(64, 'Tokens a chunk.', POSITIVE, free=True),
         }
     }
 

@@ -59,7 +59,7 @@ class RWKV7(Layer):
             'rate_rank': Option(64, 'Rank of what a token adds to the rate of rewriting.', POSITIVE),
             'gate_rank': Option(128, 'Rank of the gate.', POSITIVE),
             'norm_eps': Option(64e-5, 'Added to the variance in the norm of a head.', above(0.0)),
-            'chunk': Option(32, 'Tokens a chunk.', POSITIVE),
+            'chunk': Option(32, 'Tokens a chunk.', POSITIVE, free=True),
         }
     }
 

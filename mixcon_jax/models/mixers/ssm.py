@@ -86,13 +86,15 @@ class SelectiveSSM(Layer):
                 one_of(
                     '', 'reference', 'associative', 'chunked', 'chunked_stepped', 'chunked_associative', 'mosaic_gpu'
                 ),
+                free=True,
             ),
-            'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT),
+            'chunk': Option(0, 'Tokens a chunk of the selective scan; 0 picks for the platform.', COUNT, free=True),
             'keep_every': Option(
                 0,
                 'Tokens between the states that the GPU kernel keeps for the backward pass; 0 means one a tile, 16 as a'
                 ' rule. 64: a quarter of the memory, more work.',
                 multiple_of(16),
+                free=True,
             ),
         }
     }

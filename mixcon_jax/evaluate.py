@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from mixcon_jax import config as configs
 from mixcon_jax import step as steps
@@ -28,7 +27,7 @@ from mixcon_jax.data.loader import heldout_from_texts
 from mixcon_jax.data.packing import WHOLE, Share
 from mixcon_jax.data.synthetic import is_synthetic
 from mixcon_jax.errors import UserError
-from mixcon_jax.host import stuck
+from mixcon_jax.host import processes, stuck
 from mixcon_jax.inference.load import TrainedModel, load_model
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.layout import own_rows, place_rows, replicated
@@ -117,8 +116,7 @@ def _require_same_everywhere(documents: Sequence[Document]) -> None:
     digest = hashlib.sha256(lengths.encode())
     for document in documents:
         digest.update(document.text.encode())
-    own = np.frombuffer(digest.digest(), np.uint8)
-    if (multihost_utils.process_allgather(own) != own).any():
+    if len(set(processes.of_each(digest.hexdigest()))) > 1:
         raise UserError('the files to score are not the same for all processes; put them where all find them')
 
 

@@ -1,6 +1,7 @@
 """What a run sets up, requires and says before its first step."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +16,12 @@ from mixcon_jax import parsing
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import processes
 from mixcon_jax.host.compilation import keep_compiled, make_cpu_devices
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.models import accounting
 from mixcon_jax.optim import schedule
+from mixcon_jax.options import THROUGH_TOKENS
 from mixcon_jax.parallel.mesh import crossing
 from mixcon_jax.parallel.placement import placement
 from mixcon_jax.planning import hardware
@@ -30,6 +33,9 @@ from mixcon_jax.runs.workdir import Workdir, listed, renamed, same_schedule
 from mixcon_jax.step import Steps, TrainState, load_params_into
 from mixcon_jax.trees import map_named, named_leaves
 from mixcon_jax.units import short
+
+# What may be otherwise in every process. Text may lie elsewhere where it has the same tokens, which are compared.
+OWN = ('name', 'log.', 'data.cache_dir', 'data.prefetch', 'data.num_threads', *THROUGH_TOKENS)
 
 
 def set_up_jax(config: ml_collections.ConfigDict) -> None:
@@ -80,6 +86,24 @@ def require_same_data(
             f'the data of data.sources has changed since checkpoint {meta.step}; restore it,'
             ' or start a new workdir with train.init_from'
         )
+
+
+def require_same_everywhere(config: ml_collections.ConfigDict, identity: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    """Refuses what several processes would not compute together: each has read its own configuration and text.
+
+    Raises:
+      UserError: names a process that has others than the first, and what differs.
+    """
+    values = {key: value for key, value in configs.flatten(config).items() if not key.startswith(OWN)}
+    own = json.loads(json.dumps(values | {'the tokens': identity, 'the tokenizer': tokenizer.fingerprint}))
+    first = processes.of_first(own)
+    other = ', '.join(sorted(key for key in own.keys() | first.keys() if own.get(key) != first.get(key)))
+    for index, differs in enumerate(processes.of_each(other)):
+        if differs:
+            raise UserError(
+                f'process {index} has another run to make than process 0; these differ: {differs}; give all the same'
+                ' experiment file and text'
+            )
 
 
 def with_weights_of(

@@ -104,6 +104,7 @@ def _train(
         dataset = open_dataset(config, tokens)
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         startup.require_vocabulary(config, tokenizer)
+        startup.require_same_everywhere(config, dataset.identity, tokenizer)
         mesh = make_mesh(config.mesh)
         share = Share(*own_rows(mesh))
         train_batches = dataset.train_batches(share)
@@ -166,15 +167,11 @@ def _train(
         compiled.add(name)
         metrics.say(f'compiled  {name} in {clock.seconds["compile"] - before:.1f} s')
 
-    def should_stop(step: int) -> bool:
-        # Several processes agree on the step.
-        return checkpoints.reached_preemption(step) if jax.process_count() > 1 else stop.requested
-
     def evaluate(kind: str, rows: Any, step: int) -> Record:
         """Scores the parameters on held-out rows; raises _Stopped when a signal comes meanwhile."""
 
         def eval_batch(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
-            if stop.requested:
+            if stop.due():
                 raise _Stopped
             with running(f'eval_step of {batch["tokens"].shape[1]} tokens'):
                 return steps.eval_step(state, steps.put(batch))
@@ -185,13 +182,13 @@ def _train(
         metrics.record(kind, step, **values)
         return {'step': step} | values
 
-    def save(step: int) -> None:
+    def save(step: int, urgent: bool) -> None:
         with clock.spend('checkpoint'):
-            note(checkpoints.wait())
+            note(checkpoints.finished() if urgent else checkpoints.wait())
             metrics.sync()  # a checkpoint must never be ahead of the records
             loss = next((scores['loss'] for scores in (scored, final) if scores and scores['step'] == step), None)
             contents = Meta(step, config.to_dict(), tokenizer_json, dataset.identity, metrics.tokens_seen, loss)
-            checkpoints.save(state, contents)
+            checkpoints.save(state, contents, urgent)
 
     def note(complete: int | None) -> None:
         if complete is not None:
@@ -213,7 +210,7 @@ def _train(
     try:
         while True:
             # What is due now. Nothing of it depends on where this start of the run began.
-            at_end, stopping = step == last_step, should_stop(step)
+            at_end, stopping = step == last_step, stop.due()
             score_due = _due(step, config.eval.every, at_end) and not _covers(scored, step, watched)
             save_due = _due(step, config.checkpoint.every, at_end) and step != saved
             if score_due or save_due or at_end or stopping or trace.ends_after(step):
@@ -234,7 +231,7 @@ def _train(
                 stopping = True
             # In bad steps parameters stay as they are, so the checkpoints from before them need not make way.
             if (save_due and (at_end or not bad_steps)) or (stopping and step != saved):
-                save(step)
+                save(step, urgent=stopping)
                 saved = step
             if at_end or stopping:
                 break

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.runs import readback, saved
+from mixcon_jax.runs import readback, saved, stored
 from mixcon_jax.runs.checkpoints import Checkpoints
 from mixcon_jax.runs.weights import load_params
 from tests.test_checkpoints import abstract, assert_same, flip, make_state, meta, save
@@ -97,6 +98,31 @@ def test_no_flipped_byte_anywhere_restores_other_values(tmp_path):
     assert noticed > 5
 
 
+UNREADABLE = {
+    'metadata': lambda step: step / 'meta' / 'metadata',
+    'arrays': lambda step: index_of(step / 'model'),
+}
+
+
+@pytest.mark.parametrize('part', UNREADABLE)
+def test_what_the_system_does_not_let_read_is_not_damaged(tmp_path, part):
+    """A link to itself stands for a disk that fails: opening it is refused."""
+    folder = tmp_path / 'checkpoints'
+    save(folder, [2, 4])
+    path = UNREADABLE[part](folder / '4')
+    path.rename(tmp_path / 'kept')
+    path.symlink_to(path)
+    checkpoints = Checkpoints(folder, say=lambda line: pytest.fail(line))
+    for read in (lambda: checkpoints.restore(abstract(make_state(0))), checkpoints.load):
+        with pytest.raises(UserError, match=r'4 cannot be read \(Too many levels .*stays as it is'):
+            read()
+    assert sorted(os.listdir(folder)) == ['2', '4']
+    path.unlink()
+    (tmp_path / 'kept').rename(path)
+    assert_same(checkpoints.restore(abstract(make_state(0)))[0], make_state(4))
+    checkpoints.close()
+
+
 def test_when_all_are_damaged_it_is_an_error_and_not_a_new_start(tmp_path):
     save(tmp_path, [2, 4])
     for step in ('2', '4'):
@@ -130,7 +156,7 @@ def test_a_save_that_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch,
     monkeypatch.setattr(
         readback,
         'verify',
-        lambda folder, step, digest: (DAMAGE[damage](folder / str(step)), original(folder, step, digest)),
+        lambda folder, step, *rest: (DAMAGE[damage](folder / str(step)), original(folder, step, *rest)),
     )
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
     checkpoints.save(make_state(4), meta(4))
@@ -154,7 +180,7 @@ def test_what_is_verified_loads(tmp_path):
             shutil.copytree(tmp_path / 'intact', tmp_path / 'copy')
             spoil(tmp_path / 'copy' / file.relative_to(tmp_path / 'intact'))
             try:
-                readback.verify(tmp_path / 'copy', 4, digest)
+                readback.verify(tmp_path / 'copy', 4, digest, threading.Event())
             except saved.Damaged:
                 continue
             checkpoints = Checkpoints(tmp_path / 'copy', read_only=True)
@@ -162,7 +188,7 @@ def test_what_is_verified_loads(tmp_path):
             checkpoints.close()
             passed += 1
     assert passed > 2
-    readback.verify(tmp_path / 'intact', 4, digest)
+    readback.verify(tmp_path / 'intact', 4, digest, threading.Event())
 
 
 def test_a_checkpoint_that_lost_part_of_a_file_is_seen_to_be_no_whole_one(tmp_path):
@@ -240,6 +266,24 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_read_back(tmp_path, m
     monkeypatch.setattr(readback, 'verify', lambda *args: (seen.append(saved.steps(tmp_path)), original(*args)))
     save(tmp_path, [4], keep_last=1, keep_best=0)
     assert seen == [[2, 4]] and saved.steps(tmp_path) == [4]
+
+
+def test_an_urgent_save_does_not_wait_until_the_one_before_is_read_back(tmp_path, monkeypatch):
+    chunks, reading = stored.chunks, threading.Event()
+
+    def endless(array):
+        while True:
+            reading.set()
+            yield next(chunks(array))
+
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    monkeypatch.setattr(stored, 'chunks', endless)
+    checkpoints.save(make_state(2), meta(2))
+    assert reading.wait(60) and checkpoints.finished() is None
+    monkeypatch.setattr(stored, 'chunks', chunks)
+    checkpoints.save(make_state(4), meta(4), urgent=True)
+    assert checkpoints.wait() == 4 and checkpoints.steps() == [4]
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization.limits import LimitInFlightBytes
 
+from mixcon_jax.errors import UserError
+from mixcon_jax.host import processes
 from mixcon_jax.runs import restoring, stored
 from mixcon_jax.runs.checkpoints import Checkpoints, Meta
+from mixcon_jax.runs.saved import Damaged
 
 SHAPE = (24, 64)  # 6 KiB
 
@@ -70,3 +73,20 @@ def test_summing_up_a_spread_array_leaves_no_copy_of_it_behind(written):
     assert restored['params']['x0']._npy_value is None
     np.asarray(spread)
     assert spread._npy_value is not None
+
+
+MANY = [
+    (['', 'Missing:meta: FileNotFoundError'], UserError, r'not there \(process 1 of 2\).*mounted'),
+    (['Missing:meta: gone', 'Missing:meta: gone'], Damaged, 'meta: gone'),
+    (['', 'Damaged:x does not match'], Damaged, r'x does not match \(process 1 of 2\)'),
+    (['Damaged:x', 'UserError:4 cannot be read (stale)'], UserError, r'4 cannot be read \(stale\) \(process 1 of 2\)'),
+]
+
+
+@pytest.mark.parametrize('reasons, kind, words', MANY)
+def test_what_one_process_cannot_read_all_give_up_and_only_what_is_damaged_counts_as_that(
+    monkeypatch, reasons, kind, words
+):
+    monkeypatch.setattr(processes, 'of_each', lambda own: reasons)
+    with pytest.raises(kind, match=words):
+        restoring.verified(lambda: ('meta', {}, {}))

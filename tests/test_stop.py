@@ -11,6 +11,7 @@ import termios
 import time
 
 import pytest
+from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import Exit
 from mixcon_jax.host.signals import STOPPING, StopRequest
@@ -26,6 +27,16 @@ def test_every_signal_of_a_closing_session_or_scheduler_asks_to_stop(number):
         signal.raise_signal(number)
         assert stop.requested
     assert {each: signal.getsignal(each) for each in STOPPING} == before
+
+
+def test_several_processes_stop_where_they_agree_to(monkeypatch):
+    """Each asks JAX with the count of its questions, until it says yes; then they need not ask."""
+    asked = []
+    monkeypatch.setattr(
+        multihost_utils, 'reached_preemption_sync_point', lambda count: asked.append(count) or count == 3
+    )
+    stop = StopRequest(alone=False)
+    assert [stop.due() for _ in range(5)] == [False, False, True, True, True] and asked == [1, 2, 3]
 
 
 def test_nohup_stays_nohup():

@@ -306,11 +306,11 @@ def test_the_final_scores_cover_all_rows_whatever_was_watched_before_an_interrup
 def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_later(folder, tmp_path, monkeypatch):
     original = Checkpoints.save
 
-    def full(self, state, meta):
+    def full(self, state, meta, *rest):
         if meta.step == 8:
             with self._explained(meta.step):
                 raise OSError(errno.ENOSPC, 'No space left on device')
-        original(self, state, meta)
+        original(self, state, meta, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, 'save', full)

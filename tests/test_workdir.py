@@ -21,7 +21,7 @@ from mixcon_jax.commands import _step
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.reports import runs
-from mixcon_jax.runs import checkpoints, mark, saved
+from mixcon_jax.runs import mark, saved
 from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import last, read
@@ -385,16 +385,3 @@ def test_init_from_means_what_it_meant_when_the_run_began(folder, tmp_path, monk
     shutil.rmtree(source / 'checkpoints' / '2')
     with pytest.raises(UserError, match=r'no checkpoint 2 .*this run began with it'):
         train(config, tmp_path / 'other')
-
-
-def test_processes_that_see_different_checkpoints_take_those_of_the_first(monkeypatch):
-    monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    sent = []
-
-    def broadcast(own: np.ndarray) -> np.ndarray:
-        sent.append(own)
-        return sent[0]
-
-    monkeypatch.setattr(checkpoints.multihost_utils, 'broadcast_one_to_all', broadcast)
-    assert checkpoints._agreed([4, 2]) == checkpoints._agreed([6, 4]) == [4, 2]
-    assert checkpoints._agreed([]) == [4, 2] and {each.shape for each in sent} == {(checkpoints.CANDIDATES,)}

@@ -55,8 +55,8 @@ class Handler:
 class StopRequest(Handler):
     """While active, a signal of STOPPING sets ``requested``; after the first one, a SIGINT ends the process at once.
 
-    Of several processes, all have to stop after the same step. There JAX's own handler takes SIGTERM and lets them
-    agree on one, so that signal is left alone, and the others are passed on as it.
+    Of several processes, all have to stop at the same place. There JAX's own handler takes SIGTERM and lets them agree
+    on one, so that signal is left alone, and the others are passed on as it.
 
     Args:
       alone: whether this is the only process.
@@ -65,7 +65,16 @@ class StopRequest(Handler):
     def __init__(self, alone: bool = True) -> None:
         super().__init__(number for number in STOPPING if alone or number != signal.SIGTERM)
         self.requested = False
-        self._alone = alone
+        self._alone, self._asked = alone, 0
+
+    def due(self) -> bool:
+        """Whether to stop here. Several processes have to ask as often as each other: then all are told the same."""
+        if not self._alone and not self.requested:
+            from jax.experimental import multihost_utils  # takes seconds, and a launcher stops without
+
+            self._asked += 1
+            self.requested = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self.requested
 
     def handle(self, number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -9,6 +9,7 @@ checkpoint that is damaged is set aside as ``<step>.damaged`` and the one before
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import processes
 from mixcon_jax.host.log_filters import silence_orbax
 from mixcon_jax.runs import mark, readback, restoring, retention, saved, stored
 from mixcon_jax.runs.checksums import checksums
@@ -30,7 +32,6 @@ from mixcon_jax.trees import Tree, named_leaves
 
 Say = Callable[[str], None]
 Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]  # of arrays by name, or what finds them for a Meta
-CANDIDATES = 64  # checkpoints that several processes try in turn, at most
 FULL = ('No space left', 'Disk quota exceeded', 'File too large', 'RESOURCE_EXHAUSTED')
 
 
@@ -55,6 +56,13 @@ class Meta:
     heldout_loss: float | None = None
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which is not to ask whether to stop: ``StopRequest`` does, and counts how often all have asked."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -76,7 +84,8 @@ class Checkpoints:
     ) -> None:
         self.folder, self._say, self._read_only = Path(folder).absolute(), say, read_only
         self._keep_last, self._keep_best = keep_last, keep_best
-        self._pending: tuple[int, Future[list[str]]] | None = None
+        self._pending: tuple[int, Future[list[str] | None]] | None = None
+        self._hurry = threading.Event()
         self._worker, self._stack = ThreadPoolExecutor(1, 'checkpoint'), contextlib.ExitStack()
         silence_orbax()
         if not read_only:
@@ -89,7 +98,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(read_only=read_only, create=False)  # keeps all: _prune() deletes
         handlers = {item: ocp.StandardCheckpointHandler() for item in ARRAYS} | {'meta': ocp.JsonCheckpointHandler()}
         self._plain = self._stack.enter_context(readback.PlainPath(self.folder))
-        self._manager = ocp.CheckpointManager(self._plain.path, options=options, item_handlers=handlers)
+        self._manager = _Manager(self._plain.path, options=options, item_handlers=handlers)
 
     def _clean(self) -> None:
         """Removes what unfinished saves left."""
@@ -99,10 +108,10 @@ class Checkpoints:
             multihost_utils.sync_global_devices('checkpoints: cleaned')
 
     def _saved_loss(self, step: int) -> float | None:
-        """The held-out loss in a checkpoint's metadata, or None: not evaluated, or damaged, which restoring reports."""
+        """The held-out loss in a checkpoint's metadata, or None: not evaluated, or unreadable, as restoring says."""
         try:
             return saved.contents(self.folder, step).get('heldout_loss')
-        except Damaged:
+        except (Damaged, UserError):
             return None
 
     def steps(self) -> list[int]:
@@ -126,7 +135,7 @@ class Checkpoints:
 
     # ----- saving -----
 
-    def save(self, state: Tree, meta: Meta) -> None:
+    def save(self, state: Tree, meta: Meta, urgent: bool = False) -> None:
         """Begins to save, and to read back, in the background; returns when the state's buffers may be reused.
 
         Waits for the save before it, if that has not finished.
@@ -134,11 +143,16 @@ class Checkpoints:
         Args:
           state: a TrainState, or any tree whose leaves' names begin with ``params/`` or ``buffers/`` for the model.
           meta: the rest. ``state`` must be that of ``meta.step``.
+          urgent: the process may be killed soon. The save before it, once it is written, is read back no further; it
+            makes none superfluous.
 
         Raises:
           UserError: this save, or the one before it, found the disk full or the like, or wrote what cannot be read.
         """
+        if urgent:
+            self._hurry.set()
         self.wait()
+        self._hurry.clear()
         arrays = named_leaves(state)
         contents = dataclasses.asdict(meta) | {
             'arrays': {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
@@ -156,13 +170,20 @@ class Checkpoints:
             self._manager.save(meta.step, args=args, force=True)
             self._pending = meta.step, self._worker.submit(self._complete, meta.step, saved.digest(contents))
 
-    def _complete(self, step: int, digest: str) -> list[str]:
-        """In a thread: waits for the save, reads it back and deletes what it makes superfluous; returns what to say."""
+    def _complete(self, step: int, digest: str) -> list[str] | None:
+        """In a thread: waits for the save, reads it back and deletes what it makes superfluous.
+
+        Returns:
+          What to say, or None if it was in a hurry and has not read it all.
+        """
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
         if jax.process_index() > 0:
             return []
-        readback.verify(self.folder, step, digest)
+        try:
+            readback.verify(self.folder, step, digest, self._hurry)
+        except readback.Interrupted:
+            return None
         with contextlib.suppress(OSError):  # a checkpoint is one without the note, too
             saved.note_files(self.folder, step)
         return self._prune()
@@ -171,7 +192,7 @@ class Checkpoints:
         return retention.prune(self.folder, self._losses, self._keep_last, self._keep_best)
 
     def finished(self) -> int | None:
-        """The step of a save that has become complete since the last call, if any; never waits.
+        """The step of a save that has been read back since the last call, if any; never waits.
 
         Raises:
           UserError: it failed.
@@ -181,7 +202,7 @@ class Checkpoints:
         return self.wait()
 
     def wait(self) -> int | None:
-        """Returns when no save is in progress: the step of the one it waited for, if any.
+        """Returns when no save is in progress: the step of the one it waited for, if that was read back.
 
         Raises:
           UserError: the save failed; checkpoints before it are intact.
@@ -190,10 +211,11 @@ class Checkpoints:
             return None
         step, future = self._pending
         with self._explained(step):
-            for line in future.result():
-                self._say(line)
+            lines = future.result()
         self._pending = None
-        return step
+        for line in lines or ():
+            self._say(line)
+        return None if lines is None else step
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -231,10 +253,6 @@ class Checkpoints:
         if not self._read_only and jax.process_index() == 0:
             retention.remove_unfinished(self.folder)
 
-    def reached_preemption(self, step: int) -> bool:
-        """With several processes: whether all have agreed to stop after this step because one was told to."""
-        return self._manager.reached_preemption(step)
-
     # ----- restoring -----
 
     def restore(self, abstract_state: Tree, expected: int | None = None) -> tuple[Tree, Meta] | None:
@@ -245,19 +263,20 @@ class Checkpoints:
           expected: newest step that is known to have been complete; a line is said if it is gone.
 
         Raises:
-          UserError: all are damaged or gone, or they are of another model.
+          UserError: all are damaged or gone, they are of another model, or the newest cannot be read.
         """
-        steps = self.steps()
+        # Others may see newer ones of a run that goes on.
+        steps, expected = processes.of_first([self.steps(), expected])
         if expected is not None and expected not in steps and (not steps or steps[-1] < expected):
             self._say(f'checkpoint {expected} is missing from {self.folder}')
-        for step in _agreed(steps[::-1]):
+        for step in reversed(steps):
             try:
                 return self._restore(step, abstract_state)
             except Damaged as error:
                 self._report(step, str(error))
-        if steps or expected is not None or any(self.folder.glob('*.damaged*')):
+        if processes.of_first(bool(steps) or expected is not None or any(self.folder.glob('*.damaged*'))):
             raise UserError(
-                f'no intact checkpoint is left in {self.folder}; copy one back, or delete the workdir to begin anew'
+                f'no intact checkpoint is left in {self.folder}; copy one back, or take another workdir to begin anew'
             )
         return None
 
@@ -271,16 +290,16 @@ class Checkpoints:
         Raises:
           UserError: no such checkpoint, or it is damaged.
         """
-        steps = self.steps()
+        steps: list[int] = processes.of_first(self.steps())
         if step == 'best':
-            step = self.best_step()
+            step = processes.of_first(self.best_step())
             if step is None:
                 raise UserError(f'no checkpoint in {self.folder} has a held-out loss; give a step, one of {steps}')
         if step is not None and step not in steps:
             raise UserError(f'there is no checkpoint {step} in {self.folder}; there are {steps or "none"}')
         if not steps:
             raise UserError(f'there is no checkpoint in {self.folder}')
-        for candidate in _agreed([step] if step is not None else steps[::-1]):
+        for candidate in steps[::-1] if step is None else [int(step)]:
             try:
                 return self._load(candidate, shardings or {})
             except Damaged as error:
@@ -347,15 +366,6 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f'checkpoints: set aside {step}')
         self._manager.reload()
-
-
-def _agreed(steps: list[int]) -> list[int]:
-    """The first of these steps, as the first process knows them: others may see newer ones of a run that goes on."""
-    if jax.process_count() == 1:
-        return steps
-    first = np.full(CANDIDATES, -1, np.int32)
-    first[: len(steps)] = steps[:CANDIDATES]
-    return [int(step) for step in multihost_utils.broadcast_one_to_all(first) if step >= 0]
 
 
 def _part(arrays: Mapping[str, Any], item: str) -> dict[str, Any]:

@@ -10,8 +10,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +25,7 @@ from mixcon_jax.runs import saved, stored
 from mixcon_jax.runs.checksums import checksum
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 
+READERS = min(8, max(1, (os.cpu_count() or 1) // 4))  # arrays at once: a run needs processors for its batches, too
 # Of a path: characters that no library takes for a pattern, an escape or a part of a URL.
 PLAIN = re.compile(r'[\w ./+=,@:~()-]*')
 
@@ -73,38 +77,64 @@ class PlainPath:
             self._remove()
 
 
-def verify(folder: Path, step: int, digest: str) -> None:
-    """Reads a checkpoint back.
+class Interrupted(Exception):
+    """Reading back was given up before its end."""
+
+
+def verify(folder: Path, step: int, digest: str, hurry: threading.Event) -> None:
+    """Reads a checkpoint back, several arrays at once where there are processors to spare.
 
     Args:
       folder: ``workdir/checkpoints``.
       step: of the checkpoint.
       digest: ``saved.digest`` of what it was to hold besides arrays, their checksums among it.
+      hurry: once it is set, reading ends.
 
     Raises:
       Damaged: it does not hold that, or cannot be loaded.
+      Interrupted: in a hurry.
     """
     contents = saved.contents(folder, step)
     if saved.digest(contents) != digest:
         raise Damaged('its metadata is not what was saved')
-    with PlainPath(folder) as plain:  # one of its own: what was written through another may have gone elsewhere
-        for item in ARRAYS:
-            arrays = {name: kind for name, kind in contents['arrays'].items() if item_of(name) == item}
-            for name, kind in arrays.items():
-                _require_intact(plain.path / str(step) / item, name, kind, contents['checksums'][name])
-            _require_loadable(plain.path / str(step) / item, arrays)
+    arrays = {item: {n: kind for n, kind in contents['arrays'].items() if item_of(n) == item} for item in ARRAYS}
+    # One of its own: what was written through another may have gone elsewhere.
+    with PlainPath(folder) as plain, ThreadPoolExecutor(READERS, 'read back') as readers:
+        place = plain.path / str(step)
+        tasks = [
+            readers.submit(_require_intact, place / item, name, kind, contents['checksums'][name], hurry)
+            for item, kinds in arrays.items()
+            for name, kind in kinds.items()
+        ]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            readers.shutdown(cancel_futures=True)
+        for item, kinds in arrays.items():
+            _require_loadable(place / item, kinds)
 
 
-def _require_intact(item: Path, name: str, kind: list, expected: str) -> None:
+def _require_intact(item: Path, name: str, kind: list, expected: str, hurry: threading.Event) -> None:
     """Refuses an item that does not hold the array of this name, of this type and shape and with this checksum.
 
     Raises:
       Damaged: as said.
+      Interrupted: in a hurry.
     """
+
+    def chunks(array: Any) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        for chunk in stored.chunks(array):
+            if hurry.is_set():
+                raise Interrupted
+            yield chunk
+
     try:
         array = stored.open_array(item, name)
         found = [str(array.dtype.numpy_dtype), list(array.shape)]
-        intact = found == kind and checksum(stored.chunks(array), array.shape) == expected
+        intact = found == kind and checksum(chunks(array), array.shape) == expected
+    except Interrupted:
+        raise
     except Exception as error:  # whatever TensorStore finds
         raise Damaged(f'{name}: {type(error).__name__}: {first_line(error)}') from error
     if not intact:

@@ -1,20 +1,24 @@
 """Arrays of a checkpoint, read from disk onto devices so that the host never holds many of them at once."""
 
 import math
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from mixcon_jax.runs import readback, stored
+from mixcon_jax.errors import UserError
+from mixcon_jax.host import processes
+from mixcon_jax.runs import readback, saved, stored
 from mixcon_jax.runs.checksums import checksums
-from mixcon_jax.runs.saved import Damaged
+from mixcon_jax.runs.saved import Damaged, Missing
 
 Arrays = dict[str, jax.Array]
+KINDS = (UserError, Missing, Damaged)  # how a checkpoint may not be read; a Missing is a Damaged, too
 IN_FLIGHT = 512 << 20  # bytes that a process reads at once, unless one device's part of one array takes more
 
 
@@ -27,6 +31,7 @@ def restore(item: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
 
     Raises:
       Damaged: whatever goes wrong inside Orbax, for its files are at fault.
+      UserError: the system does not let this process read them.
     """
     try:
         # Orbax counts a part's bytes while it reads and places it, and refuses one that is not below its limit.
@@ -36,7 +41,20 @@ def restore(item: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # out of memory says nothing about the files
     except Exception as error:
+        if number := _refused(error):
+            raise saved.unreadable(item.parent, os.strerror(number)) from error
         raise Damaged(f'{item.name}: {type(error).__name__}: {readback.first_line(error)}') from error
+
+
+def _refused(error: BaseException | None) -> int:
+    """The errno with which the system refused to read, as any cause of an error has it; else 0."""
+    while error is not None:
+        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+        number = int(found[1]) if found else getattr(error, 'errno', None) or 0
+        if saved.is_refusal(number):
+            return number
+        error = error.__cause__ or error.__context__
+    return 0
 
 
 def _most(item: Path, name: str, wanted: jax.ShapeDtypeStruct) -> int:
@@ -56,28 +74,43 @@ def _most(item: Path, name: str, wanted: jax.ShapeDtypeStruct) -> int:
 
 
 def verified[T](read: Callable[[], tuple[T, Arrays, Mapping[str, str]]]) -> tuple[T, Arrays]:
-    """What ``read`` gives, by its checksums; with several processes, all have read it or all take it as damaged.
+    """What ``read`` gives, by its checksums; with several processes, all have read it or all give it up.
 
-    They agree before the checksums, which they add up together.
+    They agree before the checksums, which they add up together. What one of them cannot read, or does not find though
+    others do, is not damaged: its disk may not be there.
 
     Args:
       read: something about a checkpoint, its arrays and their checksums, by name.
 
     Raises:
-      Damaged: one of them could not read it, or an array is not what was saved.
+      Damaged: it is not what was saved.
+      UserError: it is of another model, or one of them cannot read it.
     """
-    found, reason = None, ''
+    found, failure = None, None
     try:
         found = read()
-    except Damaged as error:
-        reason = str(error)
-    intact = found is not None
-    if jax.process_count() > 1:
-        intact = bool(np.all(multihost_utils.process_allgather(np.array(intact))))
-    if found is None or not intact:
-        raise Damaged(reason or 'another process could not read it')
-    what, arrays, saved = found
+    except (Damaged, UserError) as error:
+        failure = error
+    reasons = processes.of_each('' if failure is None else f'{_kind(failure)}:{failure}')
+    if found is None or any(reasons):
+        raise _judged(reasons) from failure
+    what, arrays, expected = found
     for name, checksum in checksums(arrays).items():
-        if saved[name] != checksum:
+        if expected[name] != checksum:
             raise Damaged(f'{name} does not match its checksum')
     return what, arrays
+
+
+def _kind(failure: Damaged | UserError) -> str:
+    return next(kind.__name__ for kind in KINDS if isinstance(failure, kind))
+
+
+def _judged(reasons: Sequence[str]) -> Damaged | UserError:
+    """What it means that some processes could not read a checkpoint, by the kind and the words of each one's error."""
+    kinds, words = zip(*(reason.partition(':')[::2] for reason in reasons), strict=True)
+    by = lambda index: f' (process {index} of {len(reasons)})' if len(reasons) > 1 else ''
+    kind = next(kind for kind in KINDS if kind.__name__ in kinds)  # the first that there is decides
+    index = kinds.index(kind.__name__)
+    if kind is Missing and not all(kinds):
+        return UserError(f'a checkpoint that other processes have is not there{by(index)}: must its disk be mounted?')
+    return (UserError if kind is UserError else Damaged)(words[index] + by(index))

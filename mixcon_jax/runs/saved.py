@@ -1,5 +1,6 @@
 """Checkpoints as files: which there are and what their metadata says. Loads no JAX, so that answers come at once."""
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,23 @@ UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is being wr
 
 class Damaged(Exception):
     """A checkpoint whose bytes are not those that were saved."""
+
+
+class Missing(Damaged):
+    """A checkpoint of which nothing is there that says what it holds."""
+
+
+def unreadable(path: Path, reason: str) -> UserError:
+    """The error of a checkpoint that may be intact, but that the system does not let this process read."""
+    return UserError(
+        f'{path} cannot be read ({reason}); it stays as it is: see to the disk and run again, or move it away to do'
+        ' without it'
+    )
+
+
+def is_refusal(number: int) -> bool:
+    """Whether an errno is the system's refusal to read, which says nothing about what lies there."""
+    return number not in (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def names(folder: str | Path) -> list[str]:
@@ -52,11 +70,16 @@ def contents(folder: str | Path, step: int) -> dict[str, Any]:
 
     Raises:
       Damaged: it is not there, or not what was saved.
+      UserError: it cannot be read.
     """
+    path = Path(folder) / str(step)
     try:
-        saved = json_object((Path(folder) / str(step) / 'meta' / 'metadata').read_bytes())
+        saved = json_object((path / 'meta' / 'metadata').read_bytes())
     except (OSError, ValueError) as error:
-        raise Damaged(f'meta: {type(error).__name__}: {error}'[:160]) from error
+        if isinstance(error, OSError) and is_refusal(error.errno or 0):
+            raise unreadable(path, os.strerror(error.errno or 0)) from error
+        kind = Missing if isinstance(error, OSError) else Damaged
+        raise kind(f'meta: {type(error).__name__}: {error}'[:160]) from error
     try:
         found = saved['contents']
         if saved['sha256'] != digest(found) or found['step'] != step:
@@ -67,7 +90,11 @@ def contents(folder: str | Path, step: int) -> dict[str, Any]:
 
 
 def newest(folder: str | Path) -> dict[str, Any] | None:
-    """``contents`` of the newest checkpoint that still has them, or None; errors as of ``names``."""
+    """``contents`` of the newest checkpoint that still has them, or None.
+
+    Raises:
+      UserError: it, or the folder, cannot be read.
+    """
     for step in reversed(steps(folder)):
         try:
             return contents(folder, step)
@@ -92,7 +119,7 @@ def is_whole(folder: str | Path, step: int) -> bool:
     checkpoint = Path(folder) / str(step)
     try:
         contents(folder, step)
-    except Damaged:
+    except (Damaged, UserError):
         return False
     noted = json_file(checkpoint / FILES)
     if not noted:  # of an earlier version, or killed before it was noted

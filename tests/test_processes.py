@@ -1,0 +1,69 @@
+"""What processes tell one another: each is a call here, in which JAX's exchange gives what the others sent."""
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from mixcon_jax import config as configs
+from mixcon_jax import startup
+from mixcon_jax.data.synthetic import tokenizer
+from mixcon_jax.errors import UserError
+from mixcon_jax.host import processes
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Two processes, of which the first always speaks first; ``sent`` is what it has said."""
+    sent, broadcast_before = [], []
+
+    def broadcast(own: np.ndarray) -> np.ndarray:
+        broadcast_before.append(own)
+        index = len(broadcast_before) - 1
+        if len(sent) < 2:  # it is the first: a size, and what has it
+            sent.append(own)
+            return own
+        assert np.shape(own) == np.shape(sent[index % 2])
+        return sent[index % 2]
+
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', broadcast)
+
+
+@pytest.mark.parametrize('other', [[6, 4], [], [1] * 5000])
+def test_all_have_what_the_first_has(pair, other):
+    assert processes.of_first([4, 2]) == [4, 2]
+    assert processes.of_first(other) == [4, 2]
+
+
+def test_all_have_what_each_says(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 3)
+    monkeypatch.setattr(multihost_utils, 'process_allgather', lambda own: np.stack([own, 0 * own, own]))
+    assert processes.of_each('größer') == ['größer', '', 'größer']
+    assert processes.of_each('é' * 400)[0] == 'é' * 256
+
+
+DIFFERENT = [
+    ({}, ('a',), ''),
+    ({'name': 'x', 'log.every': 3, 'data.cache_dir': '/b', 'data.sources': ('files:/b/*.txt',)}, ('a',), ''),
+    ({'optim.learning_rate': 0.5, 'eval.every': 3}, ('a',), r'process 1 .*: eval.every, optim.learning_rate;'),
+    ({}, ('b',), r'process 1 .*: the tokens;'),
+]
+
+
+@pytest.mark.parametrize('changes, identity, words', DIFFERENT)
+def test_a_process_with_another_run_to_make_is_named_with_what_differs(monkeypatch, changes, identity, words):
+    config = configs.default()
+    letters = tokenizer(config.data)
+    seen = []
+    monkeypatch.setattr(processes, 'of_first', lambda own: seen.append(own) or own)
+    startup.require_same_everywhere(config, ('a',), letters)  # the first
+    for key, value in changes.items():
+        configs.put(config, key, value)
+    monkeypatch.setattr(processes, 'of_first', lambda own: seen[0])
+    monkeypatch.setattr(processes, 'of_each', lambda own: ['', own])
+    if not words:
+        startup.require_same_everywhere(config, identity, letters)
+        return
+    with pytest.raises(UserError, match=words):
+        startup.require_same_everywhere(config, identity, letters)

@@ -87,6 +87,7 @@ def test_the_arms_of_the_ratio_have_equal_parameters_and_tokens(argument):
     assert len(tokens) == 1 and min(tokens) >= (4_000_000 if argument else 700_000)
 
 
+@pytest.mark.slow  # committed files, which seldom change
 def test_the_arms_of_conba_parts_and_the_baselines_have_nanos_parameters():
     folder = ROOT / 'experiments'
     nano = accounting.parameter_count(configs.load(f'{folder}/mixcon/nano.py').model).total

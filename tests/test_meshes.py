@@ -128,6 +128,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(mesh, options):
     assert not [name for name in idle if name.startswith('1/')], 'a gradient of zero compares nothing'
 
 
+@pytest.mark.slow  # of compiled text; the values are compared above
 def test_neither_logits_nor_features_are_gathered_over_tensor():
     """In the compiled step: no array holds all logits of a token, and gathers are of parameters alone."""
     length, dim, vocab = 32, 48, 1000

@@ -117,6 +117,7 @@ def test_a_batch_that_does_not_split_is_refused(batch_size, accum):
         configs.check_mesh(config, 4)
 
 
+@pytest.mark.slow  # their values are compared in tests/test_expert_parallel.py
 def test_experts_multiply_only_their_devices_rows():
     """Without a split by rows every device would sort and multiply all rows; the compiled buffers tell."""
     config = configs.default()

@@ -263,6 +263,7 @@ def test_routing_bias_moves_towards_experts_below_their_share():
     assert total.shape == (2, 3) and np.any(total != 0)
 
 
+@pytest.mark.slow  # the bias itself is tested below
 def test_named_experts_move_a_bias_of_their_own():
     layers = {'big': {'kind': 'moe', 'balance': 'bias', 'bias_rate': 0.5, 'num_experts': 5}}
     config = step_config(model__layers=layers, model__pattern=('attention+moe', 'attention+big'))

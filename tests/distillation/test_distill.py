@@ -53,6 +53,7 @@ def command(capsys, *arguments):
     return end.value.code, capsys.readouterr()
 
 
+@pytest.mark.slow  # the fit itself is tested faster
 def test_what_was_written_is_a_run_of_modal_layers(run, written, capsys):
     out, fits, found, said = written
     before, after = load_model(run), load_model(out)

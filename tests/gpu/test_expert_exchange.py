@@ -52,6 +52,7 @@ def compiled(experts, **options):
 
 
 @pytest.mark.parametrize('experts', [16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow  # sizes alone; values as above
 def test_padded_parts_are_little_more_than_what_must_travel(experts):
     found = collectives(compiled(experts, capacity=1.25))
     number, size = found['all-to-all']

@@ -196,7 +196,7 @@ def test_gain(shards, kind, borders):
 
 
 # ----- tokens before, attention -----
-@pytest.mark.parametrize('length', [0, 1, 2, 3, 7, 20])
+@pytest.mark.parametrize('length', [0, 3, 20, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))])
 @pytest.mark.parametrize('shards', SHARDS)
 def test_previous_tokens_reach_over_several_shards(shards, length):
     """Each shard's window is that of the whole row, zeros before it; the gradient counts who reads a token."""

@@ -102,6 +102,7 @@ def test_what_other_documents_hold_is_not_even_read():
         assert np.linalg.norm((a - b)[:, ~middle]) <= 4e-3 * np.linalg.norm(b)
 
 
+@pytest.mark.slow  # both of its parts are tested above
 def test_the_adapter_by_our_gradient(monkeypatch):
     """A length that is no whole number of tiles, padding, and the same bits twice; the forward pass is dense."""
     rng, (q, k, v, dout) = draw(1, 200, 2, 1, 64, seed=7)

@@ -84,7 +84,7 @@ CASES = [
     Case((1, 37, 128, 8), **FULL, resets=(3, 16), options={'splits': 2}),
     Case((1, 32, 128, 8), jnp.bfloat16, **FULL, options={'splits': 2}, slow=True),
     # states kept less often
-    Case((1, 40, 128, 8), **FULL, resets=(34,), options={'keep_every': 32}),
+    Case((1, 40, 128, 8), **FULL, resets=(34,), options={'keep_every': 32}, slow=True),
     Case((2, 70, 128, 8), **FULL, resets=(40,), options={'keep_every': 32}, slow=True),
     Case((2, 100, 128, 8), softplus=True, state=True, options={'keep_every': 48}, slow=True),
     Case((2, 50, 128, 8), state=True, options={'keep_every': 16, 'settings': Settings(32, 2, 8, 4)}, slow=True),
@@ -92,7 +92,7 @@ CASES = [
     Case((1, 24, 128, 8), softplus=True, state=True, resets=(9,), options={'prior': True}),
     Case((1, 32, 128, 8), softplus=True, state=True, options={'prior': True, 'splits': 2}, slow=True),
     # Conba's scaled readout
-    Case((1, 11, 128, 16), **FULL, resets=(5,), readout=True),
+    Case((1, 11, 128, 16), **FULL, resets=(5,), readout=True, slow=True),
     Case((1, 8, 5, 3), readout=True, slow=True),
     Case((1, 16, 128, 16), jnp.bfloat16, **FULL, readout=True, slow=True),
     Case((1, 16, 128, 16), state=True, readout=True, options={'splits': 2}, slow=True),

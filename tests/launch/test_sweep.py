@@ -92,6 +92,7 @@ def test_a_failing_case_stops_no_other_and_says_why(whole):
     assert not (workdir / 'bad' / 'seed-0').exists()
 
 
+@pytest.mark.slow  # as one run does in tests/test_resume.py
 def test_an_interrupted_sweep_goes_on_bit_for_bit(folder, whole):
     workdir = folder / 'parts'
     launcher = start(folder, workdir, ':good')

@@ -110,6 +110,18 @@ def fitting(layer):
 
 
 CASES = of_every_kind() | OTHERS
+# Computed by the code of others: retention is Mamba-2's primitive and RWKV-6 is on gla's, Conba's forms are those of
+# conba and conba_paper, experts those of moe and moe_grouped.
+SELDOM = (
+    'mamba2_one_group', 'hyena_order_3', 'hyena_modal_order_3', 'large_kernel_merged', 'large_kernel_plain', 'retnet',
+    'rwkv6', 'attention_named', 'conba_code', 'conba_diag', 'conba_companion', 'conba_feedback_companion', 'moe_dense',
+    'conba_slow_feedback', 'mamba_norms', 'moe_bias', 'moe_switch', 'moe_mamba_all',
+)  # fmt: skip
+
+
+def but_slow(*slow):
+    """All cases, of which those named here and SELDOM's are left to `make test-all`."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow + SELDOM else name for name in CASES]
 
 
 def perturbed(module, seed, scale=0.3):

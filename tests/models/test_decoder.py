@@ -121,10 +121,8 @@ def test_every_parameter_names_its_axes():
 LENGTHS = [5, 1, 6]
 
 
-# The released code's is always run; of every layer by itself, test_invariants.py asks the same.
-PACKED = [
-    name if name == 'conba_code' else pytest.param(name, marks=pytest.mark.slow) for name in presets.CONBA_PRESETS
-]
+# The default is always run; of every layer by itself, test_invariants.py asks the same.
+PACKED = [name if name == 'conba' else pytest.param(name, marks=pytest.mark.slow) for name in presets.CONBA_PRESETS]
 
 
 @pytest.mark.parametrize('preset', PACKED)

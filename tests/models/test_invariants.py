@@ -11,20 +11,12 @@ from flax import nnx
 
 from mixcon_jax.models import decoder
 from mixcon_jax.models.context import Context
-from tests.models.cases import CASES, DIM, layer, model_config, of_every_kind, packed_context, runner
+from tests.models.cases import DIM, but_slow, layer, model_config, of_every_kind, packed_context, runner
 
 # Pieces are of one token or of nine, and rows two: a layer is compiled for few shapes.
 T, PIECE = 19, 9
 ROOM = T + PIECE // 2  # of a state, as rows may be padded
 TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
-SELDOM = ('mamba2_one_group', 'hyena_order_3', 'hyena_modal_order_3', 'large_kernel_merged', 'large_kernel_plain')
-
-
-def but_slow(*slow):
-    """All cases, those named here, and those that are close to others, left to `make test-all`."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow + SELDOM else name for name in CASES]
-
-
 NAMES = but_slow()
 
 
@@ -72,11 +64,7 @@ def test_any_split_of_prefill_and_decode_equals_the_whole(name, sizes):
     np.testing.assert_allclose(in_pieces(name, x, sizes), whole(name, x), **TOLERANCE)
 
 
-# Parts of others.
-ALIKE = ('conba_code', 'conba_diag', 'conba_companion', 'moe_mamba_all', 'mamba_norms', 'attention_named', 'moe_dense')
-
-
-@pytest.mark.parametrize('name', but_slow(*ALIKE))
+@pytest.mark.parametrize('name', NAMES)
 def test_packed_documents_equal_separate_ones(name):
     """Outputs and the gradients of inputs and parameters; padding follows the last document."""
     lengths = [5, 1, 9]
@@ -148,7 +136,14 @@ def test_bfloat16_leaves_states_in_the_types_they_start_with(name):
     assert types[0] == types[1]
 
 
-@pytest.mark.parametrize('name', of_every_kind())
+# Three of those with most attributes; a list would show in generating, too.
+@pytest.mark.parametrize(
+    'name',
+    [
+        name if name in ('conba', 'rwkv7', 'moe') else pytest.param(name, marks=pytest.mark.slow)
+        for name in of_every_kind()
+    ],
+)
 def test_a_models_structure_may_be_a_static_argument_and_needs_no_values(name):
     """As `mixcon generate` has it: a list among a layer's attributes could not be hashed."""
     config = model_config(of_every_kind()[name][1])
@@ -162,14 +157,11 @@ def test_a_models_structure_may_be_a_static_argument_and_needs_no_values(name):
     assert like(variables) == like(made_with_values[1])
 
 
-# Norms are Conba's too, a companion conba_companion's; conba_paper's feedback is a second scan, which a companion is
-# too, and the diagonal gain has a test of its own in tests/kernels_pallas/test_adaptive_gain.py; retention is Mamba-2's
-# primitive, RWKV-6 is on gla's. Attention with positions is attention; experts are moe's, and those of a mixer on
+# conba_paper's scans are conba's, attention with positions is attention, experts are moe's, and those of a mixer on
 # Mamba's scan.
 LONG = but_slow(
-    'mamba_norms', 'conba_feedback_companion', 'retnet', 'rwkv_channel_mix', 'attention_window', 'moe_mamba_all',
-    'moe_switch', 'hyena_modal', 'rwkv6', 'attention_named', 'moe_dense', 'moe_bias', 'moe_grouped', 'moe_mamba',
-    'conba_diag', 'attention_rope', 'conba_paper', 'conba_slow_feedback',
+    'rwkv_channel_mix', 'attention_window', 'hyena_modal', 'moe_grouped', 'moe_mamba', 'attention_rope', 'conba_paper',
+    'rwkv7', 'large_kernel',
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Verifies the GPU kernels on the GPU that is here: `python -m kernels_pallas.verify`; it needs JAX alone.
+"""Verifies the GPU kernels on the GPU that is here: `python -m kernels_pallas.verify`; it needs JAX and jaxtyping.
 
 Outputs and gradients of every case are compared with float64, and must be the same bits twice. What is right becomes a
 card of this machine (kernels_pallas/cards.py), and from then on the kernel runs by default. A process a variant: a

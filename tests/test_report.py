@@ -15,8 +15,10 @@ from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import accounting
 from mixcon_jax.reports import comparison, curves
-from mixcon_jax.reports.arms import numeric_axis
+from mixcon_jax.reports.arms import group, numeric_axis
 from mixcon_jax.reports.report import collect, report
+from mixcon_jax.reports.runs import find
+from mixcon_jax.runs import saved
 from mixcon_jax.runs.records import plain
 
 STEPS, EVERY, TOKENS = 40, 10, 128  # of the runs below: steps, steps between evaluations, tokens a step
@@ -58,6 +60,19 @@ def write_run(folder: Path, losses=(3.0, 2.5, 2.2, 2.0), end: str = 'done', fina
     text = ''.join(json.dumps(plain({'time': started + index, **line})) + '\n' for index, line in enumerate(lines))
     (folder / 'metrics.jsonl').write_text(text)
     return folder
+
+
+def write_checkpoint(run: Path, tokens: list[str]) -> None:
+    """What a report reads of the checkpoint of a run's end, which is whole as far as it looks."""
+    config = json.loads((run / 'config.json').read_text())
+    folder = run / 'checkpoints' / str(config['train']['steps'])
+    contents = {'step': config['train']['steps'], 'config': config, 'data': tokens}
+    for name, text in (
+        ('meta/metadata', json.dumps({'sha256': saved.digest(contents), 'contents': contents})),
+        ('model/manifest.ocdbt', 'x'), ('optimizer/manifest.ocdbt', 'x'),
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
 
 
 @functools.cache
@@ -161,6 +176,15 @@ def test_arms_with_named_layers_differ_in_what_they_give(tmp_path):
     assert [arm.options for arm in collect([tmp_path / 'one', tmp_path / 'two']).arms] == [
         {'model.layers.big.top_k': 1}, {'model.layers.big.top_k': 2},
     ]  # fmt: skip
+
+
+def test_runs_of_the_same_tokens_are_of_the_same_text_wherever_it_lay(tmp_path):
+    for seed, (place, tokens) in enumerate([('/old/*.txt', 'a'), ('/new/*.txt', 'a'), ('/new/*.txt', 'b')]):
+        run = write_run(tmp_path / f'run-{seed}', seed=seed, data__sources=[f'files:{place}'])
+        write_checkpoint(run, [tokens])
+    arms, _ = group(find([tmp_path])[0])
+    assert [[run.seed for run in arm.runs] for arm in arms] == [[0, 1], [2]]
+    assert len({run.text for run in arms[0].runs}) == 1 and arms[0].runs[0].text != arms[1].runs[0].text
 
 
 def test_weights_of_the_same_seed_of_another_sweep_make_no_new_arm(tmp_path):

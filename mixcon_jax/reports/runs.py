@@ -14,7 +14,8 @@ import numpy as np
 from mixcon_jax import config as configs
 from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
-from mixcon_jax.runs import records
+from mixcon_jax.options import THROUGH_TOKENS
+from mixcon_jax.runs import records, saved
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.records import Record
 from mixcon_jax.runs.run import DONE, Run, run_folders
@@ -68,6 +69,12 @@ class ReportedRun(Run):
         except (TypeError, ValueError, AttributeError, KeyError) as error:  # JSON, but no configuration
             words = ' '.join(str(error).split())
             raise UserError(f'{path} is not a configuration ({type(error).__name__}: {words})') from error
+
+    @functools.cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """Hashes of the tokens that it was trained on, as its newest checkpoint has them; none without one."""
+        kept = saved.newest(self.checkpoints)
+        return tuple(kept['data']) if kept else ()
 
     @property
     def seed(self) -> int:
@@ -174,7 +181,18 @@ def find(folders: Sequence[str | Path]) -> tuple[list[ReportedRun], list[str]]:
         where = ', '.join(map(str, folders))
         detail = f' ({len(notes)} damaged; {notes[0]})' if notes else ''
         raise UserError(f'no run found in {where}{detail}; give a workdir of `mixcon train`, or a folder above some')
+    _call_text_alike(runs)
     return runs, notes
+
+
+def _call_text_alike(runs: Sequence[ReportedRun]) -> None:
+    """Gives runs of the same tokens the same words for their data: text that has been moved is the same text."""
+    first: dict[tuple[str, ...], ReportedRun] = {}
+    for run in runs:
+        if run.tokens:
+            like = first.setdefault(run.tokens, run)
+            for key in THROUGH_TOKENS:
+                configs.put(run.config, key, configs.get(like.config, key))
 
 
 def _run_folders(folders: Sequence[str | Path]) -> Iterator[Path]:

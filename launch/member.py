@@ -25,7 +25,6 @@ from mixcon_jax.runs.workdir import report_if_finished
 COMMANDS = ('train', 'eval', 'generate')
 HEARTBEAT = 25  # seconds: with what noticing and ending takes, a dead process ends the job within 30
 MARGIN = 60  # seconds that JAX would wait longer than we do
-ENDING = 24 * 3600  # seconds that a process waits at its end for the first, which reads back what was saved
 PATIENCE = 1800  # seconds, as a disk or a network may be slow
 
 
@@ -160,7 +159,7 @@ def join(timeout: int, heartbeat: int, **where: Any) -> None:
         **where,
         initialization_timeout=timeout + MARGIN,
         heartbeat_timeout_seconds=heartbeat,
-        shutdown_timeout_seconds=ENDING,
+        shutdown_timeout_seconds=timeout,
     )
     waiting.cancel()
 

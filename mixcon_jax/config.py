@@ -353,10 +353,8 @@ def check_mesh(config: ml_collections.ConfigDict, num_devices: int | None = None
     if found['data'] != -1 and found['fsdp'] != -1:
         axes.across(found, mesh.slices)
     if all(found[axis] != -1 for axis in axes.BATCH_AXES):
-        shards, advice = (
-            axes.rows(found),
-            '' if num_devices is None else f'there are {num_devices} devices; {axes.FEWER}',
-        )
+        shards = axes.rows(found)
+        advice = '' if num_devices is None else f'there are {num_devices} devices; {axes.FEWER}'
         divides(axes.ROWS, shards, 'train.batch_size / train.accum_steps', batch // config.train.accum_steps, advice)
         divides(axes.ROWS, shards, 'eval.batch_size', config.eval.batch_size, advice)
     known = {axis: max(size, 1) for axis, size in found.items()}  # what is left to take is not known yet

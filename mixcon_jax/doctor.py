@@ -15,6 +15,7 @@ import numpy as np
 from kernels_pallas import cards, platform, verify
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.ambient import processors
 from mixcon_jax.host.log_filters import DRIVERS
 from mixcon_jax.host.paths import expand_path
 from mixcon_jax.models.accounting import parameter_count
@@ -70,8 +71,7 @@ def doctor(verify_now: bool = False, say: Callable[[str], None] = print) -> int:
 def machine() -> Iterator[str]:
     """Processor, memory and disks."""
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    yield f'machine    {cores} cores, {memory:.0f} GiB of memory, Python {sys.version.split()[0]}'
+    yield f'machine    {processors()} cores, {memory:.0f} GiB of memory, Python {sys.version.split()[0]}'
     cache = configs.default().data.cache_dir
     try:
         folders = [Path.cwd(), expand_path(cache)]

@@ -19,15 +19,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from mixcon_jax.trees import Tree, map_named
 
 STACK_AXES = ('layers', 'experts')  # leading, they line up independent arrays
-WIDE_AXES = (
-    'embed',
-    'mlp',
-    'heads',
-    'kv_heads',
-    'head_dim',
-    'inner',
-    'norm',
-)  # the sides of the matrices that Muon takes
+# The sides of the matrices that Muon takes.
+WIDE_AXES = ('embed', 'mlp', 'heads', 'kv_heads', 'head_dim', 'inner', 'norm')
 
 
 class Group(NamedTuple):

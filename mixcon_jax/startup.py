@@ -88,21 +88,34 @@ def require_same_data(
         )
 
 
-def require_same_everywhere(config: ml_collections.ConfigDict, identity: tuple[str, ...], tokenizer: Tokenizer) -> None:
-    """Refuses what several processes would not compute together: each has read its own configuration and text.
+def require_same_options(config: ml_collections.ConfigDict) -> None:
+    """Refuses options that are others in one of several processes: each has read its own experiment file.
 
     Raises:
-      UserError: names a process that has others than the first, and what differs.
+      UserError: names the process and what differs.
     """
     values = {key: value for key, value in configs.flatten(config).items() if not key.startswith(OWN)}
-    own = json.loads(json.dumps(values | {'the tokens': identity, 'the tokenizer': tokenizer.fingerprint}))
+    _require_same(values, 'give all the same experiment file and options')
+
+
+def require_same_text(identity: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    """Refuses other tokens in one of several processes: each may have found, or prepared, its own.
+
+    Raises:
+      UserError: names the process.
+    """
+    values = {'the tokens': identity, 'the tokenizer': tokenizer.fingerprint}
+    _require_same(values, 'give all the same text, such as by a data.cache_dir that they share')
+
+
+def _require_same(values: Mapping[str, Any], remedy: str) -> None:
+    own = json.loads(json.dumps(dict(values)))
     first = processes.of_first(own)
     other = ', '.join(sorted(key for key in own.keys() | first.keys() if own.get(key) != first.get(key)))
     for index, differs in enumerate(processes.of_each(other)):
         if differs:
             raise UserError(
-                f'process {index} has another run to make than process 0; these differ: {differs}; give all the same'
-                ' experiment file and text'
+                f'process {index} has another run to make than process 0; these differ: {differs}; {remedy}'
             )
 
 

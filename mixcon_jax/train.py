@@ -20,7 +20,7 @@ from mixcon_jax import startup
 from mixcon_jax.data import Share, open_dataset
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.evaluate import Scores, score
-from mixcon_jax.host import stuck
+from mixcon_jax.host import processes, stuck
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
 from mixcon_jax.parallel.layout import own_rows
@@ -56,6 +56,9 @@ class Result:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+READING_BACK = 24 * 3600  # seconds that others wait for the first to read a save back, at most
+
+
 class _Stopped(Exception):
     """A signal came during an evaluation."""
 
@@ -85,6 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
         return Result(Exit.DONE, record['step'], record['fingerprint'], metrics)
     folder = Workdir(workdir)
     startup.set_up_jax(config)
+    startup.require_same_options(config)
     configs.check_mesh(config, jax.device_count())
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         begun = folder.require_same(config)
@@ -104,7 +108,7 @@ def _train(
         dataset = open_dataset(config, tokens)
         tokenizer, tokenizer_json = dataset.tokenizer, dataset.tokenizer.to_json()
         startup.require_vocabulary(config, tokenizer)
-        startup.require_same_everywhere(config, dataset.identity, tokenizer)
+        startup.require_same_text(dataset.identity, tokenizer)
         mesh = make_mesh(config.mesh)
         share = Share(*own_rows(mesh))
         train_batches = dataset.train_batches(share)
@@ -129,7 +133,8 @@ def _train(
         # 3. At step 0 with the weights of another run, where train.init_from names one: those that it named first.
         # 4. At step 0 with initial weights.
         folder.update()
-        restored, origin = checkpoints.restore(steps.abstract_state, expected=folder.last_saved), folder.init_from()
+        restored = checkpoints.restore(steps.abstract_state, expected=folder.last_saved)
+        origin = processes.of_first(folder.init_from())
         if restored is not None:
             state, meta = restored
             before = configs.from_dict(meta.config)
@@ -150,7 +155,7 @@ def _train(
         stack.callback(batches.close)
 
     # ----- What happens between steps --------------------------------------------------------------------------------
-    stop = stack.enter_context(StopRequest(alone=jax.process_count() == 1))
+    stop = stack.enter_context(StopRequest(processes.told_to_stop if jax.process_count() > 1 else None))
     compiled: set[str] = set()
     pending: tuple[int, Any] | None = None  # a dispatched step and its metrics, not read yet
     bad_steps = 0
@@ -184,11 +189,12 @@ def _train(
 
     def save(step: int, urgent: bool) -> None:
         with clock.spend('checkpoint'):
-            note(checkpoints.finished() if urgent else checkpoints.wait())
+            if not urgent:
+                note(checkpoints.wait())
             metrics.sync()  # a checkpoint must never be ahead of the records
             loss = next((scores['loss'] for scores in (scored, final) if scores and scores['step'] == step), None)
             contents = Meta(step, config.to_dict(), tokenizer_json, dataset.identity, metrics.tokens_seen, loss)
-            checkpoints.save(state, contents, urgent)
+            note(checkpoints.save(state, contents, urgent))
 
     def note(complete: int | None) -> None:
         if complete is not None:
@@ -206,7 +212,7 @@ def _train(
 
     # ----- The loop: `step` steps have been made ---------------------------------------------------------------------
     step = saved = meta.step
-    scored, final = last(records, kind='eval'), last(records, kind='final', step=last_step)
+    scored, final = processes.of_first([last(records, kind='eval'), last(records, kind='final', step=last_step)])
     try:
         while True:
             # What is due now. Nothing of it depends on where this start of the run began.
@@ -255,6 +261,7 @@ def _train(
     trace.end()
     with clock.spend('checkpoint'):
         note(checkpoints.wait())
+        processes.meet(READING_BACK)
     if stopping:
         metrics.record('run', step, event='stopped', **_spent(clock))
         if step == 0:
@@ -303,15 +310,12 @@ def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints) -> Res
         what = f'loss or gradient was not finite in {bad_steps} steps in a row, {first} to {step}'
     else:
         what = f'the update of step {step} left parameters that are not finite'
+    newest, begin = 'there is no checkpoint yet', ''
+    if kept:
+        newest = f'the newest checkpoint is {kept[-1]}'
+        begin = f', which --config.train.init_from={checkpoints.folder.parent}:{kept[-1]} begins from it'
     metrics.say(
-        f'error: {what}; '
-        + (f'the newest checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet')
-        + '; a lower optim.learning_rate or optim.clip_norm may help, in another workdir'
-        + (
-            f', which --config.train.init_from={checkpoints.folder.parent}:{kept[-1]} can begin from here'
-            if kept
-            else ''
-        )
+        f'error: {what}; {newest}; a lower optim.learning_rate or optim.clip_norm may help, in another workdir{begin}'
     )
     return Result(Exit.ABORTED, step)
 

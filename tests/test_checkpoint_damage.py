@@ -104,6 +104,18 @@ UNREADABLE = {
 }
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_not_damaged(tmp_path):
+    folder = tmp_path / 'checkpoints'
+    save(folder, [2, 4])
+    (folder / '4').rename(tmp_path / 'elsewhere')
+    (folder / '4').symlink_to(tmp_path / 'unmounted')
+    checkpoints = Checkpoints(folder, say=lambda line: pytest.fail(line))
+    with pytest.raises(UserError, match=r'4 cannot be read \(a link that leads nowhere\)'):
+        checkpoints.restore(abstract(make_state(0)))
+    assert sorted(os.listdir(folder)) == ['2', '4']
+    checkpoints.close()
+
+
 @pytest.mark.parametrize('part', UNREADABLE)
 def test_what_the_system_does_not_let_read_is_not_damaged(tmp_path, part):
     """A link to itself stands for a disk that fails: opening it is refused."""
@@ -268,7 +280,9 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_read_back(tmp_path, m
     assert seen == [[2, 4]] and saved.steps(tmp_path) == [4]
 
 
-def test_an_urgent_save_does_not_wait_until_the_one_before_is_read_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize('spoilt', [False, True])
+def test_an_urgent_save_does_not_wait_until_the_one_before_is_read_back(tmp_path, monkeypatch, spoilt):
+    """Which is read back after it, and counts, or is set aside, then."""
     chunks, reading = stored.chunks, threading.Event()
 
     def endless(array):
@@ -276,13 +290,17 @@ def test_an_urgent_save_does_not_wait_until_the_one_before_is_read_back(tmp_path
             reading.set()
             yield next(chunks(array))
 
-    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=0)
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_best=0, say=said.append)
     monkeypatch.setattr(stored, 'chunks', endless)
     checkpoints.save(make_state(2), meta(2))
     assert reading.wait(60) and checkpoints.finished() is None
     monkeypatch.setattr(stored, 'chunks', chunks)
-    checkpoints.save(make_state(4), meta(4), urgent=True)
-    assert checkpoints.wait() == 4 and checkpoints.steps() == [4]
+    assert checkpoints.save(make_state(4), meta(4), urgent=True) is None
+    if spoilt:
+        truncate(index_of(tmp_path / '2' / 'model'))
+    assert checkpoints.wait() == 4 and checkpoints.steps() == ([4] if spoilt else [2, 4])
+    assert len(said) == spoilt and (not spoilt or 'checkpoint 2 cannot be read back' in said[0])
     checkpoints.close()
 
 

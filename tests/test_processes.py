@@ -44,26 +44,43 @@ def test_all_have_what_each_says(monkeypatch):
 
 
 DIFFERENT = [
-    ({}, ('a',), ''),
-    ({'name': 'x', 'log.every': 3, 'data.cache_dir': '/b', 'data.sources': ('files:/b/*.txt',)}, ('a',), ''),
-    ({'optim.learning_rate': 0.5, 'eval.every': 3}, ('a',), r'process 1 .*: eval.every, optim.learning_rate;'),
-    ({}, ('b',), r'process 1 .*: the tokens;'),
+    ({'name': 'x', 'log.every': 3, 'data.cache_dir': '/b', 'data.sources': ('files:/b/*.txt',)}, ''),
+    ({'optim.learning_rate': 0.5, 'eval.every': 3}, r'process 1 .*: eval.every, optim.learning_rate; give'),
 ]
 
 
-@pytest.mark.parametrize('changes, identity, words', DIFFERENT)
-def test_a_process_with_another_run_to_make_is_named_with_what_differs(monkeypatch, changes, identity, words):
+@pytest.fixture
+def second(monkeypatch):
+    """What a call says first is the first process's; from the second call on, the second's."""
+    said = []
+    monkeypatch.setattr(processes, 'of_first', lambda own: said.append(own) or said[0])
+    monkeypatch.setattr(processes, 'of_each', lambda own: [own] if len(said) == 1 else ['', own])
+
+
+@pytest.mark.parametrize('changes, words', DIFFERENT)
+def test_a_process_with_another_run_to_make_is_named_with_what_differs(second, changes, words):
     config = configs.default()
-    letters = tokenizer(config.data)
-    seen = []
-    monkeypatch.setattr(processes, 'of_first', lambda own: seen.append(own) or own)
-    startup.require_same_everywhere(config, ('a',), letters)  # the first
+    startup.require_same_options(config)
     for key, value in changes.items():
         configs.put(config, key, value)
-    monkeypatch.setattr(processes, 'of_first', lambda own: seen[0])
-    monkeypatch.setattr(processes, 'of_each', lambda own: ['', own])
     if not words:
-        startup.require_same_everywhere(config, identity, letters)
+        startup.require_same_options(config)
         return
     with pytest.raises(UserError, match=words):
-        startup.require_same_everywhere(config, identity, letters)
+        startup.require_same_options(config)
+
+
+def test_a_process_with_other_text_is_named(second):
+    letters = tokenizer(configs.default().data)
+    for _ in range(2):
+        startup.require_same_text(('a',), letters)
+    with pytest.raises(UserError, match=r'process 1 .*: the tokens; give all the same text'):
+        startup.require_same_text(('b',), letters)
+
+
+def test_without_jaxs_service_nobody_is_told_to_stop(monkeypatch):
+    def off(count):
+        raise RuntimeError('preemption sync manager has not been initialized')
+
+    monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', off)
+    assert processes.told_to_stop(1) is False

@@ -11,7 +11,6 @@ import termios
 import time
 
 import pytest
-from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import Exit
 from mixcon_jax.host.signals import STOPPING, StopRequest
@@ -29,13 +28,10 @@ def test_every_signal_of_a_closing_session_or_scheduler_asks_to_stop(number):
     assert {each: signal.getsignal(each) for each in STOPPING} == before
 
 
-def test_several_processes_stop_where_they_agree_to(monkeypatch):
-    """Each asks JAX with the count of its questions, until it says yes; then they need not ask."""
+def test_several_processes_stop_where_they_agree_to():
+    """Each asks with the count of its questions, until it is told yes; then they need not ask."""
     asked = []
-    monkeypatch.setattr(
-        multihost_utils, 'reached_preemption_sync_point', lambda count: asked.append(count) or count == 3
-    )
-    stop = StopRequest(alone=False)
+    stop = StopRequest(lambda count: asked.append(count) or count == 3)
     assert [stop.due() for _ in range(5)] == [False, False, True, True, True] and asked == [1, 2, 3]
 
 

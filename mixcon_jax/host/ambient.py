@@ -25,6 +25,11 @@ LEFT_OUT = {
 UNREADABLE = re.compile(r"for environment '(?P<environment>JAX_\w+)'|for JAX flag (?P<flag>jax_\w+)")
 
 
+def processors() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def leave_out() -> Iterator[str]:
     """Takes such settings out of the environment, before JAX reads it; yields a line on each that meant something."""
     for name, harmless in LEFT_OUT.items():

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -59,21 +59,19 @@ class StopRequest(Handler):
     on one, so that signal is left alone, and the others are passed on as it.
 
     Args:
-      alone: whether this is the only process.
+      agree: of several processes, ``processes.told_to_stop``; None for one alone.
     """
 
-    def __init__(self, alone: bool = True) -> None:
-        super().__init__(number for number in STOPPING if alone or number != signal.SIGTERM)
+    def __init__(self, agree: Callable[[int], bool] | None = None) -> None:
+        super().__init__(number for number in STOPPING if agree is None or number != signal.SIGTERM)
         self.requested = False
-        self._alone, self._asked = alone, 0
+        self._agree, self._asked = agree, 0
 
     def due(self) -> bool:
         """Whether to stop here. Several processes have to ask as often as each other: then all are told the same."""
-        if not self._alone and not self.requested:
-            from jax.experimental import multihost_utils  # takes seconds, and a launcher stops without
-
+        if self._agree is not None and not self.requested:
             self._asked += 1
-            self.requested = multihost_utils.reached_preemption_sync_point(self._asked)
+            self.requested = self._agree(self._asked)
         return self.requested
 
     def handle(self, number: int) -> None:
@@ -81,7 +79,7 @@ class StopRequest(Handler):
         text = f'\n{signal.Signals(number).name}: finishing the step and saving; Ctrl-C quits at once\n'
         with contextlib.suppress(OSError):  # the terminal may be what has gone
             os.write(2, text.encode())  # print() must not be entered again while it runs
-        if self._alone:
+        if self._agree is None:
             self.requested = True
         else:
             signal.raise_signal(signal.SIGTERM)

@@ -30,7 +30,7 @@ class ReportedRun(Run):
       damaged: how many lines there are no records; a torn last line, which a kill may leave, is none.
 
     Raises:
-      UserError: the configuration, the folder of the checkpoints or every line of metrics.jsonl is unreadable.
+      UserError: the configuration, the newest checkpoint or every line of metrics.jsonl is unreadable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class ReportedRun(Run):
             raise UserError(f'{self.metrics_file} cannot be read ({os.strerror(errno.ENOENT)})')
         if self.damaged and not self.records:
             raise UserError(f'{self.metrics_file} holds no readable record')
-        self.state  # noqa: B018 (looked at here, where what cannot be read leaves out this run alone)
+        _ = self.state, self.tokens  # here, where what cannot be read leaves out this run alone
 
     def _forget(self) -> None:
         super()._forget()

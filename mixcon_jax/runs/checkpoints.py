@@ -86,6 +86,7 @@ class Checkpoints:
         self._keep_last, self._keep_best = keep_last, keep_best
         self._pending: tuple[int, Future[list[str] | None]] | None = None
         self._hurry = threading.Event()
+        self._unread: dict[int, str] = {}  # digests of what is written but not read back, by step
         self._worker, self._stack = ThreadPoolExecutor(1, 'checkpoint'), contextlib.ExitStack()
         silence_orbax()
         if not read_only:
@@ -135,7 +136,7 @@ class Checkpoints:
 
     # ----- saving -----
 
-    def save(self, state: Tree, meta: Meta, urgent: bool = False) -> None:
+    def save(self, state: Tree, meta: Meta, urgent: bool = False) -> int | None:
         """Begins to save, and to read back, in the background; returns when the state's buffers may be reused.
 
         Waits for the save before it, if that has not finished.
@@ -143,15 +144,18 @@ class Checkpoints:
         Args:
           state: a TrainState, or any tree whose leaves' names begin with ``params/`` or ``buffers/`` for the model.
           meta: the rest. ``state`` must be that of ``meta.step``.
-          urgent: the process may be killed soon. The save before it, once it is written, is read back no further; it
-            makes none superfluous.
+          urgent: the process may be killed soon. The save before it, once it is written, is read back no further, but
+            again after this one.
+
+        Returns:
+          As ``wait`` of the save before it.
 
         Raises:
           UserError: this save, or the one before it, found the disk full or the like, or wrote what cannot be read.
         """
         if urgent:
             self._hurry.set()
-        self.wait()
+        before = self.wait()
         self._hurry.clear()
         arrays = named_leaves(state)
         contents = dataclasses.asdict(meta) | {
@@ -169,6 +173,7 @@ class Checkpoints:
             self._plain.mend()
             self._manager.save(meta.step, args=args, force=True)
             self._pending = meta.step, self._worker.submit(self._complete, meta.step, saved.digest(contents))
+        return before
 
     def _complete(self, step: int, digest: str) -> list[str] | None:
         """In a thread: waits for the save, reads it back and deletes what it makes superfluous.
@@ -180,13 +185,23 @@ class Checkpoints:
         self._manager.check_for_errors()
         if jax.process_index() > 0:
             return []
-        try:
-            readback.verify(self.folder, step, digest, self._hurry)
-        except readback.Interrupted:
-            return None
-        with contextlib.suppress(OSError):  # a checkpoint is one without the note, too
-            saved.note_files(self.folder, step)
-        return self._prune()
+        lines = []
+        for each, expected in sorted(({step: digest} | self._unread).items(), reverse=True):
+            self._unread.pop(each, None)
+            try:
+                readback.verify(self.folder, each, expected, self._hurry)
+            except readback.Interrupted:
+                self._unread[each] = expected
+                return None
+            except Damaged as error:
+                if each == step:
+                    raise
+                retention.set_aside(self.folder / str(each))
+                lines.append(f'checkpoint {each} cannot be read back ({error}); set aside as {each}.damaged')
+            else:
+                with contextlib.suppress(OSError):  # a checkpoint is one without the note, too
+                    saved.note_files(self.folder, each)
+        return lines + self._prune()
 
     def _prune(self) -> list[str]:
         return retention.prune(self.folder, self._losses, self._keep_last, self._keep_best)
@@ -226,6 +241,8 @@ class Checkpoints:
             self._pending = None
             kept = [kept for kept in self.steps() if kept != step]
             last = f'checkpoint {max(kept)} is intact' if kept else 'there is none before it'
+            if isinstance(error, UserError):
+                raise
             if isinstance(error, Damaged):
                 if jax.process_index() == 0:
                     retention.set_aside(self.folder / str(step))
@@ -311,7 +328,9 @@ class Checkpoints:
 
         def read() -> tuple[Meta, dict[str, jax.Array], dict[str, str]]:
             contents, meta = self._meta(step)
-            _require_equal({n: [str(x.dtype), list(x.shape)] for n, x in wanted.items()}, contents['arrays'], step)
+            restoring.require_equal(
+                {n: [str(x.dtype), list(x.shape)] for n, x in wanted.items()}, contents['arrays'], step
+            )
             arrays: dict[str, jax.Array] = {}
             for item in ARRAYS:
                 arrays |= self._arrays(step, item, _part(wanted, item))
@@ -371,18 +390,6 @@ class Checkpoints:
 def _part(arrays: Mapping[str, Any], item: str) -> dict[str, Any]:
     """Those of the arrays, or of what is known of each, that are of an item."""
     return {name: array for name, array in arrays.items() if item_of(name) == item}
-
-
-def _require_equal(wanted: Mapping[str, list], saved: Mapping[str, list], step: int) -> None:
-    """Both map a name to [type, shape]."""
-    for name in sorted(wanted.keys() | saved.keys()):
-        ours, theirs = wanted.get(name), saved.get(name)
-        if ours != theirs:
-            raise UserError(f'checkpoint {step} has {_shape(theirs)} for {name}, but the run has {_shape(ours)}')
-
-
-def _shape(entry: list | None) -> str:
-    return 'nothing' if entry is None else f'{entry[0]}{entry[1]}'
 
 
 def _causes(error: BaseException | None) -> Iterator[str]:

@@ -21,11 +21,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.ambient import processors
 from mixcon_jax.runs import saved, stored
 from mixcon_jax.runs.checksums import checksum
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
 
-READERS = min(8, max(1, (os.cpu_count() or 1) // 4))  # arrays at once: a run needs processors for its batches, too
+READERS = min(8, max(1, processors() // 4))  # arrays at once: a run needs processors for its batches, too
 # Of a path: characters that no library takes for a pattern, an escape or a part of a URL.
 PLAIN = re.compile(r'[\w ./+=,@:~()-]*')
 
@@ -136,6 +137,8 @@ def _require_intact(item: Path, name: str, kind: list, expected: str, hurry: thr
     except Interrupted:
         raise
     except Exception as error:  # whatever TensorStore finds
+        if refused := saved.refusal(item.parent, error):
+            raise refused from error
         raise Damaged(f'{name}: {type(error).__name__}: {first_line(error)}') from error
     if not intact:
         raise Damaged(f'{name} does not match its checksum')
@@ -164,6 +167,8 @@ def _require_loadable(item: Path, arrays: Mapping[str, list]) -> None:
     except (jax.errors.JaxRuntimeError, MemoryError):
         return  # out of memory, which says nothing about the files
     except Exception as error:  # whatever Orbax finds
+        if refused := saved.refusal(item.parent, error):
+            raise refused from error
         raise Damaged(f'{item.name}: {type(error).__name__}: {first_line(error)}') from error
     if found != arrays:
         raise Damaged(f'the metadata of {item.name} are of other arrays')

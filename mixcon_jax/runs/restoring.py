@@ -1,8 +1,6 @@
 """Arrays of a checkpoint, read from disk onto devices so that the host never holds many of them at once."""
 
 import math
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,20 +39,9 @@ def restore(item: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # out of memory says nothing about the files
     except Exception as error:
-        if number := _refused(error):
-            raise saved.unreadable(item.parent, os.strerror(number)) from error
+        if refusal := saved.refusal(item.parent, error):
+            raise refusal from error
         raise Damaged(f'{item.name}: {type(error).__name__}: {readback.first_line(error)}') from error
-
-
-def _refused(error: BaseException | None) -> int:
-    """The errno with which the system refused to read, as any cause of an error has it; else 0."""
-    while error is not None:
-        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
-        number = int(found[1]) if found else getattr(error, 'errno', None) or 0
-        if saved.is_refusal(number):
-            return number
-        error = error.__cause__ or error.__context__
-    return 0
 
 
 def _most(item: Path, name: str, wanted: jax.ShapeDtypeStruct) -> int:
@@ -99,6 +86,22 @@ def verified[T](read: Callable[[], tuple[T, Arrays, Mapping[str, str]]]) -> tupl
         if expected[name] != checksum:
             raise Damaged(f'{name} does not match its checksum')
     return what, arrays
+
+
+def require_equal(wanted: Mapping[str, list], found: Mapping[str, list], step: int) -> None:
+    """Refuses a checkpoint of another model; both map the name of an array to [type, shape].
+
+    Raises:
+      UserError: names the first array that differs.
+    """
+    for name in sorted(wanted.keys() | found.keys()):
+        ours, theirs = wanted.get(name), found.get(name)
+        if ours != theirs:
+            raise UserError(f'checkpoint {step} has {_shape(theirs)} for {name}, but the run has {_shape(ours)}')
+
+
+def _shape(entry: list | None) -> str:
+    return 'nothing' if entry is None else f'{entry[0]}{entry[1]}'
 
 
 def _kind(failure: Damaged | UserError) -> str:

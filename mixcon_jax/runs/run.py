@@ -157,7 +157,7 @@ class Run:
         config.json has changed, or a start or an end has come.
 
         Raises:
-          UserError: the folder of the checkpoints cannot be read.
+          UserError: the newest checkpoint, or the folder, cannot be read.
         """
         written, kept = parsing.json_file(self.config_file), saved.newest(self.checkpoints)
         if kept is None:
@@ -198,7 +198,7 @@ class Run:
         has gone since, but of damage within an item only once a record has come.
 
         Raises:
-          UserError: the folder of the checkpoints cannot be read.
+          UserError: the newest checkpoint, or the folder, cannot be read.
         """
         if self.event is None or self.event.get('event') not in ENDS:
             return UNFINISHED

@@ -17,6 +17,7 @@ ARRAYS = ('model', 'optimizer')  # the items that hold arrays
 ITEMS = (*ARRAYS, 'meta')
 FILES = 'meta/files'  # of a checkpoint: which files it consists of, and their sizes
 MODEL = ('params/', 'buffers/')  # of an array's name: what a model needs; all else is in the optimizer's item
+ABSENT = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # no error, or nothing there that could be read
 UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is being written or deleted
 
 
@@ -28,17 +29,26 @@ class Missing(Damaged):
     """A checkpoint of which nothing is there that says what it holds."""
 
 
-def unreadable(path: Path, reason: str) -> UserError:
-    """The error of a checkpoint that may be intact, but that the system does not let this process read."""
+def refusal(path: Path, error: BaseException | None) -> UserError | None:
+    """The error of a checkpoint that may be intact, but that the system does not let this process read.
+
+    Args:
+      path: the checkpoint's folder.
+      error: what went wrong. Its errno counts, or that of any of its causes; that nothing is there is no refusal,
+        unless the checkpoint is a link that leads nowhere.
+    """
+    reason = 'a link that leads nowhere' if path.is_symlink() and not path.exists() else ''
+    while error is not None and not reason:
+        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+        number = int(found[1]) if found else getattr(error, 'errno', None) or 0
+        reason = '' if number in ABSENT else os.strerror(number)
+        error = error.__cause__ or error.__context__
+    if not reason:
+        return None
     return UserError(
         f'{path} cannot be read ({reason}); it stays as it is: see to the disk and run again, or move it away to do'
         ' without it'
     )
-
-
-def is_refusal(number: int) -> bool:
-    """Whether an errno is the system's refusal to read, which says nothing about what lies there."""
-    return number not in (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def names(folder: str | Path) -> list[str]:
@@ -76,8 +86,8 @@ def contents(folder: str | Path, step: int) -> dict[str, Any]:
     try:
         saved = json_object((path / 'meta' / 'metadata').read_bytes())
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and is_refusal(error.errno or 0):
-            raise unreadable(path, os.strerror(error.errno or 0)) from error
+        if refused := refusal(path, error):
+            raise refused from error
         kind = Missing if isinstance(error, OSError) else Damaged
         raise kind(f'meta: {type(error).__name__}: {error}'[:160]) from error
     try:

@@ -108,8 +108,8 @@ def require_same_text(identity: tuple[str, ...], tokenizer: Tokenizer) -> None:
     _require_same(values, 'give all the same text, such as by a data.cache_dir that they share')
 
 
-def _require_same(values: Mapping[str, Any], remedy: str) -> None:
-    own = json.loads(json.dumps(dict(values)))
+def _require_same(values: dict[str, Any], remedy: str) -> None:
+    own = json.loads(json.dumps(values))  # as the others get it
     first = processes.of_first(own)
     other = ', '.join(sorted(key for key in own.keys() | first.keys() if own.get(key) != first.get(key)))
     for index, differs in enumerate(processes.of_each(other)):

@@ -36,6 +36,8 @@ from mixcon_jax.runs.workdir import Workdir, report_if_finished
 from mixcon_jax.step import make_steps
 from mixcon_jax.units import duration
 
+READING_BACK = 24 * 3600  # seconds that others wait for the first to read a save back, at most
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -54,9 +56,6 @@ class Result:
     step: int
     fingerprint: str = ''
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-READING_BACK = 24 * 3600  # seconds that others wait for the first to read a save back, at most
 
 
 class _Stopped(Exception):

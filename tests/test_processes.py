@@ -1,5 +1,7 @@
 """What processes tell one another: each is a call here, in which JAX's exchange gives what the others sent."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -14,15 +16,13 @@ from mixcon_jax.host import processes
 
 @pytest.fixture
 def pair(monkeypatch):
-    """Two processes, of which the first always speaks first; ``sent`` is what it has said."""
-    sent, broadcast_before = [], []
+    """Two processes, of which the first speaks first: it broadcasts a size, and what has it."""
+    sent, calls = [], itertools.count()
 
     def broadcast(own: np.ndarray) -> np.ndarray:
-        broadcast_before.append(own)
-        index = len(broadcast_before) - 1
-        if len(sent) < 2:  # it is the first: a size, and what has it
+        index = next(calls)
+        if index < 2:
             sent.append(own)
-            return own
         assert np.shape(own) == np.shape(sent[index % 2])
         return sent[index % 2]
 

@@ -186,7 +186,7 @@ class Checkpoints:
         if jax.process_index() > 0:
             return []
         lines = []
-        for each, expected in sorted(({step: digest} | self._unread).items(), reverse=True):
+        for each, expected in sorted((self._unread | {step: digest}).items(), reverse=True):
             self._unread.pop(each, None)
             try:
                 readback.verify(self.folder, each, expected, self._hurry)

@@ -39,8 +39,8 @@ def restore(item: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # out of memory says nothing about the files
     except Exception as error:
-        if refusal := saved.refusal(item.parent, error):
-            raise refusal from error
+        if refused := saved.refusal(item.parent, error):
+            raise refused from error
         raise Damaged(f'{item.name}: {type(error).__name__}: {readback.first_line(error)}') from error
 
 

@@ -38,6 +38,7 @@ from mixcon_jax.parallel.split import TOKENS, axes_of, by_parts, shards_of
 TITLE = 'experts: share of tokens'  # of the statistics' table
 METHODS = ('padded', 'ragged')  # those of parallel.expert_parallel
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
+FEW = 4  # experts a (token, choice) pair from which on pairs go one by one: a GPU takes some launches for each
 DIMS = {
     'x': 'b t d', 'chosen': 'b t k', 'weights': 'b t k', 'mask': 'b t k',
     'w_gate': 'e d f', 'w_up': 'e d f', 'w_down': 'e f o',
@@ -108,8 +109,9 @@ class Routed(Layer):
             ),
             'implementation': Option(
                 '',
-                'Expert products: "" picks; dense runs every expert, grouped sorts tokens.',
-                one_of('', 'dense', 'grouped'),
+                'Expert products: "" picks; dense runs every expert, grouped sorts tokens, single takes one token and'
+                ' expert after another, as few tokens do.',
+                one_of('', 'dense', 'grouped', 'single'),
                 free=True,
             ),
             'exchange': Option(
@@ -188,13 +190,16 @@ class Routed(Layer):
         Args:
           x: what the experts read.
           choice: which of them.
-          matrices: theirs, in x's type.
+          matrices: theirs, in any type; products are of x's.
         """
-        tokens, form = x.shape[0] * x.shape[1], self.moe.implementation
-        if form == 'dense' or (not form and tokens <= DENSE_TOKENS):
+        count, width = matrices['w_down'].shape[:2]
+        form = self.moe.implementation or _form(choice.chosen, count, width)
+        if form == 'single':
+            return self._single(x, choice, matrices), choice.taken
+        matrices = {name: matrix.astype(x.dtype) for name, matrix in matrices.items()}
+        if form == 'dense':
             return self._dense(x, choice, matrices), choice.taken
         arrays = {'x': x, 'chosen': choice.chosen, 'weights': choice.weights, 'mask': choice.taken} | matrices
-        count, width = matrices['w_down'].shape[:2]
         axes: dict[str, str] = dict(TOKENS)
         summed: tuple[str, ...] = ()
         if shards_of('mlp', width) > 1:  # devices along these axes have a part of every expert's width
@@ -208,9 +213,21 @@ class Routed(Layer):
         """Runs every expert on every token: the smallest form, for few tokens and as an oracle."""
         one_hot = jax.nn.one_hot(choice.chosen, self.moe.num_experts, dtype=choice.weights.dtype)
         mix = jnp.einsum('btk,btke->bte', choice.weights, one_hot).astype(x.dtype)
-        first = [kept(jnp.einsum('btd,edf->btef', x, matrices[name])) for name in MATRICES[:2] if name in matrices]
-        hidden = gated(*first) if len(first) == 2 else jax.nn.relu(first[0])
+        hidden = _activated([kept(jnp.einsum('btd,edf->btef', x, matrix)) for matrix in _first(matrices)])
         return jnp.einsum('btef,bte,efo->bto', hidden, mix, matrices['w_down'])
+
+    def _single(self, x: Float[Array, 'b t d'], choice: Choice, matrices: Matrices) -> Float[Array, 'b t o']:
+        """Runs one (token, choice) pair after another, of whose expert alone the matrices are read and converted."""
+
+        def through(pair: tuple[Float[Array, ' d'], Int[Array, '']]) -> Float[Array, ' o']:
+            row, expert = pair
+            own = {name: matrix[expert].astype(row.dtype) for name, matrix in matrices.items()}
+            return _activated([row @ matrix for matrix in _first(own)]) @ own['w_down']
+
+        rows = jnp.repeat(x.reshape(-1, x.shape[-1]), self.moe.top_k, axis=0)
+        y = jax.lax.map(through, (rows, choice.chosen.reshape(-1)))
+        y = widened(y.reshape(*choice.chosen.shape, -1))
+        return jnp.sum(y * choice.weights[..., None], axis=2).astype(x.dtype)
 
     def _grouped(
         self,
@@ -267,7 +284,7 @@ class Routed(Layer):
     ) -> Float[Array, 'm o']:
         """Each group of rows through its expert."""
         product = shared(grouped_matmul, block=self.moe.group_block or None)
-        first = [matrices[name] for name in MATRICES[:2] if name in matrices]
+        first = _first(matrices)
         # One product for both of SwiGLU's: XLA writes them side by side as it converts them.
         hidden = kept(product(rows, jnp.concatenate(first, axis=-1), group_sizes))
         hidden = gated_halves(hidden) if len(first) == 2 else jax.nn.relu(hidden)
@@ -337,9 +354,27 @@ class Experts(nnx.Module):
         make_experts(self, params, options, sizes, first, last)
 
 
-def matrices_of(owner: nnx.Module, dtype: Any) -> dict[str, Array]:
-    """The matrices of ``make_experts``, by name."""
-    return {name: getattr(owner, name)[...].astype(dtype) for name in MATRICES if hasattr(owner, name)}
+def matrices_of(owner: nnx.Module) -> Matrices:
+    """The matrices of ``make_experts``, by name, in their own type."""
+    return {name: getattr(owner, name)[...] for name in MATRICES if hasattr(owner, name)}
+
+
+def _form(chosen: Int[Array, 'b t k'], count: int, width: int) -> str:
+    """How products with so many experts of such a width are made where nobody says it."""
+    whole = shards_of('experts', count) == shards_of('mlp', width) == shards_of('batch', len(chosen)) == 1
+    if whole and chosen.size * (1 if platform.platform() == 'cpu' else FEW) <= count:
+        return 'single'
+    return 'dense' if chosen.shape[0] * chosen.shape[1] <= DENSE_TOKENS else 'grouped'
+
+
+def _first(matrices: Matrices) -> list[Array]:
+    """Of an expert's matrices, or all experts', those that read its input: of a SwiGLU gate and up."""
+    return [matrices[name] for name in MATRICES[:2] if name in matrices]
+
+
+def _activated(first: list[Array]) -> Array:
+    """What an expert's last matrix reads, of what its first ones give."""
+    return gated(*first) if len(first) == 2 else jax.nn.relu(first[0])
 
 
 def _of_chosen(values: Float[Array, 'b t e'], chosen: Int[Array, 'b t k']) -> Float[Array, 'b t k']:

@@ -1,4 +1,4 @@
-"""Experts: both forms against a loop over tokens, the balance loss against its formula, padding left out."""
+"""Experts: each form against a loop over tokens, the balance loss against its formula, padding left out."""
 
 import inspect
 
@@ -14,6 +14,8 @@ from mixcon_jax.models.ffns.moe import MoE
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.routed import Choice
 from tests.models.cases import DIM, model_config, packed_context, perturbed
+
+FORMS = ('dense', 'grouped', 'single')
 
 
 def build(seed=0, **options):
@@ -47,7 +49,7 @@ def loop(layer, x, context):
     return y, np.array(chosen), np.array(probabilities)
 
 
-@pytest.mark.parametrize('implementation', ['dense', 'grouped'])
+@pytest.mark.parametrize('implementation', FORMS)
 @pytest.mark.parametrize(
     'options', [{}, {'renormalize': True, 'top_k': 1}, {'balance': 'bias', 'num_experts': 7}], ids=str
 )
@@ -81,7 +83,7 @@ def test_gate_and_up_are_kept_in_one_piece():
     assert sorted(leaf.shape[1] for leaf in leaves if leaf.shape[:1] == (rows,)) == sorted([DIM, 2 * width, width])
 
 
-@pytest.mark.parametrize('implementation', ['dense', 'grouped'])
+@pytest.mark.parametrize('implementation', FORMS)
 def test_shared_experts_are_added_with_weight_one(implementation):
     """Each of their widths is an expert of its own, that every token passes."""
     layer = build(implementation=implementation, group_block=4, shared_experts=2)
@@ -108,7 +110,7 @@ def test_balance_loss_is_one_when_balanced_and_number_of_experts_when_collapsed(
         np.testing.assert_allclose(aux['losses']['balance'].value, expected, rtol=1e-4)
 
 
-def test_both_forms_have_the_same_gradients():
+def test_all_forms_have_the_same_gradients():
     x = jax.random.normal(jax.random.key(4), (2, 13, DIM))
     cotangent = jax.random.normal(jax.random.key(5), x.shape)
 
@@ -121,8 +123,26 @@ def test_both_forms_have_the_same_gradients():
 
         return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
 
-    for a, b in zip(jax.tree.leaves(gradient('dense')), jax.tree.leaves(gradient('grouped')), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    found, *others = (jax.tree.leaves(gradient(form)) for form in FORMS)
+    for other in others:
+        for a, b in zip(found, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('expert', ['swiglu', 'relu'])
+def test_a_token_by_itself_reads_its_own_experts_alone(expert):
+    layer = build(num_experts=4, top_k=2, expert=expert)
+    x, context = jax.random.normal(jax.random.key(7), (2, 1, DIM)), Context.whole(1, 1)
+    for row in x[:, None]:
+        before = layer(row, context, None)[0]
+        others = jnp.ones(4, bool).at[layer.choose(row, context).chosen].set(False)
+        matrices = [getattr(layer, name) for name in ('w_gate', 'w_up', 'w_down') if hasattr(layer, name)]
+        held = [matrix[...] for matrix in matrices]
+        for matrix in matrices:
+            matrix[...] = jnp.where(others[:, None, None], jnp.nan, matrix[...])
+        np.testing.assert_array_equal(layer(row, context, None)[0], before)
+        for matrix, values in zip(matrices, held, strict=True):
+            matrix[...] = values
 
 
 @pytest.mark.parametrize('sizes', [[3, 0, 5, 2], [0, 0, 0, 13], [1, 1, 1, 1], [0, 0, 0, 0]], ids=str)
@@ -158,7 +178,7 @@ def test_bad_shapes_and_names_are_refused():
         product(x, w, sizes, implementation='fast')
 
 
-@pytest.mark.parametrize('implementation', ['dense', 'grouped'])
+@pytest.mark.parametrize('implementation', FORMS)
 def test_renormalised_weights_sum_to_one_where_every_chosen_probability_is_zero(implementation):
     """Logits 200 apart: of the experts that the bias chooses, softmax over all leaves none above 0 in float32."""
     layer = build(

@@ -48,7 +48,7 @@ class MoE(Routed):
         self, x: Float[Array, 'b t d'], context: Context, state: State | None
     ) -> tuple[Float[Array, 'b t d'], State | None, Aux]:
         choice = self.choose(x, context)
-        y, taken = self.run(x, choice, matrices_of(self, x.dtype))
+        y, taken = self.run(x, choice, matrices_of(self))
         if self.moe.shared_experts:
             up, down = project(x, self.shared_up), self.shared_down[...].astype(x.dtype)
             swish = self.moe.expert == 'swiglu'

@@ -94,7 +94,7 @@ class MoEMamba(Mamba, Routed):
 
         def through(experts: Experts, x: Float[Array, 'b t i']) -> Float[Array, 'b t o']:
             nonlocal taken
-            y, found = self.run(x, choice, matrices_of(experts, x.dtype))
+            y, found = self.run(x, choice, matrices_of(experts))
             taken = taken & found
             return y
 

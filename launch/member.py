@@ -8,6 +8,7 @@ did or it was stopped, ends all the others.
 import argparse
 import contextlib
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -141,6 +142,8 @@ def join(timeout: int, heartbeat: int, **where: Any) -> None:
       heartbeat: seconds after which one that gives no sign of life is taken for dead: then all others end.
       where: of ``jax.distributed.initialize``; without, a scheduler's environment says it.
     """
+    if where.get('process_id') == 0:
+        _require_free(where['coordinator_address'])
     import jax  # takes seconds
 
     def give_up() -> None:
@@ -162,6 +165,21 @@ def join(timeout: int, heartbeat: int, **where: Any) -> None:
         shutdown_timeout_seconds=timeout,
     )
     waiting.cancel()
+
+
+def _require_free(address: str) -> None:
+    """Refuses a port on which another program listens: JAX may crash there.
+
+    Raises:
+      UserError: names it.
+    """
+    port = int(address.rpartition(':')[2])
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed just now is free
+        try:
+            probe.bind(('', port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f'port {port} of {address} cannot be taken here ({error}); choose a free one') from error
 
 
 def watch(patience: float, mark: Path | None = None) -> None:

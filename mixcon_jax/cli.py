@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from mixcon_jax import commands
 from mixcon_jax.errors import UserError
@@ -13,6 +14,13 @@ from mixcon_jax.options import beyond
 DESCRIPTION = 'Pretrain hybrid sequence models of attention, Conba and experts.'
 OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon config`).'
 ON_MESH = 'On several devices: --config.mesh.fsdp=2 and the other options of config.mesh.'
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no value of an override, as in ``--config.key value``, for an argument of the command's own."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(_joined(sys.argv[1:] if args is None else args), namespace)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +44,7 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
     Args:
       program: its name in usage errors.
     """
-    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     subparsers = parser.add_subparsers(metavar='command', required=True)
 
     def add(name: str, run, text: str, parent=subparsers) -> argparse.ArgumentParser:
@@ -211,28 +219,38 @@ def require_numbers(known: argparse.Namespace) -> None:
 
 
 def parse_overrides(rest: Sequence[str], command: str, takes: bool = True) -> list[str]:
-    """Turns ``--config.key=value`` and ``--config.key value`` into ``key=value``.
+    """Turns ``--config.key=value`` into ``key=value``.
 
     Args:
-      rest: arguments that the parser of ``command`` did not know.
+      rest: arguments that the parser of ``command``, a ``Parser``, did not know.
       command: whose help is named when one of them is something else.
       takes: whether the command takes a configuration at all.
 
     Raises:
       UserError: an argument is unknown or has no value.
     """
-    overrides, rest = [], list(rest)
-    while rest:
-        argument = rest.pop(0)
+    overrides = []
+    for argument in rest:
         if not takes or not argument.startswith('--config.'):
             raise UserError(f'unknown argument {argument}; see `{command} --help`')
         key, separator, value = argument.removeprefix('--config.').partition('=')
         if not separator:
-            if not rest or rest[0].startswith('--'):
-                raise UserError(f'{argument} has no value; write {argument}=VALUE')
-            value = rest.pop(0)
+            raise UserError(f'{argument} has no value; write {argument}=VALUE')
         overrides.append(f'{key}={value}')
     return overrides
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``--config.key value`` as ``--config.key=value``; what follows ``--`` stays as it is."""
+    end = arguments.index('--') if '--' in arguments else len(arguments)
+    joined: list[str] = []
+    waiting = list(arguments[:end])
+    while waiting:
+        argument = waiting.pop(0)
+        if argument.startswith('--config.') and '=' not in argument and waiting and not waiting[0].startswith('--'):
+            argument = f'{argument}={waiting.pop(0)}'
+        joined.append(argument)
+    return [*joined, *arguments[end:]]
 
 
 if __name__ == '__main__':

@@ -76,6 +76,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     path = expand(path, '--config')
     file = path.split(':')[0]
     if not os.path.isfile(file):
+        if os.path.isfile(path) or os.path.isfile(path.rpartition(':')[0]):
+            raise ConfigError(f'experiment file {path}: its path must not hold a colon, after which comes its argument')
         raise ConfigError(f'experiment file {file} does not exist; give the path of a Python file with get_config()')
     expected = dict(leaves())
     for override in overrides:
@@ -86,7 +88,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
             _require(key, expected)
     if any(override.startswith(NAMED) for override in overrides):
         _require_given(load(path), overrides)
-    argv = ['mixcon', f'--config={path}', *(f'--config.{override}' for override in overrides)]
+    argv = ['mixcon', f'--config={path}', *(f'--config.{_quoted(override, expected)}' for override in overrides)]
     sys.modules.pop('config_config', None)  # ml_collections runs every file in this one module, leftovers included
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
@@ -131,6 +133,13 @@ def mesh_of(overrides: Sequence[str]) -> ml_collections.ConfigDict:
         except ValueError as error:
             raise ConfigError(f'{key}={text} must be a whole number') from error
     return check_each(config).mesh
+
+
+def _quoted(override: str, expected: Mapping[str, Option]) -> str:
+    """The override as ml_collections reads it, texts as a tuple of one, whatever is in it: ``canonical`` splits it."""
+    key, _, text = override.partition('=')
+    texts = key in expected and expected[key].element is str
+    return f'{key}={(text,)!r}' if texts and not text.lstrip().startswith(('(', '[', '"', "'")) else override
 
 
 def _split(text: str, option: Option) -> tuple[str, ...]:

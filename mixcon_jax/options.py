@@ -179,7 +179,7 @@ OPTIONS: dict[str, Any] = {
         'text_field': Option('text', 'Field that holds the text in JSONL, Parquet and Hugging Face records.'),
         'cache_dir': Option('~/.cache/mixcon', 'Folder of prepared token stores and tokenizers.', path='a folder', free=True),
         'tokenizer': Option('bpe', '"bpe" trains one on the sources; otherwise the path of a tokenizer.json.', path='a tokenizer.json, or "bpe"'),
-        'tokenizer_vocab_size': Option(2048, 'Vocabulary of a trained tokenizer.', at_least(257)),
+        'tokenizer_vocab_size': Option(2048, 'Vocabulary of a trained tokenizer.', between(257, 10**6)),
         'heldout_fraction': Option(0.05, 'Share of documents that is held out.', Check(lambda v: 0 < v < 1, 'between 0 and 1, exclusive')),
         'seq_len': Option(256, 'Tokens T a row.', at_least(2)),
         'packing': Option(True, 'Pack several documents into a row; off gives each row one document.'),

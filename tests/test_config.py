@@ -85,7 +85,8 @@ def test_flags_of_xla_have_slashes_between_and_may_hold_commas(experiment, text,
     ('files:a,stdlib/*.txt', ('files:a,stdlib/*.txt',)),
 ])  # fmt: skip
 def test_a_comma_ends_a_source_only_before_another(experiment, text, elements, tmp_path):
-    assert configs.load(experiment, [f"data.sources='{text}'"]).data.sources == elements
+    for written in (text, f"'{text}'", repr(elements)):
+        assert configs.load(experiment, [f'data.sources={written}']).data.sources == elements
     # In a file one text that names several is split as well, as experiments do that pass their argument on.
     path = tmp_path / 'file.py'
     path.write_text(
@@ -208,6 +209,14 @@ def test_an_experiment_file_in_the_home_folder(experiment, monkeypatch, tmp_path
 def test_missing_experiment_file():
     with pytest.raises(ConfigError, match=r'nothing\.py does not exist'):
         configs.load('nothing.py')
+
+
+@pytest.mark.parametrize('argument', ['', ':hello'])
+def test_a_path_with_a_colon_is_refused_by_its_reason(tmp_path, argument):
+    (tmp_path / 'a:b').mkdir()
+    (tmp_path / 'a:b' / 'file.py').write_text('')
+    with pytest.raises(ConfigError, match='its path must not hold a colon'):
+        configs.load(f'{tmp_path}/a:b/file.py{argument}')
 
 
 def test_json_round_trip_and_differences():

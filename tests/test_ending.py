@@ -58,6 +58,8 @@ FAILURES = [
     (PermissionError(errno.EACCES, 'Permission denied', '/some/file'), 2, 'error: /some/file: Permission denied'),
     (OSError(errno.ENOSPC, 'No space left on device'), 2, 'error: No space left on device'),
     (ValueError('RESOURCE_EXHAUSTED: "/a" [OS error 28: No space left on device]'), 2, '"/a" [OS error 28: No space'),
+    (ValueError('RESOURCE_EXHAUSTED: "/a": Over [os_error_code=\'122\']'), 2, 'error: RESOURCE_EXHAUSTED: "/a": Over'),
+    (ValueError('FAILED: "/a": Too large [os_error_code=\'27\']'), 2, 'error: FAILED: "/a": Too large'),
     (RuntimeError(NO_BACKEND), 2, 'it is not here; '),
     (ValueError("invalid truth value 'x' for environment 'JAX_NO'"), 2, 'error: JAX cannot read JAX_NO='),
     (

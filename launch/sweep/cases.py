@@ -11,6 +11,7 @@ import ml_collections
 from mixcon_jax import config as configs
 from mixcon_jax.config import ConfigError
 from mixcon_jax.host.paths import expand
+from mixcon_jax.runs.workdir import listed
 
 NAME_LENGTH = 80  # letters of a folder's name
 
@@ -22,12 +23,14 @@ class Case:
     Attributes:
       name: what the case is called; runs that differ in the seed alone share it.
       folder: the run's folder, below the sweep's.
+      path: of the experiment file, with its argument.
       overrides: ``key=value``, as ``mixcon train --config.key=value`` takes them.
       config: the whole configuration, validated.
     """
 
     name: str
     folder: str
+    path: str
     overrides: tuple[str, ...]
     config: ml_collections.ConfigDict
 
@@ -70,17 +73,28 @@ def cases(path: str, overrides: Sequence[str] = ()) -> list[Case]:
     return list(found.values())
 
 
+def require_unchanged(case: Case) -> None:
+    """Refuses a case of which the experiment file, which it will read by itself, makes another by now.
+
+    Raises:
+      ConfigError: names what differs, or says why the file cannot be read any more.
+    """
+    now = configs.validate(configs.load(case.path, case.overrides))
+    if changed := configs.differences(case.config, now):
+        raise ConfigError(f'{case.path} has changed since this sweep began ({listed(changed)}); begin the sweep again')
+
+
 def _case(path: str, shared: Sequence[str], values: Mapping[str, Any]) -> Case:
     name = str(values.get('name') or _label({key: value for key, value in values.items() if key != 'seed'}) or 'run')
     values = {**values, 'name': name}
-    overrides = (*shared, *(f'{key}={_text(value)}' for key, value in values.items()))
+    overrides = (*shared, *(f'{key}={_literal(value)}' for key, value in values.items()))
     config = configs.load(path, overrides)
     for key, value in values.items():
         if isinstance(value, list | tuple):
             value = tuple(value)
         if configs.get(config, key) != value:
             raise ConfigError(f'{key}={value!r} became {configs.get(config, key)!r}; give it the type of the option')
-    return Case(name, f'{_slug(name)}/seed-{config.seed}', overrides, configs.validate(config))
+    return Case(name, f'{_slug(name)}/seed-{config.seed}', path, overrides, configs.validate(config))
 
 
 def _label(values: Mapping[str, Any]) -> str:
@@ -90,6 +104,11 @@ def _label(values: Mapping[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     return ','.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _literal(value: Any) -> str:
+    """As an override has it: of several texts each may hold what would separate them."""
+    return repr(tuple(value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _slug(name: str) -> str:

@@ -19,11 +19,11 @@ from typing import TextIO
 
 from launch import processes
 from launch.processes import Child, Share, Signals
-from launch.sweep.cases import Case, cases
+from launch.sweep.cases import Case, cases, require_unchanged
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
 from launch.sweep.show import Screen, table
 from launch.sweep.status import NEW, REFUSED, TimedRun, measure, status_of, tokens_per_step
-from mixcon_jax.cli import OVERRIDES, parse_overrides, require_numbers
+from mixcon_jax.cli import OVERRIDES, Parser, parse_overrides, require_numbers
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import exit_with
 from mixcon_jax.host.output import go_on, use_utf8
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    parser = Parser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument('--config', required=True, metavar='FILE[:ARG]', help='experiment file with sweep()')
     parser.add_argument('--workdir', required=True, help="folder of the sweep; every case's run lies below it")
     parser.add_argument(
@@ -83,7 +83,7 @@ def _main(known: argparse.Namespace, rest: Sequence[str]) -> int:
     with explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     with Signals() as signals:
-        return Sweep(known.config, wanted, workdir, shares, environment, signals).run()
+        return Sweep(wanted, workdir, shares, environment, signals).run()
 
 
 def listing(wanted: Sequence[Case], workdir: Path, shares: Sequence[Share], environment: Mapping[str, str]) -> str:
@@ -153,7 +153,6 @@ class Sweep:
     """Runs cases until all have ended or a signal comes.
 
     Args:
-      path: of the experiment file, with its argument.
       cases: in the order of their starts.
       workdir: the sweep's folder.
       shares: of the machine, one for each case that may run at a time.
@@ -164,7 +163,6 @@ class Sweep:
 
     def __init__(
         self,
-        path: str,
         cases: Sequence[Case],
         workdir: Path,
         shares: Sequence[Share],
@@ -172,7 +170,7 @@ class Sweep:
         signals: Signals,
         stream: TextIO | None = None,
     ) -> None:
-        self._path, self._cases, self._workdir, self._environment = path, cases, workdir, environment
+        self._cases, self._workdir, self._environment = cases, workdir, environment
         self._waiting, self._free, self._jobs = list(cases), list(shares), len(shares)
         self._signals, self._screen = signals, Screen(stream or sys.stdout)
         self._estimate = Estimate(cases, workdir, Sizes())
@@ -228,7 +226,8 @@ class Sweep:
             self._screen.say(f'{case.folder} {begins} ({self._cases.index(case) + 1} of {len(self._cases)})')
 
     def _spawn(self, case: Case) -> Job:
-        options = ['--config', self._path, '--workdir', str(self._workdir / case.folder)]
+        require_unchanged(case)
+        options = ['--config', case.path, '--workdir', str(self._workdir / case.folder)]
         options += [f'--config.{override}' for override in case.overrides]
         log = self._log(case)
         with explained(log):
@@ -260,7 +259,8 @@ class Sweep:
             saved = f'saved {status}' if status.step else 'before its first checkpoint'
             self._screen.say(f'{case.folder} stopped after {took}, {saved}')
         else:
-            self._fail(case, _why(self._log(case), job.offset, code), f' after {took}')
+            other = [status.error] if code == Exit.DONE and status.state == REFUSED else None
+            self._fail(case, other or _why(self._log(case), job.offset, code), f' after {took}')
 
     def _fail(self, case: Case, error: list[str], after: str = '') -> None:
         self._ended[case.folder], self._errors[case.folder] = 'failed', error

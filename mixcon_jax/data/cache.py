@@ -7,12 +7,13 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
+from mixcon_jax.data.disk import SCRATCH
 from mixcon_jax.data.documents import SPLITS, Document
 from mixcon_jax.data.files import Skipped
 from mixcon_jax.data.paths import NothingThereError
 from mixcon_jax.data.prepared import PreparedStore, key_of
 from mixcon_jax.data.sources import Source, open_source
-from mixcon_jax.data.store import REMEDY, VERSION, read_array, require_parts
+from mixcon_jax.data.store import REMEDY, VERSION, NotWhole, read_array, read_metadata, require_parts
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand, expand_folder
@@ -89,10 +90,14 @@ class GoneSource:
 
 
 def whole(store: PreparedStore) -> bool:
-    """Whether a store is there with all of its files."""
+    """Whether a store is there with all of its files.
+
+    Raises:
+      UserError: The system does not let this process see.
+    """
     try:
         require_whole(store)
-    except UserError:
+    except NotWhole:
         return False
     return True
 
@@ -101,11 +106,12 @@ def require_whole(store: PreparedStore) -> None:
     """Refuses a store that is not there with all of its files.
 
     Raises:
-      UserError: names what is missing.
+      NotWhole: names what is missing.
+      UserError: the system does not let this process see.
     """
     require_parts(store.path, store.metadata)
     if '://' not in store.path and not os.path.exists(store.tokenizer):
-        raise UserError(f'{store.path}: damaged token store: tokenizer.json is missing; {REMEDY}')
+        raise NotWhole(f'{store.path}: damaged token store: tokenizer.json is missing; {REMEDY}')
 
 
 def names(
@@ -165,20 +171,17 @@ def require_both_sides(stores: Sequence[PreparedStore]) -> None:
 
 
 def absolute(spec: str) -> str:
-    """The pattern of a source of files from the root, to compare sources of different working directories."""
-    return os.path.abspath(expand(spec.removeprefix('files:')))
+    """The pattern of a source of files from the root, whatever the working directory; of other sources the spec."""
+    return os.path.abspath(expand(spec.removeprefix('files:'))) if spec.startswith('files:') else spec
 
 
 def prepared_from(spec: str, data: ml_collections.ConfigDict) -> list[PreparedStore]:
-    """The stores of files that were at ``spec``, with the same field of text, as they were last; the newest first."""
+    """The stores of text that was at ``spec``, with the same field of text, as it was last; the newest first."""
     found, wanted = [], (absolute(spec), data.text_field)
     for store in _stores(data):
-        try:
-            source = store.metadata['source']
-            # Format 1 has the pattern as it was given, which says little if it was relative.
-            pattern = source.get('pattern') or expand(source.get('spec', '').removeprefix('files:'))
-        except UserError:  # another one's folder, or damaged beyond recognition
-            continue
+        source = store.metadata['source']
+        # Format 1 has the pattern as it was given, which says little if it was relative.
+        pattern = source.get('pattern') or expand(source.get('spec', '').removeprefix('files:'))
         if (pattern, source.get('text_field', data.text_field)) == wanted:
             found.append(store)
     found.sort(key=lambda store: os.path.getmtime(f'{store.path}/metadata.json'), reverse=True)
@@ -195,11 +198,11 @@ def prepared_as(data: ml_collections.ConfigDict, identity: Sequence[str]) -> lis
     """
     if len(identity) != len(data.sources):
         return None
-    here = [store for store in _stores(data) if whole(store)]
+    here = list(_stores(data, parts=True))
     result = []
     for spec, fingerprint in zip(data.sources, identity, strict=True):
         named = [PreparedStore(expand(spec.removeprefix('store:')), spec)] if spec.startswith('store:') else []
-        there = (store for store in (*named, *here) if whole(store) and store.fingerprint == fingerprint)
+        there = (store for store in (*filter(whole, named), *here) if store.fingerprint == fingerprint)
         if (store := next(there, None)) is None:
             return None
         result.append(PreparedStore(store.path, spec))
@@ -213,9 +216,7 @@ def changes(stores: Sequence[PreparedStore], data: ml_collections.ConfigDict) ->
       stores: Of ``prepared_as``.
       data: ``config.data``.
     """
-    known = {
-        (store.fingerprint, store.metadata['source'].get('fingerprint')) for store in _stores(data) if whole(store)
-    }
+    known = {(store.fingerprint, store.metadata['source'].get('fingerprint')) for store in _stores(data, parts=True)}
     for store in stores:
         on = f'going on with its tokens, in {store.path}'
         if store.spec.startswith('huggingface:'):
@@ -235,9 +236,17 @@ def changes(stores: Sequence[PreparedStore], data: ml_collections.ConfigDict) ->
                 yield f'{store.spec}: changed since (its files, their sizes or times); {on}'
 
 
-def _stores(data: ml_collections.ConfigDict) -> Iterator[PreparedStore]:
-    """Stores in ``data.cache_dir``, whole or not."""
+def _stores(data: ml_collections.ConfigDict, parts: bool = False) -> Iterator[PreparedStore]:
+    """Stores in ``data.cache_dir``, with all parts if asked for; what cannot be read may be another user's."""
     cache = expand_folder(data.cache_dir, 'data.cache_dir')
     for folder in sorted(cache.iterdir()) if cache.is_dir() else []:
-        if '.tmp-' not in folder.name and (folder / 'metadata.json').is_file():
-            yield PreparedStore(str(folder), str(folder))
+        if SCRATCH in folder.name or not os.path.exists(folder / 'metadata.json'):
+            continue
+        store = PreparedStore(str(folder), str(folder))
+        try:
+            read_metadata(store.path)
+            if parts:
+                require_whole(store)
+        except UserError:
+            continue
+        yield store

@@ -3,12 +3,20 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
+import shutil
+import socket
+import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mixcon_jax.errors import UserError
-from mixcon_jax.host import locks
+from mixcon_jax.host import locks, system
+
+SCRATCH = '.tmp-'  # in the name of a folder that is being written or deleted
+FORGOTTEN = 24 * 3600  # seconds after which nobody is still writing there
 
 
 @contextlib.contextmanager
@@ -21,8 +29,13 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
       Whether there is a lock; where the file system has none, others may be at work on ``path`` at the same time.
     """
     folder = path.parent / '.locks'
-    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        _share(folder)
+    existed = os.path.exists(folder / path.name)
     with open(folder / path.name, 'w', encoding='utf-8') as file:
+        if not existed:
+            _share(folder / path.name)
         held = locks.take(file)
         if held is False:
             say(f'waiting for another process that is preparing {path}')
@@ -32,9 +45,44 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
         yield bool(held)
 
 
+def _share(path: Path) -> None:
+    """Lets all who may write to the folder above write here, too: of a lock, whose file nobody deletes."""
+    top = path.parent if path.is_dir() else path.parent.parent
+    others = stat.S_IMODE(top.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO | stat.S_ISVTX)
+    with contextlib.suppress(OSError):  # a file system may have no modes
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | (others if path.is_dir() else others & 0o066))
+
+
 def scratch(path: Path) -> Path:
-    """A name beside ``path`` that no other process uses, on whatever host."""
-    return path.with_name(f'{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}')
+    """A name beside ``path`` that no other process uses, on whatever host; ``sweep`` knows it by it."""
+    return path.with_name(f'{path.name}{_of_host()}{os.getpid()}-{secrets.token_hex(4)}')
+
+
+def sweep(path: Path) -> None:
+    """Deletes what processes that died have left in the folder of ``path``, whose lock this one holds.
+
+    Of scratch names of ``path`` those that were made on this host. Where locks do not reach from host to host, others
+    may be at work: of theirs, and of all other paths', those where nothing has been written for a day.
+    """
+    for left in path.parent.glob(f'*{SCRATCH}*'):
+        if left.name.startswith(f'{path.name}{_of_host()}') or time.time() - _touched(left) > FORGOTTEN:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _of_host() -> str:
+    return SCRATCH + re.sub(r'[^\w]', '-', socket.gethostname()) + '.'
+
+
+def _touched(path: Path) -> float:
+    """When something was last written to a file or below a folder; now, where others are deleting."""
+    below = (Path(top, name) for top, _, names in os.walk(path) for name in ('.', *names))
+    try:
+        return max(each.stat().st_mtime for each in (path, *below))
+    except OSError:
+        return time.time()
 
 
 def move_aside(path: Path) -> Path:
@@ -78,12 +126,14 @@ def explained(cache: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        # TensorStore raises ValueError and the like, with the system's words in the message.
-        if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        code = system.number(error)
+        if code in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f'data.cache_dir: {cache}: disk full; nothing half-written is left; free space or choose another folder'
+                f'data.cache_dir: {cache}: disk full ({os.strerror(code)}); nothing half-written is left; free space or'
+                ' choose another folder'
             ) from error
-        if code is not None:
-            raise UserError(f'data.cache_dir: {cache}: cannot write here ({os.strerror(code)})') from error
+        if code:
+            name = getattr(error, 'filename', None)
+            at = f', at {os.fsdecode(name)}' if name and os.fsdecode(name) != str(cache) else ''
+            raise UserError(f'data.cache_dir: {cache}: cannot write here ({os.strerror(code)}{at})') from error
         raise

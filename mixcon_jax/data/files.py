@@ -15,6 +15,8 @@ from mixcon_jax.errors import UserError
 
 FORMATS = ('.txt', '.jsonl', '.parquet')
 COMPRESSED = ('.gz', '.zst')
+MARK = '\ufeff'  # at the head of some files, no text
+UTF16 = (b'\xff\xfe', b'\xfe\xff')  # the same in UTF-16
 BLOCK = 1 << 20  # bytes read at once
 ROWS = 256  # Parquet rows decoded at once
 
@@ -112,7 +114,7 @@ Make = Callable[[], Document | None]
 def _read_text(path: str, text_field: str) -> Iterator[Make]:
     with open_bytes(path) as file:
         data = file.read()
-    yield lambda: Document(decode(data, path), path)
+    yield lambda: Document(decode(data, path).removeprefix(MARK), path)
 
 
 def _read_jsonl(path: str, text_field: str) -> Iterator[Make]:
@@ -142,7 +144,7 @@ def _parse_json(line: bytes, where: str, offset: int) -> Any:
     """What a line of JSONL holds, or ``_BLANK``."""
     text = decode(line, where, offset)
     if not offset:
-        text = text.removeprefix('\ufeff')
+        text = text.removeprefix(MARK)
     if not text.strip():
         return _BLANK
     try:
@@ -220,8 +222,10 @@ def decode(data: bytes, path: str, offset: int = 0) -> str:
     """Decodes UTF-8 strictly; ``offset`` is where ``data`` begins in the (decompressed) file.
 
     Raises:
-      BadRecordError: Bytes that are not UTF-8, or a NUL byte: the file is not text.
+      BadRecordError: UTF-16, bytes that are not UTF-8, or a NUL byte: the file is not text.
     """
+    if not offset and data.startswith(UTF16):
+        raise BadRecordError(f'{path}: UTF-16, not UTF-8 text; write it anew: iconv -f UTF-16 -t UTF-8')
     at = data.find(b'\0')
     if at >= 0:
         raise BadRecordError(f'{path}: binary, not text: a NUL byte at byte offset {offset + at}')
@@ -254,7 +258,7 @@ class _Decompressed(io.RawIOBase):
         self._frame: Any = None  # the decompressor of the current frame; None between frames
         self._ahead = b''  # compressed bytes that belong to the next frame
         self._pending = memoryview(b'')
-        self._produced = 0
+        self._frames = self._produced = 0  # complete ones, and bytes of text
 
     def _factory(self) -> Any:
         if self._compression == '.gz':
@@ -274,11 +278,11 @@ class _Decompressed(io.RawIOBase):
             data = self._ahead or self._file.read(BLOCK >> 4)
             self._ahead = b''
             if not data:
-                if self._frame is not None:
+                if self._frame is not None or not self._frames:
                     raise UserError(f'{self._path}: truncated after {self._produced} bytes of text')
                 return 0
             if self._frame is None:
-                if self._compression == '.gz' and self._produced and not data.strip(b'\0'):
+                if self._compression == '.gz' and self._frames and not data.strip(b'\0'):
                     continue  # gzip allows zero padding after the last member
                 self._frame = self._new()
             try:
@@ -287,6 +291,7 @@ class _Decompressed(io.RawIOBase):
                 raise UserError(f'{self._path}: not a valid {self._compression} file ({error})') from error
             if self._frame.eof:
                 self._ahead, self._frame = self._frame.unused_data, None
+                self._frames += 1
             self._produced += len(output)
             self._pending = memoryview(output)
         count = min(len(buffer), len(self._pending))

@@ -14,7 +14,7 @@ NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # ther
 
 
 class NothingThereError(UserError):
-    """No file matches."""
+    """What a source names is not there, or out of reach: no file matches, the hub does not answer."""
 
 
 def match(pattern: str, name: str = 'data.sources', prefix: str = 'files:') -> list[str]:

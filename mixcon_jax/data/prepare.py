@@ -16,7 +16,7 @@ from mixcon_jax.data import cache as stores_in_cache
 from mixcon_jax.data import tokenizer as tokenizer_lib
 from mixcon_jax.data.background import Background
 from mixcon_jax.data.cache import GoneSource
-from mixcon_jax.data.disk import explained, locked, move_aside, move_into_place, scratch, sync, sync_tree
+from mixcon_jax.data.disk import explained, locked, move_aside, move_into_place, scratch, sweep, sync, sync_tree
 from mixcon_jax.data.documents import EmptyError, Placed, Split
 from mixcon_jax.data.paths import NothingThereError
 from mixcon_jax.data.prepared import PreparedStore, baselines, key_of, require_tokenizer
@@ -103,7 +103,7 @@ class _Mixture:
 
 
 def _open(spec: str, data: ml_collections.ConfigDict, say: Say) -> Source | PreparedStore:
-    """The source that ``spec`` names; files that are gone are stood for by the store made of them."""
+    """The source that ``spec`` names; text that is gone is stood for by the store made of it."""
     if spec.startswith('store:') and spec != 'store:':
         return PreparedStore(expand(spec.removeprefix('store:')), spec)
     try:
@@ -112,7 +112,8 @@ def _open(spec: str, data: ml_collections.ConfigDict, say: Say) -> Source | Prep
         stores = stores_in_cache.prepared_from(spec, data)
         if not stores:
             raise
-        say(f'{spec}: the files are gone; going on with the tokens that were prepared from them')
+        gone = f'{spec}: the files are gone' if spec.startswith('files:') else str(error)
+        say(f'{gone}; going on with the tokens that were prepared before')
         return GoneSource(spec, stores, error, data)
 
 
@@ -141,8 +142,8 @@ def _train_tokenizer(mixture: _Mixture, data: ml_collections.ConfigDict, cache: 
     with locked(path, say) as alone:
         if (found := trained_before()) is not None:
             return found
-        for leftover in cache.glob(f'.{path.name}.*.tmp') if alone else ():
-            leftover.unlink()
+        if alone:
+            sweep(path)
         begin, sample, taken = time.monotonic(), [], 0
         share = tokenizer_lib.SAMPLE_BYTES // len(texts)
         for number, source in enumerate(texts, 1):
@@ -216,9 +217,8 @@ def _prepare_source(
             return
         if path.exists():
             say(f'{path}: a part of this store is missing or cut; preparing it again')
-        # With a lock of our own, whatever lies here was left by a process that died.
-        for leftover in path.parent.glob(f'{path.name}.tmp-*') if alone else ():
-            shutil.rmtree(leftover)
+        if alone:
+            sweep(path)
         temporary = scratch(path)
         try:
             _write_store(source, split, tokenizer, data, temporary, say)
@@ -277,9 +277,9 @@ def _left_out(sources: list[Source]) -> str:
 
 
 def _described(source: Source, data: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What the store remembers of its source; files that are gone are found by it."""
+    """What the store remembers of its source; of text that is gone it is found by it."""
     described = {'spec': source.spec, 'fingerprint': source.fingerprint()}
-    if source.spec.startswith('files:'):
+    if source.spec != 'stdlib':
         described |= {'pattern': stores_in_cache.absolute(source.spec), 'text_field': data.text_field}
     return described
 

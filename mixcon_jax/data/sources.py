@@ -158,7 +158,8 @@ class HuggingFaceSource:
         try:
             self.library = importlib.import_module('datasets')
         except ImportError as error:
-            raise UserError(f"data.sources: '{spec}' needs the package datasets: pip install datasets") from error
+            words = f"data.sources: '{spec}' needs the package datasets: pip install datasets"
+            raise paths.NothingThereError(words) from error
         parts = self.name.split('/')
         if not all(parts) or len(parts) > 3:
             raise UserError(f"data.sources: '{spec}' is not huggingface:[ORG/]NAME[/SUBSET]")
@@ -172,9 +173,9 @@ class HuggingFaceSource:
                 self.dataset = self.library.load_dataset(name, subset, split='train', streaming=True)
                 break
             except Exception as error:  # the package raises many kinds: of its own, of the network, of the file formats
-                failures.append(_first_line(error))
+                failures.append(' '.join(str(error).split())[:500] or type(error).__name__)
         else:
-            raise UserError(f"data.sources: '{spec}' could not be opened: {failures[0]}")
+            raise paths.NothingThereError(f"data.sources: '{spec}' could not be opened: {failures[0]}")
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped = files.Skipped() if self.skip else None
@@ -244,7 +245,8 @@ def open_source(spec: str, text_field: str = 'text', skip: bool = False) -> Sour
       skip: Leave out records that cannot be used, and count them.
 
     Raises:
-      UserError: No such kind of source, no file matches, a file of unknown type, or a package is missing.
+      NothingThereError: No file matches, the hub does not have it or does not answer, or a package is missing.
+      UserError: No such kind of source, or a file of unknown type.
     """
     kind = spec.split(':')[0]
     if spec == 'stdlib':

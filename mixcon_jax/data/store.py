@@ -27,12 +27,17 @@ from jaxtyping import Int, Integer
 from mixcon_jax.data.documents import SPLITS
 from mixcon_jax.data.metadata import ARRAYS, READABLE, checksum, complaint
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import system
 
 VERSION = 2
 SHARD = 1 << 25  # tokens a file: the writer's buffer, 64 or 128 MiB
 CHUNK = 1 << 15  # tokens a chunk: what reading one token costs
 MEMORY_LIMIT = 256 << 20  # bytes of tokens up to which a store is held in memory, and of cached chunks above it
 REMEDY = 'restore it, or delete the folder and prepare the text again'
+
+
+class NotWhole(UserError):
+    """There is no token store, or it is damaged."""
 
 
 def _array_spec(dtype: str) -> dict[str, Any]:
@@ -163,35 +168,37 @@ def read_file(path: str, name: str) -> str:
     """The text of a file of a store.
 
     Raises:
-      UserError: There is no such file, so ``path`` is no store.
+      NotWhole: There is no such file, so ``path`` is no store.
+      UserError: It cannot be read.
     """
     try:
         result = ts.KvStore.open(_kvstore(path)).result().read(name).result()
     except Exception as error:  # TensorStore maps every kind of failure of every kind of storage to some exception
         raise UserError(f'{path}: cannot be read ({_first_line(error)})') from error
     if result.state != 'value':
-        raise UserError(f'{path}: not a token store: it has no {name}')
+        raise NotWhole(f'{path}: not a token store: it has no {name}')
     try:
         return result.value.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f'{path}: damaged token store: {name} is not UTF-8; {REMEDY}') from error
+        raise NotWhole(f'{path}: damaged token store: {name} is not UTF-8; {REMEDY}') from error
 
 
 def read_metadata(path: str) -> dict[str, Any]:
     """metadata.json of a store.
 
     Raises:
-      UserError: ``path`` is no store, or one of another version of the format; or it is not what was written.
+      NotWhole: ``path`` is no store, or one of another version of the format; or it is not what was written.
+      UserError: It cannot be read.
     """
     try:
         metadata = json.loads(read_file(path, 'metadata.json'))
         version = metadata['version']
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: damaged token store: metadata.json is not readable; prepare it again') from error
+        raise NotWhole(f'{path}: damaged token store: metadata.json is not readable; prepare it again') from error
     if version not in READABLE:
-        raise UserError(f'{path}: token store of format {version}; this version reads {READABLE}; prepare it again')
+        raise NotWhole(f'{path}: token store of format {version}; this version reads {READABLE}; prepare it again')
     if words := complaint(metadata):
-        raise UserError(f'{path}: damaged token store: metadata.json {words}; {REMEDY}')
+        raise NotWhole(f'{path}: damaged token store: metadata.json {words}; {REMEDY}')
     return metadata
 
 
@@ -202,19 +209,20 @@ def require_parts(path: str, metadata: Mapping[str, Any]) -> None:
     a missing part is noticed when it is read.
 
     Raises:
-      UserError: names the first part that is missing or has another size.
+      NotWhole: names the first part that is missing or has another size.
+      UserError: the system does not let this process look.
     """
     path = path.removeprefix('file://')
     if '://' in path:
         return
     sizes: Mapping[str, int | None] = metadata['files'] if metadata['version'] > 1 else _parts_of_format_1(path)
     for name, expected in sizes.items():
-        file = Path(path, name)
-        if not file.is_file():
-            raise UserError(f'{path}: damaged token store: {name} is missing; {REMEDY}')
-        size = file.stat().st_size
+        try:
+            size = os.stat(Path(path, name)).st_size
+        except OSError as error:
+            raise _unread(path, name, error, 'is missing') from error
         if size != (size if expected is None else expected):
-            raise UserError(f'{path}: damaged token store: {name} has {size} bytes, not {expected}; {REMEDY}')
+            raise NotWhole(f'{path}: damaged token store: {name} has {size} bytes, not {expected}; {REMEDY}')
 
 
 def _parts_of_format_1(path: str) -> dict[str, int | None]:
@@ -278,7 +286,7 @@ class TokenStore:
         offsets, num_bytes, sides = (read_array(path, name, metadata) for name in ('offsets', 'bytes', 'split'))
         tokens = _open_array(path, 'tokens')
         if not offsets.size == num_bytes.size + 1 == sides.size + 1 or tokens.shape[0] != offsets[-1]:
-            raise UserError(f'{path}: damaged token store: its arrays disagree in length; prepare it again')
+            raise NotWhole(f'{path}: damaged token store: its arrays disagree in length; prepare it again')
         if tokens.shape[0] * tokens.dtype.numpy_dtype.itemsize <= memory_limit:
             tokens = read_array(path, 'tokens', metadata)
         mine = sides == side
@@ -315,7 +323,7 @@ class TokenStore:
         try:
             return [future.result() for future in [self._tokens[start:stop].read() for start, stop in bounds]]
         except Exception as error:
-            raise _damaged(self.path, 'tokens', error) from error
+            raise _unread(self.path, 'tokens', error) from error
 
 
 def _open_array(path: str, name: str) -> Any:
@@ -328,7 +336,7 @@ def _open_array(path: str, name: str) -> Any:
     try:
         return ts.open(spec, open=True, read=True, context=context).result()
     except Exception as error:
-        raise _damaged(path, name, error) from error
+        raise _unread(path, name, error) from error
 
 
 def read_array(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
@@ -337,14 +345,18 @@ def read_array(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
     try:
         values = array.read().result()
     except Exception as error:
-        raise _damaged(path, name, error) from error
+        raise _unread(path, name, error) from error
     if hashlib.sha256(_little(values)).hexdigest() != metadata['sha256'][name]:
-        raise UserError(f'{path}: damaged token store: {name} differs from its checksum; {REMEDY}')
+        raise NotWhole(f'{path}: damaged token store: {name} differs from its checksum; {REMEDY}')
     return values
 
 
-def _damaged(path: str, name: str, error: Exception) -> UserError:
-    return UserError(f'{path}: damaged token store: {name} cannot be read ({_first_line(error)}); {REMEDY}')
+def _unread(path: str, name: str, error: Exception, how: str = '') -> UserError:
+    """The error of a part that could not be read: it is damaged, unless the system did not let this process read it."""
+    if reason := system.refusal(error):
+        return UserError(f'{path}: {name} cannot be read now ({reason}); the store may be whole: see to the disk')
+    how = how or f'cannot be read ({_first_line(error)})'
+    return NotWhole(f'{path}: damaged token store: {name} {how}; {REMEDY}')
 
 
 def _first_line(error: Exception) -> str:
@@ -358,5 +370,5 @@ def hash_array(path: str, name: str) -> str:
         for start in range(0, array.shape[0], SHARD):
             digest.update(_little(array[start : min(start + SHARD, array.shape[0])].read().result()))
     except Exception as error:
-        raise _damaged(path, name, error) from error
+        raise _unread(path, name, error) from error
     return digest.hexdigest()

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,6 +16,7 @@ from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mixcon_jax.data.background import Background, until
+from mixcon_jax.data.disk import scratch
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand
 
@@ -157,7 +157,7 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, atomically."""
         path = Path(path)
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+        temporary = scratch(path)
         try:
             with open(temporary, 'w', encoding='utf-8') as file:
                 file.write(self._json)

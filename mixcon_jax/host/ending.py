@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mixcon_jax.errors import Exit, UserError
-from mixcon_jax.host import ambient
+from mixcon_jax.host import ambient, system
 from mixcon_jax.host.log_filters import shorten_jax
 from mixcon_jax.host.output import OutputLost, guarded
 
@@ -66,10 +66,11 @@ def users(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
-    if os.strerror(errno.ENOSPC) in text and not isinstance(error, OSError):  # TensorStore's, by any type of exception
+    # TensorStore's, by any type of exception; they name the file.
+    if system.number(error) not in (0, errno.ENOMEM) and not isinstance(error, OSError):
         return ' '.join(text.split())[:300]
     without_memory = 'RESOURCE_EXHAUSTED' in text or (of_jax(error) and NO_MEMORY.search(text))
-    if isinstance(error, MemoryError) or without_memory or getattr(error, 'errno', 0) == errno.ENOMEM:
+    if isinstance(error, MemoryError) or without_memory or system.number(error) == errno.ENOMEM:
         words = ' '.join(re.sub('^[A-Z_]+: ', '', text).split())[:200]
         return f'there is not enough memory{f" ({words})" if words else ""}; {LESS_MEMORY}'
     if isinstance(error, OSError) and error.errno and (error.filename is not None or error.errno in MACHINE):

@@ -1,6 +1,5 @@
 """Checkpoints as files: which there are and what their metadata says. Loads no JAX, so that answers come at once."""
 
-import errno
 import hashlib
 import json
 import os
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.host import system
 from mixcon_jax.parsing import json_file, json_object
 
 ARRAYS = ('model', 'optimizer')  # the items that hold arrays
 ITEMS = (*ARRAYS, 'meta')
 FILES = 'meta/files'  # of a checkpoint: which files it consists of, and their sizes
 MODEL = ('params/', 'buffers/')  # of an array's name: what a model needs; all else is in the optimizer's item
-ABSENT = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # no error, or nothing there that could be read
 UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is being written or deleted
 
 
@@ -37,12 +36,8 @@ def refusal(path: Path, error: BaseException | None) -> UserError | None:
       error: what went wrong. Its errno counts, or that of any of its causes; that nothing is there is no refusal,
         unless the checkpoint is a link that leads nowhere.
     """
-    reason = 'a link that leads nowhere' if path.is_symlink() and not path.exists() else ''
-    while error is not None and not reason:
-        found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
-        number = int(found[1]) if found else getattr(error, 'errno', None) or 0
-        reason = '' if number in ABSENT else os.strerror(number)
-        error = error.__cause__ or error.__context__
+    lost = path.is_symlink() and not path.exists()
+    reason = 'a link that leads nowhere' if lost else system.refusal(error)
     if not reason:
         return None
     return UserError(

@@ -5,12 +5,15 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
 
-from mixcon_jax.data import open_dataset, prepare
+from mixcon_jax.data import disk, open_dataset, prepare
 from mixcon_jax.data import store as store_lib
 from mixcon_jax.errors import UserError
 from tests.data.cases import lossy_tokenizer, make_texts, write_jsonl
@@ -154,6 +157,84 @@ def test_file_systems_without_locks(make_config, corpus, tmp_path, monkeypatch, 
     [store] = prepare(config.data, progress=said.append)
     assert store.fingerprint == expected.fingerprint and working.is_dir()
     assert any('no locks in' in line for line in said)
+
+
+def test_a_data_set_of_the_hub_is_not_needed_where_its_tokens_are(make_config, monkeypatch):
+    records = [{'text': text} for text in make_texts(40)]
+    monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=lambda *_, **__: records))
+    config = make_config('huggingface:org/name')
+    [store] = prepare(config.data, progress=False)
+    for library, words in (
+        (types.SimpleNamespace(), "'huggingface:org/name' could not be opened"),
+        (None, 'needs the'),
+    ):
+        monkeypatch.setitem(sys.modules, 'datasets', library)
+        said = []
+        assert prepare(config.data, progress=said.append) == [store]
+        assert words in said[0] and 'going on with the tokens that were prepared before' in said[0]
+        with pytest.raises(UserError, match=r'could not be opened|needs the package'):
+            prepare(make_config('huggingface:org/other').data, progress=False)
+
+
+@pytest.mark.parametrize('age, stays', [(3600, True), (2 * disk.FORGOTTEN, False)])
+def test_what_another_host_left_goes_when_nobody_has_written_there_for_long(make_config, corpus, tmp_path, age, stays):
+    """Its lock may not reach this host. What this one left of the same store goes at once."""
+    [expected] = prepare(make_config(corpus[1], cache_dir=str(tmp_path / 'elsewhere')).data, progress=False)
+    (tmp_path / 'cache').mkdir()
+    place = tmp_path / 'cache' / Path(expected.path).name
+    own, other = disk.scratch(place), place.with_name(f'{place.name}.tmp-otherhost.1-x')
+    for folder in (own, other, place.with_name('unrelated.tmp-old')):
+        folder.mkdir()
+        (folder / 'tokens').write_text('')
+        for path in (folder / 'tokens', folder):
+            os.utime(path, (time.time() - age,) * 2)
+    prepare(make_config(corpus[1]).data, progress=False)
+    left = [name for name in contents(tmp_path / 'cache') if '.tmp' in name]
+    assert left == ([other.name, 'unrelated.tmp-old'] if stays else [])
+
+
+def test_a_cache_for_all_has_locks_for_all(make_config, corpus, tmp_path):
+    (tmp_path / 'cache').mkdir()
+    (tmp_path / 'cache').chmod(0o1777)
+    prepare(make_config(corpus[1]).data, progress=False)
+    mode = lambda path: stat.S_IMODE(path.stat().st_mode)
+    assert mode(tmp_path / 'cache' / '.locks') == 0o1777
+    assert {mode(path) for path in (tmp_path / 'cache' / '.locks').iterdir()} == {0o666}
+
+
+def test_another_users_folder_in_the_cache_is_no_concern(make_config, corpus, tmp_path, monkeypatch):
+    config = make_config(corpus[1])
+    [store] = prepare(config.data, progress=False)
+    shutil.copytree(store.path, tmp_path / 'cache' / 'private')
+    read = store_lib.read_file
+
+    def refused(path, name):
+        if path.endswith('private'):
+            raise UserError(f'{path}: cannot be read (Permission denied)')
+        return read(path, name)
+
+    monkeypatch.setattr(store_lib, 'read_file', refused)
+    assert open_dataset(config, (store.fingerprint,)).stores == (store,)
+    with pytest.raises(UserError, match='no file matches'):
+        prepare(make_config('files:nowhere/*.txt').data, progress=False)
+
+
+@pytest.mark.parametrize('code', [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_store_that_the_system_does_not_let_one_see_is_not_prepared_again(make_config, corpus, monkeypatch, code):
+    config = make_config(corpus[1])
+    [store] = prepare(config.data, progress=False)
+    look = os.stat
+
+    def refused(path, *args, **kwargs):
+        if str(path).startswith(f'{store.path}/tokens/'):
+            raise OSError(code, os.strerror(code), str(path))
+        return look(path, *args, **kwargs)
+
+    monkeypatch.setattr(store_lib.os, 'stat', refused)
+    with pytest.raises(UserError, match=rf'cannot be read now \({os.strerror(code)}\); the store may be whole'):
+        prepare(config.data, progress=False)
+    monkeypatch.undo()
+    assert prepare(config.data, progress=False) == [store]
 
 
 def test_without_locks_the_faster_process_wins(make_config, corpus, monkeypatch):

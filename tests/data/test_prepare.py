@@ -174,7 +174,9 @@ def test_bad_places_are_refused(make_config, corpus, tmp_path):
 
 
 @pytest.mark.parametrize('where', ['_write', 'finish'])
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'x'), ValueError('RESOURCE: No space left on device [28]')])
+@pytest.mark.parametrize(
+    'error', [OSError(errno.ENOSPC, 'x'), ValueError("RESOURCE_EXHAUSTED: No room [os_error_code='122']")]
+)
 def test_a_full_disk_is_one_line(make_config, corpus, monkeypatch, where, error):
     def full(*_):
         raise error

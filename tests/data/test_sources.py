@@ -78,9 +78,14 @@ def test_compressed_files_of_several_frames(tmp_path, compression, monkeypatch):
     assert texts_of(f'files:{tmp_path}/x.txt{compression}') == [''.join(texts)]
 
 
+def test_a_mark_of_utf8_is_no_text(tmp_path):
+    (tmp_path / 'a.txt').write_bytes('\ufeffab\ufeff'.encode())
+    assert texts_of(f'files:{tmp_path}/a.txt') == ['ab\ufeff']
+
+
 def test_gzip_padding_and_empty_files(tmp_path):
     (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(b'abc') + bytes(700))
-    (tmp_path / 'b.txt.gz').write_bytes(gzip.compress(b''))
+    (tmp_path / 'b.txt.gz').write_bytes(gzip.compress(b'') + bytes(70))
     assert texts_of(f'files:{tmp_path}/*.gz') == ['abc', '']
 
 
@@ -117,6 +122,7 @@ def test_files_fingerprint_changes_with_the_files(tmp_path):
 BAD_FILES = [
     ('a.txt', b'text\0more', 'a.txt: binary, not text: a NUL byte at byte offset 4'),
     ('a.txt', 'é'.encode() + b'\xff', 'a.txt: not UTF-8 text: byte 0xff at byte offset 2'),
+    ('a.txt', 'text'.encode('utf-16'), 'a.txt: UTF-16, not UTF-8 text; write it anew: iconv -f UTF-16'),
     ('a.txt', b'ab\xe2\x88', 'a.txt: not UTF-8 text: byte 0xe2 at byte offset 2 (unexpected end of data)'),
     ('a.txt', np.random.default_rng(0).bytes(1000), 'a.txt: '),
     ('a.txt.gz', gzip.compress(b'ab\0'), 'a.txt.gz: binary, not text: a NUL byte at byte offset 2'),
@@ -148,7 +154,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, data, words):
 
 
 @pytest.mark.parametrize('compression', ['.gz', '.zst'])
-@pytest.mark.parametrize('keep', [3, 0.5, -1])
+@pytest.mark.parametrize('keep', [0, 3, 0.5, -1])
 def test_truncated_compressed_files_are_noticed(tmp_path, compression, keep):
     whole = COMPRESS[compression](''.join(make_texts(200)).encode())
     path = tmp_path / f'a.txt{compression}'
@@ -213,7 +219,7 @@ def test_huggingface_errors(monkeypatch):
     cases = {
         'huggingface:a': "huggingface:a: record 1: no field 'text' (data.text_field); it has 'body'",
         'huggingface:b': 'huggingface:b: reading record 1 failed: lost',
-        'huggingface:c/d': "'huggingface:c/d' could not be opened: Dataset 'c/d' doesn't exist on the Hub",
+        'huggingface:c/d': "'huggingface:c/d' could not be opened: Dataset 'c/d' doesn't exist on the Hub second line",
         'huggingface:a/b/c/d': 'is not huggingface:[ORG/]NAME[/SUBSET]',
     }
     for spec, words in cases.items():

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from launch import cluster
+from launch import cluster, member
 from launch.member import HEARTBEAT
+from mixcon_jax.errors import UserError
 from mixcon_jax.runs.records import last, read
 from tests.launch.launching import all_end, children_of, finish, launch, small_config, wait_until
 from tests.tiny import outcome, write_experiment
@@ -35,6 +36,15 @@ if os.environ.get('PAUSE') and '--rank' in sys.argv:
 
     Checkpoints._arrays = slowly
 """
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f'port {port} of 127.0.0.1:{port} cannot be taken here'):
+            member.join(5, 5, coordinator_address=f'127.0.0.1:{port}', num_processes=1, process_id=0)
 
 
 def records_of(run, kind: str) -> list:

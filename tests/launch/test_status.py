@@ -19,7 +19,7 @@ def case(tmp_path):
     """A case of 100 steps that has recorded 1,000 tokens/s, in the folder of its sweep."""
     config = configs.default()
     config.update({'train': {'steps': 100, 'batch_size': 2}, 'data': {'seq_len': 50}})
-    case = Case('run', 'run', (), configs.validate(config))
+    case = Case('run', 'run', 'experiment.py', (), configs.validate(config))
     (tmp_path / 'run').mkdir()
     written(tmp_path / 'run', {'kind': 'train', 'step': 10, 'loss': 2.0, 'tokens_per_second': 1000.0})
     return case

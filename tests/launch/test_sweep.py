@@ -19,7 +19,7 @@ from launch import processes
 from launch.processes import Share, Signals
 from launch.sweep import sweep
 from launch.sweep.cases import Case, cases
-from launch.sweep.estimate import Estimate, Sizes, makespan
+from launch.sweep.estimate import Estimate, Sizes
 from launch.sweep.show import Screen
 from mixcon_jax import config as configs
 from mixcon_jax.runs import saved
@@ -175,7 +175,7 @@ def run_programs(monkeypatch, cases, workdir, programs, signals=None, jobs: int 
 
     monkeypatch.setattr(processes, 'start', start)
     stream = io.StringIO()
-    code = sweep.Sweep('x.py', cases, workdir, [Share()] * jobs, os.environ, signals or Signals(), stream).run()
+    code = sweep.Sweep(cases, workdir, [Share()] * jobs, os.environ, signals or Signals(), stream).run()
     assert not left
     return code, stream.getvalue()
 
@@ -278,6 +278,13 @@ def test_folders_that_hold_something_else_fail_by_themselves(monkeypatch, three,
     assert 'long/seed-0   done before  1.2500         0.6250        2k' in output
 
 
+def test_a_case_that_ended_well_in_a_folder_of_another_run_says_so(monkeypatch, three, tmp_path):
+    written(dataclasses.replace(three[0], config=three[1].config), tmp_path / 'made', 4)
+    program = f"import shutil; shutil.copytree('{tmp_path}/made', '{tmp_path}/sweep', dirs_exist_ok=True)"
+    code, output = run_programs(monkeypatch, three[:1], tmp_path / 'sweep', [program])
+    assert code == 1 and re.search(r'failed after \d+s: .*holds a run of another configuration \(model.vocab', output)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -364,13 +371,6 @@ def test_an_estimate_reads_a_run_once_unless_told_to_look_again(monkeypatch, thr
     estimate.look([long])
     assert estimate.seconds(short, 100) == pytest.approx(6.4)
     assert looked == [tmp_path / long.folder / 'metrics.jsonl']
-
-
-def test_jobs_are_begun_in_order():
-    assert makespan([4, 3, 2, 1], 1) == 10
-    assert makespan([4, 3, 2, 1], 2) == 5  # 4 and 1 beside 3 and 2
-    assert makespan([1, 1, 4], 2) == 5
-    assert makespan([], 3) == 0
 
 
 # ----- arguments and shares -----------------------------------------------------------------------------------------

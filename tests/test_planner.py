@@ -1,6 +1,5 @@
 """`mixcon plan`: its figures against arithmetic by hand, its refusals, its exit codes."""
 
-import functools
 import io
 import json
 import math
@@ -8,45 +7,21 @@ import pathlib
 import re
 import sys
 
-import jax
 import pytest
-from flax import nnx
 
 from kernels_pallas import cards
 from mixcon_jax import config as configs
 from mixcon_jax.cli import main
 from mixcon_jax.errors import UserError
-from mixcon_jax.inference.generate import state_shardings
 from mixcon_jax.models import accounting
-from mixcon_jax.models.decoder import abstract
 from mixcon_jax.parallel.axes import AXES
 from mixcon_jax.planner import compiled, picture, search, words
 from mixcon_jax.planner import plan as planner
 from mixcon_jax.planning import hardware, resources
 from mixcon_jax.planning.estimate import estimate
 from mixcon_jax.planning.hlo import Kernel
+from tests.planning import FOUND, SMALL, configuration, planned, stub
 from tests.tiny import ROOT
-
-SMALL = {
-    'model.dim': 64, 'model.vocab_size': 512, 'model.num_blocks': 2, 'model.pattern': ('attention+mlp',),
-    'model.attention.num_heads': 4, 'model.attention.num_kv_heads': 2, 'model.mlp.hidden_dim': 128, 'model.unroll': 1,
-    'data.seq_len': 64, 'train.batch_size': 8,
-}  # fmt: skip
-
-
-def configuration(devices, options):
-    config = configs.default()
-    for key, value in (SMALL | dict(options)).items():
-        configs.put(config, key, value)
-    return configs.validate(config, devices)
-
-
-@functools.cache
-def planned(hosts, per_host, options=(), what='train'):
-    """A plan with products by cuBLAS, on so many H100s."""
-    job = {'target': 'h100', 'hosts': hosts, 'per_host': per_host, 'what': what, 'batch': 2, 'context': 0}
-    return planner.plan(configuration(hosts * per_host, options), job, ['cublas'], 2**30)
-
 
 # ----- the command --------------------------------------------------------------------------------------------------
 
@@ -57,6 +32,8 @@ def planned(hosts, per_host, options=(), what='train'):
         (['--devices', 'h900:8'], "unknown GPU 'h900'; known: "),
         (['--devices', 'h100:16x0'], 'write h100:HOSTSxDEVICES, each at least 1'),
         (['--devices', 'h100:eight'], 'write h100:HOSTSxDEVICES, each at least 1'),
+        (['--devices', 'h100:8', '--json', '/'], '--json / is a folder; name a file'),
+        (['--devices', 'h100:8', '--json', '/dev/null/x.json'], '--json /dev/null/x.json cannot be written'),
         (['--devices', 'h100:8', '--memory-limit', 'lots'], "--memory-limit 'lots' is no size"),
         (['--devices', 'h100:8', '--memory-limit', '0GiB'], "--memory-limit '0GiB' is no size"),
         (['--devices', 'h100:8', '--what', 'decode', '--batch', '0'], '--batch 0 must be at least 1'),
@@ -107,37 +84,6 @@ def test_the_exit_code_says_whether_it_fits(tmp_path, capsys, monkeypatch):
         written = json.loads(file.read_text())
         assert written['fits'] == (code == 0) and written['margin'] == written['limit'] - written['peak']
         assert ('DOES NOT FIT' in capsys.readouterr().out) == bool(code)
-
-
-FOUND = {
-    'compiler_memory': 2**30,
-    'mesh': {'data': 1, 'fsdp': 4}, 'parameters': 10, 'gradients': 10, 'moments': 20, 'layout': [], 'replicated': {},
-    'passed_over': [], 'rematerialisations': [], 'traced': 1.0, 'resources': [],
-    'model': {
-        'total': 9, 'active': 9, 'embedding': 1, 'by_part': {'ffn': 9}, 'tokens': 4,
-        'flops_per_token': 1.0, 'flops': 4.0,
-    },
-    'cublas': {
-        'peak': 2**29, 'arguments': 30, 'activations': 0, 'temporaries': 5, 'largest': [], 'exchanges': [],
-        'kernels': 1, 'gpu_kernels': [], 'compiled': 1.0,
-        'estimate': {
-            'compute': 1.0, 'memory': 1.0, 'exponentials': 1.0, 'nvlink': 1.0, 'network': 1.0, 'bound': 'memory',
-            'hidden': 1.0, 'exposed': 1.0, 'measured': {},
-        },
-    },
-}  # fmt: skip
-
-
-def stub(monkeypatch, small=2**20):
-    """Compiling takes no time: less recomputation is faster and larger, more devices of tensor slower."""
-
-    def compiled(job):
-        config = job['config']
-        kept = {'none': 4, 'selective': 2, 'block': 1}[config['model']['remat']] * config['mesh']['tensor']
-        one = FOUND['cublas'] | {'peak': small * kept, 'estimate': FOUND['cublas']['estimate'] | {'hidden': 1 / kept}}
-        return FOUND | {'cublas': one, 'mesh': config['mesh'], 'products': job['products']}
-
-    monkeypatch.setattr(planner, 'compile_apart', compiled)
 
 
 def test_a_search_plans_what_is_valid_and_finds_what_nothing_beats(monkeypatch):
@@ -307,29 +253,6 @@ def test_long_rows_have_no_square_array_and_no_whole_logits():
     )
     found = planned(1, 1, (*options, ('model.remat', 'block'), ('model.dtype', 'bfloat16')))
     assert found['cublas']['largest_elements'] < length * vocab < length * length
-
-
-def test_states_are_shared_out_by_rows_and_by_nothing_that_looks_like_them():
-    """Hyena's filters, as long as there are rows, are whole everywhere, and are counted once for all rows."""
-    model = configuration(8, {'model.pattern': ('hyena', 'attention+mlp'), 'mesh.data': 8}).model
-    module = nnx.split(abstract(model))
-    mesh = jax.make_mesh((8, 1, 1, 1, 1), AXES)
-    found = state_shardings(*module, 8, 8, mesh)['blocks'][0]
-    leaves = {jax.tree_util.keystr(path): one.spec for path, one in jax.tree_util.tree_leaves_with_path(found)}
-    whole = {name for name, spec in leaves.items() if not spec}
-    assert {re.findall(r'\w+', name)[-1] for name in whole} == {'taps', 'length'} and len(leaves) > len(whole)
-    assert all(not one.spec for one in jax.tree.leaves(state_shardings(*module, 6, 8, mesh))), 'six over eight'
-    one, eight, sixteen = (accounting.state_bytes(model, 8, rows) for rows in (1, 8, 16))
-    shared = 2 * 4 * (8 * 64 + 1)  # of one filter and a length in each of two blocks
-    assert eight - shared == 8 * (one - shared) and sixteen - shared == 16 * (one - shared)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('what', ['prefill', 'decode'])
-def test_generation_compiles(what):
-    found = planned(1, 2, (('mesh.fsdp', 2), ('model.pattern', ('conba+mlp', 'attention+moe'))), what)
-    assert found['fits'] and found['model']['tokens'] == (2 * 64 if what == 'prefill' else 2)
-    assert found['gradients'] == found['moments'] == 0 < found['model']['state_bytes']
 
 
 def test_the_compiling_process_ends_with_the_one_that_asked(monkeypatch):

@@ -40,6 +40,30 @@ def whole_tiles(keys: int, block_size: int | None = None) -> int:
     return keys if keys <= size else -(-keys // size) * size
 
 
+def _blocks(length: int, keys: int, block_size: int | None) -> tuple[int, int]:
+    """Queries and keys a tile.
+
+    It is block_size^2 weights; of few queries it has more keys, since every turn of a loop costs: as many blocks as
+    divide them all, or keys would be copied to be padded.
+    """
+    block_size = tile_size(keys, block_size)
+    q_block, blocks = min(block_size, length), -(-keys // block_size)
+    widest = min(block_size // q_block, WIDEST, blocks)
+    return q_block, min(keys, block_size * max(n for n in range(1, widest + 1) if blocks % n == 0))
+
+
+def turns(length: int, keys: int, q_offset: int, block_size: int | None = None) -> int:
+    """Turns of the loop over tiles where a q_offset is traced that will be this one; documents are not looked at."""
+    q_block, k_block = _blocks(length, keys, block_size)
+    return int(_below(q_block, -(-length // q_block), k_block, -(-keys // k_block), q_offset).sum())
+
+
+def _below(q_block: int, q_steps: int, k_block: int, k_steps: int, q_offset: Any) -> Any:
+    """Bool [q_steps, k_steps]: the tiles with a key that is not after all their queries."""
+    last = q_offset + (np.arange(q_steps) + 1) * q_block - 1
+    return np.arange(k_steps) * k_block <= last[:, None]
+
+
 class _Static(NamedTuple):
     """What the compiler knows of a call; `from_start`: that the first query is the first key."""
 
@@ -56,13 +80,7 @@ class _Static(NamedTuple):
 def attention(q, k, v, segment_ids, kv_segment_ids, q_offset, scale, block_size=None, more=PLAIN):
     """Shapes as in `api.attention`; tiles at the end are padded, where padding is of segment 0."""
     length, keys = q.shape[1], k.shape[1]
-    block_size = tile_size(keys, block_size)
-    q_block = min(block_size, length)
-    # A tile is block_size^2 weights; of few queries it has more keys, since every turn of a loop costs: as many blocks
-    # as divide them all, or keys would be copied to be padded.
-    blocks = -(-keys // block_size)
-    widest = min(block_size // q_block, WIDEST, blocks)
-    k_block = min(keys, block_size * max(n for n in range(1, widest + 1) if blocks % n == 0))
+    q_block, k_block = _blocks(length, keys, block_size)
     from_start = isinstance(q_offset, int) and q_offset == 0
     static = _Static(
         q_block, -(-length // q_block), k_block, -(-keys // k_block), scale, from_start, more.window, more.cap
@@ -94,7 +112,7 @@ def _plan(static: _Static, segments: Any, q_offset: Any) -> _Plan:
     """
     offset = 0 if static.from_start else q_offset
     last = offset + (np.arange(static.q_steps) + 1) * static.q_block - 1
-    wanted: Any = np.arange(static.k_steps) * static.k_block <= last[:, None]
+    wanted: Any = _below(*static[:4], offset)
     if static.window is not None and (segments is None or len(segments) == 2):  # or positions tell, not indices
         wanted = wanted & ((np.arange(static.k_steps) + 1) * static.k_block > _first(static, last)[:, None])
     most = int(wanted.sum()) if static.from_start else static.q_steps * static.k_steps

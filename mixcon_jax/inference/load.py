@@ -80,12 +80,17 @@ def _config_of(meta: Meta, place: Place | None) -> ml_collections.ConfigDict:
     """A checkpoint's configuration; on a mesh no token is dropped, so that results are those of one device."""
     config = configs.resolve(configs.from_dict(meta.config))
     if place:
-        for options in (config.model.moe, *config.model.get('layers', {}).values()):
-            if 'capacity' in options:
-                options.capacity = 0.0
-            if 'exchange' in options:
-                options.exchange = 'padded'
+        drop_no_token(config.model)
     return config
+
+
+def drop_no_token(model: ml_collections.ConfigDict) -> None:
+    """Gives exchanges between experts of ``config.model`` room for all."""
+    for options in (model.moe, *model.get('layers', {}).values()):
+        if 'capacity' in options:
+            options.capacity = 0.0
+        if 'exchange' in options:
+            options.exchange = 'padded'
 
 
 def _shardings(meta: Meta, place: Place) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mixcon_jax import config as configs
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.planner import words
-from mixcon_jax.planner.plan import plan, read_devices, read_limit, require_extra, write
+from mixcon_jax.planner.plan import place, plan, read_devices, read_limit, require_extra, write
 from mixcon_jax.planner.search import search
 
 DOES_NOT_FIT = 3
@@ -54,6 +54,8 @@ def command(
     limit = read_limit(memory_limit, target)
     if picture and (not most or Path(picture).suffix not in PICTURES):
         raise UserError(f'--picture {picture} is of a --search, and its name ends in {" or ".join(PICTURES)}')
+    answer = place('--json', json_file) if json_file else None
+    drawing = place('--picture', picture) if picture else None
     require_extra()
     loaded = configs.load(config, overrides)
     job = {'target': target, 'hosts': hosts, 'per_host': per_host, 'what': what, 'batch': batch, 'context': context}
@@ -65,10 +67,10 @@ def command(
         lines = words.lines(found)
     for line in lines:
         print(line)
-    if json_file:
-        write(json_file, (json.dumps(found, indent=1) + '\n').encode())
-    if picture:
+    if answer:
+        write(answer, (json.dumps(found, indent=1) + '\n').encode())
+    if drawing:
         from mixcon_jax.planner.picture import draw
 
-        write(picture, draw(found, Path(picture).suffix[1:]))
+        write(drawing, draw(found, Path(picture).suffix[1:]))
     return Exit.DONE if found['fits'] else DOES_NOT_FIT

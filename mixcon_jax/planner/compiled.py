@@ -66,6 +66,8 @@ def plan(
     say: Callable[[dict[str, Any]], None],
 ) -> None:
     """Says the layout and the counts of every variant; see `mixcon_jax.planner.plan.plan` for the arguments."""
+    if what != 'train':
+        config = programs.without_drops(config)
     found = devices(target, hosts, per_host)
     mesh = make_mesh(config.mesh, found)
     with jax.default_device(found[0]), warnings.catch_warnings(record=True) as said:
@@ -84,6 +86,9 @@ def plan(
             'parameters': programs.shard_bytes(state.params),
             'gradients': programs.shard_bytes(state.params) if what == 'train' else 0,
             'moments': programs.shard_bytes(state.opt_state) if what == 'train' else 0,
+            'state': 0
+            if what == 'train'
+            else programs.shard_bytes(programs.decode_state(config, steps, batch, context)),
             'layout': placement(state.params, steps.logical_axes, mesh),
             'replicated': programs.replicated(steps, REPLICATED),
             'passed_over': sorted({str(one.message) for one in said if ' in place of ' in str(one.message)}),
@@ -91,7 +96,8 @@ def plan(
             'traced': time.perf_counter() - start,
         }
         say(fixed)
-        rounds, rates = programs.unknown_rounds(config), measured(TARGETS[target].capability[0])
+        capability = TARGETS[target].capability
+        rounds, rates = programs.unknown_rounds(config, mesh, what, batch, context), measured(capability[0])
 
     def compile_with(name: str) -> None:
         start = time.perf_counter()
@@ -114,18 +120,21 @@ def counts(config: ml_collections.ConfigDict, what: str, batch: int, context: in
     for path, shape, _ in accounting.parameters(config.model):
         key = path.split('/')[3] if path.startswith('blocks/') and path.count('/') > 3 else path.split('/')[0]
         parts[key] = parts.get(key, 0) + math.prod(shape)
-    tokens = (
-        config.train.batch_size * config.data.seq_len
-        if what == 'train'
-        else batch * (context if what == 'prefill' else 1)
-    )
-    length = config.data.seq_len if what == 'train' else context
-    flops = accounting.flops_per_token(config.model, length) / (1 if what == 'train' else 3)
-    exponentials = accounting.exponentials_per_token(config.model, length)
+    rows, new, length = {
+        'train': (config.train.batch_size, config.data.seq_len, config.data.seq_len),
+        'prefill': (batch, context, context),
+        'decode': (batch, 1, 2 * context),  # of which a causal token sees half in the mean
+    }[what]
+    tokens, vocabulary = rows * new, config.model.vocab_size
+    flops = accounting.flops_per_token(config.model, length) * tokens
+    exponentials = sum(accounting.exponentials_per_token(config.model, length)[: 2 if what == 'train' else 1]) * tokens
+    if what != 'train':  # logits of a row's last token alone, and no loss
+        flops = flops / 3 - 2 * config.model.dim * vocabulary * (tokens - rows)
+        exponentials -= vocabulary * tokens
     return {
         'total': total.total, 'active': total.active, 'embedding': total.embedding, 'by_part': parts,
-        'tokens': tokens, 'flops_per_token': flops, 'flops': flops * tokens,
-        'exponentials': sum(exponentials[: 2 if what == 'train' else 1]) * tokens,
+        'tokens': tokens, 'flops_per_token': flops / tokens, 'flops': flops,
+        'exponentials': exponentials,
         'state_bytes': accounting.state_bytes(config.model, context, batch) if what != 'train' else 0,
     }  # fmt: skip
 
@@ -136,7 +145,7 @@ def variant(
     mesh: Mesh,
     target: str,
     fixed: Mapping[str, Any],
-    rounds: float,
+    rounds: hlo.Rounds,
     rates: Mapping[str, float],
 ) -> dict[str, Any]:
     """What one compiled module says of itself."""

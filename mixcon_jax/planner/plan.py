@@ -16,6 +16,7 @@ import ml_collections
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.paths import expand_path
 from mixcon_jax.planning import resources
 from mixcon_jax.planning.hardware import TARGETS
 
@@ -144,10 +145,27 @@ def require_extra() -> None:
         raise UserError('`mixcon plan` needs the extra "plan": pip install -r requirements-plan.lock')
 
 
-def write(file: str, content: bytes) -> None:
+def place(option: str, file: str) -> Path:
+    """Where to ``write`` a file, whose folder is made.
+
+    Raises:
+      UserError: a folder is there, or none can be made.
+    """
+    path = expand_path(file, option)
+    if path.is_dir():
+        raise UserError(f'{option} {file} is a folder; name a file')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{option} {file} cannot be written ({error.strerror})') from error
+    return path
+
+
+def write(path: Path, content: bytes) -> None:
     """Writes a whole file or none."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'{path.name}.tmp')
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

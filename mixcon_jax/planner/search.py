@@ -42,7 +42,7 @@ def search(
     Raises:
       UserError: no mesh of so many devices goes with the configuration, or no candidate could be planned.
     """
-    found = list(candidates(config, job['hosts'], job['per_host']))
+    found = list(candidates(config, job['hosts'], job['per_host'], job['what']))
     if not found:
         raise UserError(f'no mesh of {job["hosts"] * job["per_host"]} devices goes with {config.name or "this file"}')
     plans: list[dict[str, Any]] = []
@@ -70,11 +70,14 @@ def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
-def candidates(config: ml_collections.ConfigDict, hosts: int, per_host: int) -> Iterator[Candidate]:
+def candidates(
+    config: ml_collections.ConfigDict, hosts: int, per_host: int, what: str = 'train'
+) -> Iterator[Candidate]:
     """All that the configuration allows on so many devices, those first that exchange least across hosts.
 
     Of meshes: every product of the axes whose last axes, ``expert``, ``context`` and ``tensor``, stay inside a host. Of
     microbatches: as few as there can be, and so many that a device has one row; between them by factors of four.
+    Generation has neither microbatches nor recomputations.
     """
     devices = hosts * per_host
     meshes = [
@@ -84,10 +87,10 @@ def candidates(config: ml_collections.ConfigDict, hosts: int, per_host: int) -> 
     ]
     # Parameters shared out first; then what is simplest.
     meshes.sort(key=lambda mesh: (mesh['data'], mesh['tensor'] * mesh['context'], mesh['expert']))
-    for mesh, remat in itertools.product(meshes, REMAT):
+    for mesh, remat in itertools.product(meshes, REMAT if what == 'train' else (config.model.remat,)):
         rows = config.train.batch_size // math.prod(mesh[axis] for axis in BATCH_AXES)
         accums = {rows // part for part in (1, 4, 16, 64) if part <= rows} | {1}
-        for accum in sorted(accums, reverse=True):
+        for accum in sorted(accums, reverse=True) if what == 'train' else (config.train.accum_steps,):
             trial = config.copy_and_resolve_references()
             trial.mesh.update(mesh)
             trial.model.remat, trial.train.accum_steps = remat, accum
@@ -96,7 +99,7 @@ def candidates(config: ml_collections.ConfigDict, hosts: int, per_host: int) -> 
             except ConfigError:
                 continue
             axes = ' '.join(f'mesh.{axis}={size}' for axis, size in mesh.items() if size > 1 or axis == 'data')
-            yield valid, f'{axes} model.remat={remat} train.accum_steps={accum}'
+            yield valid, f'{axes} model.remat={remat} train.accum_steps={accum}' if what == 'train' else axes
 
 
 def _divisors(number: int) -> list[int]:

@@ -60,7 +60,7 @@ def _variant(found: dict[str, Any], name: str) -> Iterator[str]:
     one = found[name]
     parts = {
         'parameters': found['parameters'], 'gradients': found['gradients'], 'moments': found['moments'],
-        'activations kept': one['activations'], 'other temporaries': one['temporaries'],
+        'state': found['state'], 'activations kept': one['activations'], 'other temporaries': one['temporaries'],
     }  # fmt: skip
     text = ', '.join(f'{part} {memory(size)}' for part, size in parts.items() if size)
     yield f'products by {name}: {memory(one["peak"])} a device at the peak: {text}'

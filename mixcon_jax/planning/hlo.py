@@ -9,7 +9,7 @@ their operands and results, but for the bytes that cuBLAS may work in.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 SIZES = {
@@ -99,14 +99,21 @@ class Kernel:
 
 @dataclass
 class Loop:
-    """A loop of a module: how often it is entered, and the rounds each time, None where they depend on data."""
+    """A loop of a module: how often it is entered, and the rounds each time.
+
+    Attributes:
+      rounds: None where they depend on data.
+      counted: as many are counted.
+    """
 
     name: str
     operation: str
     entered: int
     rounds: int | None
+    counted: float = 1
 
 
+Rounds = float | Callable[[str], float]  # to count of a loop whose number is not known, by what XLA names it after
 Module = tuple[dict[str, dict[str, Instruction]], str]
 
 
@@ -143,12 +150,12 @@ def _closing(rest: str) -> tuple[str, str]:
     return rest, ''
 
 
-def kernels(text: str | Module, rounds: float = 1) -> list[Kernel]:
+def kernels(text: str | Module, rounds: Rounds = 1) -> list[Kernel]:
     """Every kernel of an optimised module's text (`compiled.as_text()`), loops followed.
 
     Args:
       text: of the module, or what `parse` makes of it.
-      rounds: to count of a loop whose number of rounds is not known, in the mean.
+      rounds: to count of a loop whose number of rounds is not known.
     """
     return [found for found in _walk(*parse(text), 1, rounds) if isinstance(found, Kernel)]
 
@@ -162,23 +169,26 @@ def totals(found: Sequence[Kernel]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def loops(text: str | Module, rounds: float = 1) -> list[Loop]:
+def loops(text: str | Module, rounds: Rounds = 1) -> list[Loop]:
     """Every loop of an optimised module's text; `rounds` as of `kernels`, for the loops inside."""
     return [found for found in _walk(*parse(text), 1, rounds) if isinstance(found, Loop)]
 
 
-def _walk(computations, name: str, times: float, rounds: float) -> Iterator[Kernel | Loop]:
+def _walk(computations, name: str, times: float, rounds: Rounds) -> Iterator[Kernel | Loop]:
     body = computations[name]
     for instruction in body.values():
         opcode = instruction.opcode
         if opcode == 'while':
             known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', instruction.attributes)
-            yield Loop(instruction.name, instruction.operation, round(times), int(known[1]) if known else None)
-            yield from _walk(
-                computations, instruction.called('body'), times * (int(known[1]) if known else rounds), rounds
+            guess = rounds(instruction.operation) if callable(rounds) else rounds
+            counted = int(known[1]) if known else guess
+            found = Loop(
+                instruction.name, instruction.operation, round(times), int(known[1]) if known else None, counted
             )
+            yield found
+            yield from _walk(computations, instruction.called('body'), times * counted, rounds)
             if not known and instruction.called('condition'):
-                yield from _walk(computations, instruction.called('condition'), times * (rounds + 1), rounds)
+                yield from _walk(computations, instruction.called('condition'), times * (counted + 1), rounds)
         elif opcode in ('call', 'async-start'):
             called = instruction.called('to_apply') or instruction.called('calls')
             yield from _walk(computations, called, times, rounds)

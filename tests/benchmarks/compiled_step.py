@@ -12,7 +12,7 @@ The columns: memory at the peak; kernels launched; conditions of loops whose rou
 host waits for; GiB read and written by kernels, and of those in float32; the necessary GiB and the ratio; operations in
 matrix products as a multiple of the model's own (models/accounting); exchanges with other GPUs and the GiB sent, by
 rings; CPU seconds to trace and to compile, all threads together. Of a loop of unknown rounds `--rounds` are counted: by
-default (n + 1) / 2, n blocks of attention in a row, the mean of a causal triangle.
+default as many as `planner.programs.unknown_rounds` says, of attention and of the experts' portable products.
 
 Of several GPUs, each with as many rows as a rung has, all figures are one's. They are data parallel unless a variant
 arranges them otherwise. Where it splits the inside of layers, the necessary counts what that leaves whole as split.
@@ -61,7 +61,7 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     Args:
       config: resolved.
       target: of `planning.hardware.TARGETS`.
-      rounds: of a loop whose number is not known; 0 takes those of a causal triangle.
+      rounds: of every loop whose number is not known; 0 takes those of `programs.unknown_rounds`.
       products: what computes matrix products, of `PRODUCTS`: a GPU that is there would choose one by one.
       gpus: of one host, arranged by `config.mesh`.
     """
@@ -77,8 +77,8 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     device, *others = devices(target, devices_per_host=gpus)
     length, rows = config.data.seq_len, config.train.batch_size // gpus
     with jax.default_device(device):  # kernels ask for its architecture
-        rounds = rounds or programs.unknown_rounds(config)
         steps = make_steps(config, make_mesh(config.mesh, [device, *others]))
+        counted = rounds or programs.unknown_rounds(config, steps.mesh)
         start = time.process_time()
         lowered = programs.train_step(config, steps)
         traced = time.process_time()
@@ -86,11 +86,11 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
     assert type(compiled.runtime_executable()).__name__ == 'Executable', 'compiled for the CPU'
     seconds = traced - start, time.process_time() - traced
     module = hlo.parse(compiled.as_text())
-    loops = [loop for loop in hlo.loops(module, rounds) if loop.rounds is None]
+    loops = [loop for loop in hlo.loops(module, counted) if loop.rounds is None]
     by_name: dict[str, int] = {}
     for loop in loops:
         by_name[loop.operation] = by_name.get(loop.operation, 0) + loop.entered
-    kept, kernels = kept_bytes(config, rows // config.train.accum_steps, device), hlo.kernels(module, rounds)
+    kept, kernels = kept_bytes(config, rows // config.train.accum_steps, device), hlo.kernels(module, counted)
     exchanges = collectives.exchanges(kernels, steps.mesh.shape, [0] * gpus)
     own = programs.shard_bytes(steps.abstract_state.params)
     return {
@@ -99,8 +99,7 @@ def figures(config: Any, target: str, rounds: float = 0, products: str = PRODUCT
         **hlo.totals(kernels),
         'exchanges': sum(exchange.count for exchange in exchanges),
         'sent': sum(exchange.sent for exchange in exchanges),
-        'conditions': round(sum(loop.entered for loop in loops) * (rounds + 1)),
-        'rounds': rounds,
+        'conditions': round(sum(loop.entered * (loop.counted + 1) for loop in loops)),
         'unknown': by_name,
         'necessary': 8 * own + 2 * kept * config.train.accum_steps,
         'kept': kept,
@@ -179,7 +178,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument('rungs', nargs='*', metavar='RUNG', help=f'of the ladder; by default {", ".join(MODELS)}')
     parser.add_argument('--variant', action='append', default=[], metavar='KEY=VALUE ...', help='options to set')
     parser.add_argument('--target', default='h100')
-    parser.add_argument('--rounds', type=float, default=0, help='of a loop whose number of rounds is not known')
+    parser.add_argument('--rounds', type=float, default=0, help='of loops whose number of rounds is not known')
     parser.add_argument('--products', choices=PRODUCTS, default=PRODUCTS[0], help='what computes matrix products')
     parser.add_argument(
         '--gpus', type=int, default=1, help="of one host, each with the rung's rows; --variant mesh.fsdp=8"

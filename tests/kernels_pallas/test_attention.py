@@ -276,3 +276,13 @@ def test_errors_name_the_argument():
         attend(q, k, v, segment_ids=jnp.ones((2, 3), jnp.int32))
     with pytest.raises(ValueError, match='kv_segment_ids is given without segment_ids'):
         attend(q, k, v, kv_segment_ids=jnp.ones((2, 5), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    'length, keys, offset, block', [(64, 256, 96, 32), (5, 100, 90, 16), (1, 64, 63, 8), (40, 40, 0, 8)]
+)
+def test_turns_of_a_traced_offset_are_those_that_the_loop_makes(monkeypatch, length, keys, offset, block):
+    found, plan = [], xla._plan
+    monkeypatch.setattr(xla, '_plan', lambda *args: found.append(plan(*args)) or found[-1])
+    attention(*draw(0, length, keys), q_offset=jnp.int32(offset), block_size=block, implementation='blockwise')
+    assert int(found[0].count) == xla.turns(length, keys, offset, block)

@@ -74,7 +74,7 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
         type=int,
         default=(),
         metavar='TOKENS',
-        help="of a synthetic task, lengths of sequences to score (default: the run's)",
+        help="lengths of a synthetic task's sequences, or of text one, that of its rows (default: the run's)",
     )
 
     command = add(

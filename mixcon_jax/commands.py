@@ -38,17 +38,18 @@ def _described(scores: 'Scores') -> str:
     """Scores in a line or, of a task with several lengths, a line each."""
     from mixcon_jax.data.remarks import percent
 
+    rows = f'in rows of {max(scores.by_length):,}'
     start = f'loss {scores.loss:.4f} nats per token, '
     if scores.bits_per_byte is not None:
         return (
             f'{start}perplexity {scores.perplexity:.2f}, {scores.bits_per_byte:.4f} bits per byte, '
-            f'over {scores.tokens:,} tokens of {scores.bytes:,} bytes'
+            f'over {scores.tokens:,} tokens of {scores.bytes:,} bytes, {rows}'
         )
     if scores.bytes:
         back = 'an unknown share' if scores.round_trip is None else percent(scores.round_trip)
         return (
             f'{start}perplexity {scores.perplexity:.2f}, no bits per byte, for the tokenizer gives back {back} of '
-            f'{scores.bytes:,} bytes, over {scores.tokens:,} tokens'
+            f'{scores.bytes:,} bytes, over {scores.tokens:,} tokens, {rows}'
         )
     lines = [f'{start}accuracy {scores.accuracy:.4f} over {scores.tokens:,} answers']
     if len(scores.by_length) > 1:

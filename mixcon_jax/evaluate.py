@@ -70,7 +70,7 @@ class Scores:
     @property
     def perplexity(self) -> float:
         """exp of the loss; infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], batches: Any, step: int) -> Scores:
@@ -167,30 +167,33 @@ def evaluate(
     lengths: Sequence[int] = (),
     mesh: Sequence[str] = (),
 ) -> Scores:
-    """Scores a checkpoint on its run's held-out text or task, on given text files, or on a task's other lengths.
+    """Scores a checkpoint on its run's held-out text or task, or on given text files.
 
     Args:
       workdir: a run directory.
       paths: files or globs, of which each file is scored once; none means the held-out split.
       step: a checkpoint's step, ``'best'`` or None for the newest.
       batch_size: rows of a batch; 0 means the run's own.
-      lengths: tokens of a synthetic task's sequences, in place of the run's ``data.synthetic.eval_lengths``.
+      lengths: tokens of a synthetic task's sequences, in place of the run's ``data.synthetic.eval_lengths``; or one, of
+        the rows into which text is cut, in place of its ``data.seq_len``.
       mesh: overrides of ``load_model``: scores are those of one device, up to rounding.
 
     Raises:
       UserError: no such checkpoint or file, a tokenizer that is not the store's, or lengths or a mesh that do not fit.
     """
-    if lengths and paths:
-        raise UserError('lengths are of a synthetic task; give lengths or files to score, not both')
     paths = files.given(paths)  # first, for loading a model takes a while
     trained = load_model(workdir, step, mesh)
     config = trained.config
     if lengths:
-        if not is_synthetic(config.data):
-            sources = ', '.join(config.data.sources)
-            raise UserError(f'lengths are of a synthetic task, and {workdir} was trained on {sources}')
-        config.data.synthetic.eval_lengths = tuple(lengths)
+        if is_synthetic(config.data):
+            config.data.synthetic.eval_lengths = tuple(lengths)
+        elif len(lengths) == 1:
+            config.data.seq_len = lengths[0]
+        else:
+            raise UserError('text is cut into rows of one length; give --lengths one number of tokens')
         config = configs.validate(config)
+        if trained.place:
+            divides('mesh.context', trained.place.mesh.shape['context'], '--lengths', config.data.seq_len)
     batches, place = rows_to_score(trained, config, workdir, paths, batch_size), trained.place
     graphdef, variables = nnx.split(trained.model)
 

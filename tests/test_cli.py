@@ -68,7 +68,9 @@ def test_evaluation_of_given_files(trained, capsys, tmp_path):
         capsys, 'eval', '--workdir', trained / 'run', '--step', 'best', tmp_path / 'a.txt', tmp_path / '*.gz'
     )
     assert code == 0
-    assert 'of 36 bytes' in out
+    assert 'of 36 bytes, in rows of 32' in out, out
+    code, longer, _ = run(capsys, 'eval', '--workdir', trained / 'run', tmp_path / 'a.txt', '--lengths', '8')
+    assert code == 0 and 'in rows of 8' in longer
 
 
 def test_generation_streams_and_repeats_with_its_seed(trained, capsys):
@@ -189,7 +191,7 @@ def test_a_tokenizer_that_is_not_the_stores_is_refused(trained, capsys, tmp_path
         (['eval', '--workdir', 'RUN', '--step', 'newest'], "'newest'"),
         (['eval', '--workdir', 'RUN', 'missing.txt'], 'missing.txt'),
         (['eval', '--workdir', 'RUN', '--batch-size', '-1'], 'batch-size'),
-        (['eval', '--workdir', 'RUN', '--lengths', '64'], 'lengths are of a synthetic task, and '),
+        (['eval', '--workdir', 'RUN', '--lengths', '64', '32'], 'text is cut into rows of one length'),
         (['generate', '--workdir', 'RUN', '--temperature', '-1'], 'temperature'),
         (['generate', '--workdir', 'RUN', '--max-new-tokens', '0'], 'max-new-tokens'),
         (['generate', '--workdir', 'RUN', '--temperature', '1e-50'], '--temperature 1e-50 is 0 in float32'),

@@ -35,6 +35,7 @@ END_OF_TEXT_NAMES = (
 SAMPLE_BYTES = 64 << 20  # a tokenizer learns little more from further text
 PIECE = 1 << 20  # characters encoded at once
 GROUP = 2  # pieces a call of the library: what cannot be interrupted
+CONTEXT = 16  # tokens with which the next is decoded
 WORD = 256  # characters of the longest word that training sees
 
 
@@ -150,9 +151,9 @@ class Tokenizer:
         """The text of its tokenizer.json."""
         return self._json
 
-    def stream(self, skip_special: bool = True) -> 'StreamDecoder':
-        """A decoder for tokens that arrive one by one."""
-        return StreamDecoder(self, skip_special)
+    def stream(self, after: Sequence[int] = (), skip_special: bool = True) -> 'StreamDecoder':
+        """A decoder for tokens that arrive one by one, behind those of a text that is known."""
+        return StreamDecoder(self, after, skip_special)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, atomically."""
@@ -174,9 +175,10 @@ class StreamDecoder:
     A character may take several tokens, so text is held back while it ends in a character that is not yet complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int], skip_special: bool) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._context: list[int] = []  # tokens already shown; some decoders treat the first token of a text differently
+        # The last tokens already shown: some decoders leave out the space before the first token of a text.
+        self._context = list(after[-CONTEXT:])
         self._pending: list[int] = []
         self._shown = 0  # characters of the pending tokens that have been returned
 
@@ -189,7 +191,8 @@ class StreamDecoder:
             self._shown = len(text) - 1
             return certain
         certain = text[self._shown :]
-        self._context, self._pending, self._shown = self._pending, [], 0
+        self._context = (self._context + self._pending)[-CONTEXT:]
+        self._pending, self._shown = [], 0
         return certain
 
     def flush(self) -> str:

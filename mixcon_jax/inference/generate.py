@@ -139,7 +139,7 @@ def generate_text(
     tokenizer = trained.tokenizer
     rows = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
     ids = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt, _ in rows]
-    decoders = [tokenizer.stream() for _ in rows]
+    decoders = [tokenizer.stream(after=row[1:]) for row in ids]
     texts, live = [prompt for prompt, _ in rows], [True] * len(rows)
     streaming = len(rows) == 1
     if streaming:

@@ -6,6 +6,7 @@ from typing import Any
 from mixcon_jax.errors import UserError
 
 Options = dict[str, Any]
+LONGEST = 2048  # tokens
 UNBOUNDED = ([0.0, float('inf')], [0.0, {'__float__': 'Infinity'}])  # step sizes of Mamba-2, as files write it
 
 
@@ -37,6 +38,29 @@ class Given:
             raise UserError(f'{name}={value!r} of {self.architecture} must be a positive integer')
         return value
 
+    def number(self, name: str, *default: float) -> float:
+        """A positive number; as ``of``.
+
+        Raises:
+          UserError: it is something else, too.
+        """
+        value = self.of(name, *default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float('inf'):
+            raise UserError(f'{name}={value!r} of {self.architecture} must be a positive number')
+        return float(value)
+
+    def rules(self, *names: str) -> 'Given':
+        """The first of these groups of values that there is, or none.
+
+        Raises:
+          UserError: it is no object.
+        """
+        name = next((name for name in names if self.of(name, None) is not None), names[0])
+        value = self.of(name, {})
+        if not isinstance(value, Mapping):
+            raise UserError(f'{name}={value!r} of {self.architecture} must be an object')
+        return Given({'model_type': self.architecture, **value})
+
     def only(self, **expected: Any) -> None:
         """Refuses values that ours cannot have; one that is not there is the architecture's, which ours is.
 
@@ -61,11 +85,17 @@ def model_options(values: Mapping[str, Any]) -> Options:
       UserError: an unknown architecture, or one of its options that ours lacks, named.
     """
     given = Given(values)
-    if given.architecture not in READERS:
+    if not isinstance(given.architecture, str) or given.architecture not in READERS:
         raise UserError(f'model_type {given.architecture!r} cannot be imported; choose from {", ".join(READERS)}')
     shared = {'vocab_size': given.count('vocab_size'), 'dim': given.count('hidden_size')}
     given.only(hidden_act='silu')
     return shared | READERS[given.architecture](given)
+
+
+def context(values: Mapping[str, Any]) -> int:
+    """Tokens of the rows that text is scored in by default: what the model was made for, and ``LONGEST`` at most."""
+    given = Given(values)
+    return min(given.count('max_position_embeddings', given.count('context_length', LONGEST)), LONGEST)
 
 
 def _blocks(layers: list[str]) -> Options:
@@ -92,21 +122,20 @@ def _attention(given: Given, rope: bool = True, share: float = 1.0, theta: float
     found = {'num_heads': heads, 'num_kv_heads': given.count('num_key_value_heads', heads), 'head_dim': head_dim}
     if not rope:
         return found
-    rules = given.of('rope_parameters', given.of('rope_scaling', {}))  # of newer files and of older ones
-    if (kind := rules.get('rope_type', rules.get('type', 'default'))) != 'default':
+    rules = given.rules('rope_parameters', 'rope_scaling')  # of newer files and of older ones
+    if (kind := rules.of('rope_type', rules.of('type', 'default'))) != 'default':
         raise UserError(f'rotary positions of type {kind!r} of {given.architecture} have no counterpart here')
-    stated = Given({'model_type': given.architecture} | rules)
-    width = int(head_dim * stated.of('partial_rotary_factor', given.of('partial_rotary_factor', share)))
+    width = int(head_dim * rules.number('partial_rotary_factor', given.number('partial_rotary_factor', share)))
     if width < 1:
         raise UserError(f'partial_rotary_factor of {given.architecture} leaves no channel of {head_dim} to rotate')
-    theta = float(stated.of('rope_theta', given.of('rope_theta', theta)))
+    theta = rules.number('rope_theta', given.number('rope_theta', theta))
     return found | {'rope': True, 'rope_theta': theta, 'rope_dim': width if width < head_dim else 0}
 
 
 def _llama(given: Given) -> Options:
     given.only(mlp_bias=False)
     return _blocks(['attention+mlp'] * given.count('num_hidden_layers')) | {
-        'norm_eps': given.of('rms_norm_eps'),
+        'norm_eps': given.number('rms_norm_eps'),
         'attention': _attention(given),
         'mlp': {'hidden_dim': given.count('intermediate_size')},
     }
@@ -123,7 +152,7 @@ def _moe(given: Given, experts: str, renormalize: bool) -> Options:
 
 def _mixtral(given: Given) -> Options:
     return _blocks(['attention+moe'] * given.count('num_hidden_layers')) | {
-        'norm_eps': given.of('rms_norm_eps'),
+        'norm_eps': given.number('rms_norm_eps'),
         'attention': _attention(given, theta=1e6),
         'moe': _moe(given, 'num_local_experts', True),
     }
@@ -138,41 +167,41 @@ def _jamba(given: Given) -> Options:
         for i in range(given.count('num_hidden_layers'))
     ]
     return _blocks(layers) | {
-        'norm_eps': given.of('rms_norm_eps'),
+        'norm_eps': given.number('rms_norm_eps'),
         'attention': _attention(given, rope=False),
         'mamba': {'norms': True},
         'ssm': {
             'd_state': given.count('mamba_d_state'),
             'd_conv': given.count('mamba_d_conv'),
             'expand': given.count('mamba_expand'),
-            'dt_rank': _rank(given.of('mamba_dt_rank')),
+            'dt_rank': _rank(given, 'mamba_dt_rank'),
         },
         'mlp': {'hidden_dim': given.count('intermediate_size')},
         'moe': _moe(given, 'num_experts', False),
     }
 
 
-def _rank(value: int | str) -> int:
-    return 0 if value == 'auto' else int(value)
+def _rank(given: Given, name: str) -> int:
+    return 0 if given.of(name) == 'auto' else given.count(name)
 
 
 def _mamba(given: Given) -> Options:
     given.only(use_bias=False, use_conv_bias=True)
     width = given.count('hidden_size')
     return _blocks(['mamba'] * given.count('num_hidden_layers')) | {
-        'norm_eps': given.of('layer_norm_epsilon'),
+        'norm_eps': given.number('layer_norm_epsilon'),
         'ssm': {
             'd_state': given.count('state_size'),
             'd_conv': given.count('conv_kernel'),
             # FalconMamba 7B has another expand, which its intermediate_size overrides.
             'expand': _multiple(given, given.count('intermediate_size', given.count('expand', 2) * width)),
-            'dt_rank': _rank(given.of('time_step_rank')),
+            'dt_rank': _rank(given, 'time_step_rank'),
         },
     }
 
 
 def _falcon_mamba(given: Given) -> Options:
-    norms = {'norms': True, 'norm_scales': False, 'norm_eps': given.of('mixer_rms_eps', 1e-6)}
+    norms = {'norms': True, 'norm_scales': False, 'norm_eps': given.number('mixer_rms_eps', 1e-6)}
     return _mamba(given) | {'mamba': norms}
 
 
@@ -180,7 +209,7 @@ def _mamba2(given: Given) -> Options:
     given.only(use_bias=False, use_conv_bias=True)
     _require_unbounded(given)
     return _blocks(['mamba2'] * given.count('num_hidden_layers')) | {
-        'norm_eps': given.of('layer_norm_epsilon'),
+        'norm_eps': given.number('layer_norm_epsilon'),
         'mamba2': {
             'd_state': given.count('state_size'),
             'd_conv': given.count('conv_kernel'),
@@ -203,7 +232,7 @@ def _bamba(given: Given) -> Options:
     kinds = ['attention' if i in attention else 'mamba2' for i in range(given.count('num_hidden_layers'))]
     inner = given.count('mamba_expand') * given.count('hidden_size')
     return _blocks([f'{kind}+mlp' for kind in kinds]) | {
-        'norm_eps': given.of('rms_norm_eps'),
+        'norm_eps': given.number('rms_norm_eps'),
         'attention': _attention(given, share=0.5),
         'mamba2': {
             'd_state': given.count('mamba_d_state'),

@@ -62,6 +62,7 @@ def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:
         raise UserError(f'{folder} has no config.json that can be read; give the folder of a published model')
     config, theirs = configs.default(), huggingface.of_modules(weight_files.read_model(folder))
     config.model.update(configurations.model_options(values))
+    config.data.seq_len = configurations.context(values)
     head = huggingface.ARCHITECTURES[values['model_type']].head
     config.model.tie_embeddings = head not in theirs and values.get('tie_word_embeddings') is not False
     config = configs.resolve(configs.validate(config))

@@ -187,6 +187,11 @@ def test_streams_of_word_tokenizers_keep_spaces():
     backend.decoder = tokenizers.decoders.Metaspace()
     stream = Tokenizer(backend).stream()
     assert [stream.push(token) for token in (0, 1, 0, 0)] == ['a', ' b', ' a', ' a']
+    stream = Tokenizer(backend).stream(after=[1])  # a prompt
+    assert [stream.push(token) for token in (0, 1)] == [' a', ' b']
+    backend.add_special_tokens(['</s>'])
+    stream = Tokenizer(backend).stream()
+    assert [stream.push(token) for token in (0, 2, 1)] == ['a', '', ' b']  # also behind what is not shown
 
 
 PARTS = st.sampled_from(

@@ -4,7 +4,7 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
-from mixcon_jax.interop.configurations import model_options
+from mixcon_jax.interop.configurations import context, model_options
 from mixcon_jax.models.accounting import parameter_count
 from mixcon_jax.models.sizes import SIZES
 
@@ -107,6 +107,14 @@ def test_rotary_positions_in_older_and_newer_files():
     )
 
 
+@pytest.mark.parametrize('values, tokens', [
+    ({'max_position_embeddings': 512}, 512), ({'max_position_embeddings': 131072}, 2048),
+    ({'context_length': 1024}, 1024), ({}, 2048),
+])  # fmt: skip
+def test_text_is_scored_in_rows_that_the_model_was_made_for(values, tokens):
+    assert context({'model_type': 'llama'} | values) == tokens
+
+
 def test_norms_of_falcon_mamba_have_no_scales_and_an_epsilon_of_their_own():
     model = options_of(FALCON_MAMBA)
     assert (model.mamba.norms, model.mamba.norm_scales, model.mamba.norm_eps) == (True, False, 1e-6)
@@ -128,7 +136,13 @@ def test_norms_of_falcon_mamba_have_no_scales_and_an_epsilon_of_their_own():
         (JAMBA | {'mamba_conv_bias': False}, r'mamba_conv_bias=False of jamba'),
         (MIXTRAL | {'hidden_size': '4096'}, r"hidden_size='4096' of mixtral must be a positive integer$"),
         (LLAMA | {'num_hidden_layers': 0}, r'num_hidden_layers=0 of llama must be a positive integer$'),
-        (BAMBA | {'rope_parameters': {'partial_rotary_factor': 0.0}}, r'partial_rotary_factor of bamba leaves no'),
+        (BAMBA | {'rope_parameters': {'partial_rotary_factor': 0.0}}, r'=0\.0 of bamba must be a positive'),
+        (BAMBA | {'rope_parameters': {'partial_rotary_factor': 1e-3}}, r'partial_rotary_factor of bamba leaves no'),
+        (LLAMA | {'rope_scaling': [1]}, r'rope_scaling=\[1\] of llama must be an object$'),
+        (LLAMA | {'rope_theta': 'big'}, r"rope_theta='big' of llama must be a positive number$"),
+        (LLAMA | {'rms_norm_eps': '1e-5'}, r"rms_norm_eps='1e-5' of llama must be a positive number$"),
+        (JAMBA | {'mamba_dt_rank': 'many'}, r"mamba_dt_rank='many' of jamba must be a positive integer$"),
+        ({'model_type': ['llama']}, r"model_type \['llama'\] cannot be imported"),
         (MAMBA2 | {'time_step_limit': 5}, r'time_step_limit of mamba2 has no counterpart here'),
         (RWKV | {'layer_norm_epsilon': 1e-6}, r'layer_norm_epsilon=1e-06 of rwkv has no counterpart here, only 1e-05'),
         ({'model_type': 'llama', 'hidden_size': 8}, r'the config\.json of llama lacks vocab_size$'),

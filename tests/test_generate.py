@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference.generate import Sampling, generate, left_padded, sample
@@ -88,3 +89,10 @@ def test_bad_sampling_is_refused(options, message):
 def test_bad_prompts_are_refused(model, prompts):
     with pytest.raises(UserError, match='prompt'):
         next(generate(model, prompts, 1, Sampling(), [0] * len(prompts), VOCAB))
+
+
+def test_weights_that_are_not_finite_draw_nothing(model):
+    variables = nnx.split(model)
+    broken = nnx.merge(variables[0], jax.tree.map(lambda x: x * jnp.nan, variables[1]))
+    with pytest.raises(UserError, match='scores of the next token are not finite'):
+        run(broken, PROMPTS[:1], Sampling(2.0), [1])

@@ -16,10 +16,12 @@ from mixcon_jax.inference.load import load_model
 from mixcon_jax.models import decoder
 from mixcon_jax.models.accounting import parameter_count
 from mixcon_jax.models.context import Context
+from mixcon_jax.reports.runs import find
 from mixcon_jax.runs.checkpoints import Checkpoints, Meta
 from mixcon_jax.runs.workdir import Workdir
 from mixcon_jax.train import train
 from mixcon_jax.trees import from_state
+from mixcon_jax.watching.follow import WatchedRun
 from tests.models.cases import perturbed
 from tests.tiny import WORDS, tiny_config
 
@@ -69,6 +71,13 @@ def test_what_cannot_be_merged_is_refused(folder, tmp_path):
     assert not (tmp_path / 'again').exists()
     with pytest.raises(UserError, match='is there already; name a new folder'):
         merge(folder / 'trained', folder / 'merged')
+
+
+def test_a_run_that_was_made_and_not_trained_is_no_damaged_one(folder):
+    run = WatchedRun(folder / 'merged')
+    assert run.update() and run.status(0.0) == 'made' and run.made_of == str(folder / 'trained')
+    with pytest.raises(UserError, match=r'1 left out, .*merged was made of .*trained and not trained since'):
+        find([folder / 'merged'])
 
 
 @pytest.mark.slow

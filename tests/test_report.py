@@ -135,6 +135,11 @@ def test_arms_that_share_a_name_are_told_apart_by_what_differs(tmp_path):
     write_run(tmp_path / '3', name='other', train__batch_size=2, started=START + 2)
     labels = [arm.label for arm in collect([tmp_path]).arms]
     assert labels == ['same (weight_decay=0.1)', 'same (weight_decay=0.2)', 'other']
+    for name in '45':
+        rate = 1.23456701e-3 + 1e-11 * int(name)
+        write_run(tmp_path / 'near' / name, name='a\nb', optim__learning_rate=rate, started=START + int(name))
+    labels = [arm.label for arm in collect([tmp_path / 'near']).arms]
+    assert labels == [r'a\nb (learning_rate=0.00123456705)', r'a\nb (learning_rate=0.00123456706)']
 
 
 def test_arms_without_a_name_take_their_folders(tmp_path):
@@ -347,7 +352,7 @@ def test_without_any_readable_run_one_line_says_so(tmp_path):
         collect([tmp_path])
     write_run(tmp_path / 'bad')
     (tmp_path / 'bad' / 'config.json').write_text('{')
-    with pytest.raises(UserError, match=r'no run found in .*1 damaged; .*bad/config\.json'):
+    with pytest.raises(UserError, match=r'no run found in .*1 left out, .*bad/config\.json'):
         collect([tmp_path])
     with pytest.raises(UserError, match='/nowhere is not a folder'):
         collect([tmp_path, '/nowhere'])

@@ -42,7 +42,7 @@ def told(sweep, config):
     return {
         'train': workdir.report_if_finished(config, folder) is not None,
         'workdir': workdir.Workdir(folder).finished(config) is not None,
-        'sweep': status.status_of(Case('run', 'run', (), config), sweep).state == status.DONE,
+        'sweep': status.status_of(Case('run', 'run', 'x.py', (), config), sweep).state == status.DONE,
         'report': runs.ReportedRun(folder).state == 'done',
         'watch': watched.status(now) == 'done',
     }
@@ -188,9 +188,9 @@ def test_one_run_that_cannot_be_read_ends_nothing_else(copied, name):
     assert watched['run'].unreadable == words
     text = shown(watching.view(list(watched.values()), 0, 100, shown=watched['run']), 100)
     assert '1 unreadable' in text and os.strerror(errno.ELOOP) in ' '.join(text.split())
-    refused = status.status_of(Case('run', 'run', (), config), sweep)
+    refused = status.status_of(Case('run', 'run', 'x.py', (), config), sweep)
     assert (refused.state, refused.error) == (status.REFUSED, words)
-    assert status.status_of(Case('other', 'other', (), config), sweep).state == status.DONE
+    assert status.status_of(Case('other', 'other', 'x.py', (), config), sweep).state == status.DONE
 
 
 def test_a_run_that_can_be_read_again_is_shown_again(copied):

@@ -122,6 +122,23 @@ def test_the_table_at_full_width(several):
     assert '(2m 05s)' in text
 
 
+def test_a_run_took_what_its_starts_took_together(tmp_path):
+    stopped, done = event('stopped', 31, 1026) | {'seconds': 100}, event('done', 100, 1099) | {'seconds': 25}
+    run = opened(tmp_path, [*RUNNING, stopped, STARTED | {'event': 'resumed', 'step': 31}, *steps(41, 91, 1030), done])
+    assert run.seconds == 125 and cells.time_left(run, 1100) == '(2m 05s)'
+
+
+def test_a_chart_of_what_there_is(tmp_path):
+    """Scores before the first record of training; losses that are not finite, or of any size."""
+    run = opened(tmp_path / 'a', [STARTED, scores(2, 1001), scores(4, 1002)])
+    assert '●' in shown(details(run, 1003, 80, 8), 80)
+    run = opened(tmp_path / 'b', [STARTED, train(1, 1001, loss=None)])
+    assert 'no loss was finite' in shown(details(run, 1003, 80, 8), 80)
+    run = opened(tmp_path / 'c', [STARTED, train(1, 1001, loss=6e30), train(2, 1002, loss=12345.0)])
+    text = shown(details(run, 1003, 80, 8), 80)
+    assert '6.0e+30 ' in text and '1.2e+04 ' in text
+
+
 def test_a_narrow_table_keeps_what_matters_most(several):
     text = shown(watching.overview(several, 1027, 60), 60)
     title = text.splitlines()[1].split()

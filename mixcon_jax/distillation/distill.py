@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from mixcon_jax import derived
 from mixcon_jax.data import files
 from mixcon_jax.distillation.filters import Fit, distilled, hyena_layers
+from mixcon_jax.distillation.modes import COLUMNS
 from mixcon_jax.evaluate import rows_to_score
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.inference.load import load_model
@@ -72,6 +73,11 @@ def distill(
             f'layer {fit.layer}, filter {fit.index + 1}: {fit.states} modes a channel, relative error {fit.error:.2e},'
             f' {fit.worst:.2e} of the worst channel'
         )
+    if not order and (far := sum(fit.error > tolerance for fit in fits)):
+        say(
+            f'{far} of {len(fits)} filters are further off than --tolerance {tolerance:g}: waves are told apart by'
+            f' {COLUMNS} tokens, which no more than {COLUMNS - 1} of them can be'
+        )
     modal_net, few = derived.built(modal.model, trees), itertools.islice(batches, -(-rows // batches.batch_size))
     found = compare(trained.model, modal_net, few)
     say(
@@ -112,4 +118,4 @@ def compare(before: decoder.Decoder, after: decoder.Decoder, batches: Iterable[M
         total += np.asarray(sums([each for _, each in split], {name: jnp.asarray(batch[name]) for name in names}))
     kl, first, second, tokens = total
     count = max(int(tokens), 1)
-    return Divergence(float(kl) / count, float(first) / count, float(second) / count, int(tokens))
+    return Divergence(max(0.0, float(kl)) / count, float(first) / count, float(second) / count, int(tokens))

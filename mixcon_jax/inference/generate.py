@@ -76,7 +76,7 @@ def generate(
       place: the mesh that the model's parameters lie on; rows are shared out if it divides them.
 
     Raises:
-      UserError: an empty prompt or an id outside the vocabulary.
+      UserError: an empty prompt, an id outside the vocabulary, or scores that are not finite.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise UserError('a prompt has no tokens; give at least the end-of-text token')
@@ -90,7 +90,10 @@ def generate(
     step = functools.partial(_step, graphdef, sampling, vocab_size, variables, draws, place=place)
     next_token, state = step(tokens, positions, state, np.int32(0))
     for i in range(1, max_new_tokens + 1):
-        yield np.asarray(next_token)
+        found = np.asarray(next_token)
+        if (found < 0).any():
+            raise UserError('the scores of the next token are not finite: nothing can be drawn by these weights')
+        yield found
         if i < max_new_tokens:
             next_token, state = step(next_token[:, None], positions[:, -1:] + np.int32(i), state, np.int32(i))
 
@@ -216,7 +219,7 @@ def _step(graphdef, sampling, vocab_size, variables, seeds, tokens, positions, s
         hidden, state, _ = model(tokens, context, state)
         logits = model.logits(hidden[:, -1])[:, :vocab_size]
     draws = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), index))(seeds)
-    chosen = sample(logits, draws, sampling)
+    chosen = jnp.where(jnp.isfinite(logits).all(-1), sample(logits, draws, sampling), -1)
     if place:  # every process reads all rows' tokens
         chosen = jax.lax.with_sharding_constraint(chosen, layout.replicated(place.mesh))
     return chosen, state

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mixcon_jax import config as configs
+from mixcon_jax.host.ending import one_line
 from mixcon_jax.models import accounting
 from mixcon_jax.reports.runs import ReportedRun, number
 from mixcon_jax.runs.run import DONE
@@ -207,13 +208,15 @@ def _labels(names: Sequence[str], options: Sequence[Options]) -> list[str]:
             told = [_told(options[index], keys[:few]) for index in same]
             if len(set(told)) == len(same):
                 break
+        else:  # numbers that are alike in few digits
+            told = [_told(options[index], keys, repr) for index in same]
         for index, text in zip(same, told):
             labels[index] = f'{name} ({text})'
-    return labels
+    return [one_line(label) for label in labels]
 
 
-def _told(options: Options, keys: Sequence[str]) -> str:
-    return ', '.join(f'{key.split(".")[-1]}={shown(options[key])}' for key in keys)
+def _told(options: Options, keys: Sequence[str], words: Callable[[Any], str] | None = None) -> str:
+    return ', '.join(f'{key.split(".")[-1]}={(words or shown)(options[key])}' for key in keys)
 
 
 def shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from mixcon_jax import config as configs
 from mixcon_jax import parsing
 from mixcon_jax.errors import UserError
 from mixcon_jax.options import THROUGH_TOKENS
-from mixcon_jax.runs import records, saved
+from mixcon_jax.runs import mark, records, saved
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.records import Record
 from mixcon_jax.runs.run import DONE, Run, run_folders
@@ -37,6 +37,8 @@ class ReportedRun(Run):
         super().__init__(path)
         there = self.update()
         self.config = self._resolved()
+        if made := mark.made_of(path):
+            raise UserError(f'{path} was made of {made} and not trained since')
         if not there:
             raise UserError(f'{self.metrics_file} cannot be read ({os.strerror(errno.ENOENT)})')
         if self.damaged and not self.records:
@@ -162,7 +164,8 @@ def find(folders: Sequence[str | Path]) -> tuple[list[ReportedRun], list[str]]:
     """Reads every run directory at or below ``folders``, each once.
 
     Returns:
-      The runs, and a note about each one that is damaged: without readable configuration or records it is left out.
+      The runs, and a note about each one that is damaged, or was not trained: without configuration or records it is
+      left out.
 
     Raises:
       UserError: a folder does not exist, or there is no readable run.
@@ -179,7 +182,7 @@ def find(folders: Sequence[str | Path]) -> tuple[list[ReportedRun], list[str]]:
             notes.append(f'{run.metrics_file}: {run.damaged} unreadable lines passed over')
     if not runs:
         where = ', '.join(map(str, folders))
-        detail = f' ({len(notes)} damaged; {notes[0]})' if notes else ''
+        detail = f' ({len(notes)} left out, of which the first: {notes[0].removeprefix("left out: ")})' if notes else ''
         raise UserError(f'no run found in {where}{detail}; give a workdir of `mixcon train`, or a folder above some')
     _call_text_alike(runs)
     return runs, notes

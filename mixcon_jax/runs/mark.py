@@ -40,6 +40,14 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     return found if found is not None and found.get('program') == PROGRAM else None
 
 
+def made_of(folder: str | Path) -> str:
+    """What a run was made of by other means than training, and was not trained since; '' of any other run."""
+    found = (read(folder) or {}).get('init_from')
+    trained = os.path.exists(Path(folder) / METRICS) or not saved.steps(Path(folder) / CHECKPOINTS)
+    # With a fingerprint it says what training began from.
+    return '' if trained or not isinstance(found, dict) or 'fingerprint' in found else str(found.get('source'))
+
+
 def text(values: Mapping[str, Any]) -> str:
     """The mark's text with further values."""
     return json.dumps({'program': PROGRAM, 'format': 1, **values}, indent=2) + '\n'

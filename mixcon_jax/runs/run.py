@@ -53,6 +53,7 @@ class Run:
       event: the newest record of kind ``run``, a start or an end; None before there is one.
       step: steps made, as far as they are recorded.
       last_saved: step of the newest checkpoint that the records know to be complete; None before there is one.
+      seconds: that its starts took, but for those that were killed, which say nothing of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,6 +69,7 @@ class Run:
         self.event: Record | None = None
         self.step = 0
         self.last_saved: int | None = None
+        self.seconds = 0.0
         self._written = 0  # when config.json was changed last
         self._known: Any = None  # what `_outcome` follows from
         self._outcome = UNFINISHED
@@ -142,6 +144,8 @@ class Run:
         self.step = max(self.step, record['step'])
         if record['kind'] == 'run':
             self.event = record
+            took = parsing.number(record.get('seconds'))
+            self.seconds += took if took > 0 else 0
         elif record['kind'] == 'checkpoint':
             self.last_saved = record['step']
         return record

@@ -12,7 +12,7 @@ from mixcon_jax.watching.follow import WatchedRun, number
 
 COLORS = {
     'starting': 'blue', 'running': 'green', 'silent': 'yellow', 'stopped': 'magenta', 'aborted': 'red', 'done': 'bold',
-    'unfinished': 'magenta', 'unreadable': 'red',
+    'unfinished': 'magenta', 'made': 'cyan', 'unreadable': 'red',
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def newest(record: Mapping[str, Any] | None, key: str, words: Callable[[float], 
 
 def time_left(run: WatchedRun, now: float) -> str:
     """Time to the last step; how long a run took that is done."""
-    if run.status(now) == 'done' and run.event is not None and 'seconds' in run.event:
-        return f'({duration(number(run.event["seconds"]))})'
+    if run.status(now) == 'done' and run.seconds:
+        return f'({duration(run.seconds)})'
     seconds = run.seconds_left(now)
     return '–' if seconds is None else duration(seconds)
 

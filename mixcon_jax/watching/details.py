@@ -39,6 +39,8 @@ def details(run: WatchedRun, now: float, width: int, chart: int) -> RenderableTy
     layers = per_layer(stats if isinstance(stats, dict) else {}, len(run.option('model.pattern', [])))
     halves = width // 2 - 2 if width >= SIDE_BY_SIDE and layers else width
     why: list[RenderableType] = [Text(run.unreadable, 'red')] if run.unreadable else []
+    if run.made_of:
+        why = [Text(f'made of {run.made_of}, not trained since', 'cyan')]
     left = [*why, *_chart(run, halves, chart), _numbers(run, now, halves), _time(run, halves)]
     declared = statistics(run.option('model.pattern', []), run.option('model.layers', {}))
     right = reported(layers, declared, halves)
@@ -60,21 +62,27 @@ def _pattern(run: WatchedRun) -> str:
 def _chart(run: WatchedRun, width: int, height: int) -> list[RenderableType]:
     """Training loss as a line, held-out scores as points on it."""
     points, scores = run.curves['loss'].points, run.curves['heldout'].points
-    if not points:
-        return [Text('no step has been made yet', 'dim')]
-    xs, ys = (points[0][0], max(points[-1][0], run.step)), charts.span([*points, *scores])
+    if not points and not scores:
+        return [Text('no loss was finite' if run.train else 'no step has been recorded yet', 'dim')]
+    drawn = [*points, *scores]
+    xs, ys = (min(x for x, _ in drawn), max(*(x for x, _ in drawn), run.step)), charts.span(drawn)
     room = max(10, width - 8)
     lines = [Text(line, 'cyan') for line in charts.braille(points, room, height, xs, ys)]
     for x, y in scores:
         column, row = charts.cell(x, y, xs, ys, room, height)
         lines[row] = Text.assemble(lines[row][:column], Text('●', 'yellow'), lines[row][column + 1 :])
-    labels = [f'{ys[1]:7.3f} ', *[' ' * 8] * (height - 2), f'{ys[0]:7.3f} ']
+    labels = [f'{_label(ys[1]):>7} ', *[' ' * 8] * (height - 2), f'{_label(ys[0]):>7} ']
     ends = f'{xs[0]:.0f}', f'step {xs[1]:.0f}'
     legend = Text.assemble(('─', 'cyan'), ' loss  ', ('●', 'yellow'), ' held out')
     gap = room - legend.cell_len - sum(map(len, ends))
     foot = Text.assemble(' ' * 8, ends[0], ' ' * max(1, gap // 2), legend, ' ' * max(1, gap - gap // 2), ends[1])
     foot.truncate(width)
     return [*(Text.assemble((label, 'dim'), line) for label, line in zip(labels, lines)), foot]
+
+
+def _label(y: float) -> str:
+    """In seven columns."""
+    return f'{y:.3f}' if abs(y) < 1000 else f'{y:.1e}'
 
 
 def _numbers(run: WatchedRun, now: float, width: int) -> RenderableType:

@@ -17,6 +17,7 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.host.folders import walk
 from mixcon_jax.host.paths import expand_path
 from mixcon_jax.parsing import Record, json_file, number
+from mixcon_jax.runs import mark
 from mixcon_jax.runs.run import ENDS, METRICS, NEWEST, Run, is_run_folder, run_folders, thinned
 
 PATIENCE, START_PATIENCE = 60.0, 600.0  # seconds a run may be silent, at least: between records, and before the first
@@ -59,9 +60,10 @@ class WatchedRun(Run):
       seen: time of the newest record, in seconds since 1970.
       curves: ``loss``, ``grad_norm``, ``learning_rate``, ``heldout`` over steps.
       unreadable: why it cannot be read, as of the last look; empty if it can.
+      made_of: what it was made of, if by other means than training; empty of any other.
     """
 
-    unreadable = ''
+    unreadable = made_of = ''
 
     def _forget(self) -> None:
         super()._forget()
@@ -84,9 +86,13 @@ class WatchedRun(Run):
             self.unreadable = str(error)
             return True
         if there:
+            self.made_of = ''
             return True
-        self.unreadable = f'{METRICS} is not there'
-        return any(is_run_folder(inner, files) for _, inner, files in islice(walk([self.path]), 1))
+        self.made_of = mark.made_of(self.path)
+        self.unreadable = '' if self.made_of else f'{METRICS} is not there'
+        return bool(self.made_of) or any(
+            is_run_folder(inner, files) for _, inner, files in islice(walk([self.path]), 1)
+        )
 
     @functools.cached_property
     def configuration(self) -> dict[str, Any] | None:
@@ -124,7 +130,7 @@ class WatchedRun(Run):
         return record
 
     def status(self, now: float) -> str:
-        """``unreadable``, ``starting``, ``running``, ``silent`` or, of one that has ended, its ``state``.
+        """``unreadable``, ``made``, ``starting``, ``running``, ``silent`` or, of one that has ended, its ``state``.
 
         A run is silent when no record came for a minute and for three times as long as it ever took; before the first
         record of a step, which waits for compilation, for ten minutes.
@@ -136,6 +142,8 @@ class WatchedRun(Run):
                 self.unreadable = str(error)
         if self.unreadable:
             return 'unreadable'
+        if self.made_of:
+            return 'made'
         patience = max(PATIENCE, 3 * self._longest) if self._recent else START_PATIENCE
         if self.seen and now - self.seen > patience:
             return 'silent'

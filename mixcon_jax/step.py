@@ -29,7 +29,9 @@ from mixcon_jax.parallel.rules import on_mesh
 from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, rates, to_state, undecayed
 from mixcon_jax.xla_flags import compiler_options
 
-BATCH_KEYS = ('tokens', 'targets', 'loss_mask', 'segment_ids', 'positions')
+# What a step takes of a batch, with the types: arrays [B, T].
+BATCH = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}
+BATCH_KEYS = tuple(BATCH)
 
 Model = Any  # an nnx.Module called like models.decoder.Decoder, with its head() and update_buffers()
 Batch = Mapping[str, Array]

@@ -127,8 +127,7 @@ def test_experts_multiply_only_their_devices_rows():
     for data, fsdp in ((1, 1), (2, 2)):
         config.mesh.update(data=data, fsdp=fsdp)
         steps = step.make_steps(config, make_mesh(config.mesh, jax.devices()[: data * fsdp]))
-        types = {key: 'bool' if key == 'loss_mask' else 'int32' for key in step.BATCH_KEYS}
-        batch = {key: jax.ShapeDtypeStruct((16, 128), dtype) for key, dtype in types.items()}
+        batch = {key: jax.ShapeDtypeStruct((16, 128), dtype) for key, dtype in step.BATCH.items()}
         program = steps.train_step.lower(steps.abstract_state, batch).compile().as_text()
         width = config.model.mlp.hidden_dim or 96 // config.model.moe.top_k
         assert f'f32[{pairs // (data * fsdp)},{width}]' in program

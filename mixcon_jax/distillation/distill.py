@@ -24,6 +24,7 @@ from mixcon_jax.runs import saved
 from mixcon_jax.runs.checkpoints import Meta
 from mixcon_jax.runs.mark import path_of
 from mixcon_jax.runs.run import CHECKPOINTS
+from mixcon_jax.step import BATCH_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,7 @@ def compare(before: decoder.Decoder, after: decoder.Decoder, batches: Iterable[M
 
     total = np.zeros(4)
     for batch in batches:
-        names = ('tokens', 'targets', 'segment_ids', 'positions', 'loss_mask')
-        total += np.asarray(sums([each for _, each in split], {name: jnp.asarray(batch[name]) for name in names}))
+        total += np.asarray(sums([each for _, each in split], {name: jnp.asarray(batch[name]) for name in BATCH_KEYS}))
     kl, first, second, tokens = total
     count = max(int(tokens), 1)
     return Divergence(max(0.0, float(kl)) / count, float(first) / count, float(second) / count, int(tokens))

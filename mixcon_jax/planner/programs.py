@@ -17,10 +17,8 @@ from mixcon_jax.inference.load import drop_no_token
 from mixcon_jax.models.decoder import abstract
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.rules import on_mesh
-from mixcon_jax.step import Steps
+from mixcon_jax.step import BATCH, Steps
 from mixcon_jax.trees import named_leaves, to_state
-
-BATCH = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}
 
 
 def train_step(config: ml_collections.ConfigDict, steps: Steps) -> Any:

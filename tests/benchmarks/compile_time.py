@@ -27,8 +27,7 @@ def lowered(num_blocks: int) -> jax.stages.Lowered:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     steps = step.make_steps(config, mesh)
     shape = (config.train.batch_size, config.data.seq_len)
-    types = {'tokens': 'int32', 'targets': 'int32', 'loss_mask': 'bool', 'segment_ids': 'int32', 'positions': 'int32'}
-    batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, dtype in types.items()}
+    batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, dtype in step.BATCH.items()}
     return steps.train_step.lower(steps.abstract_state, batch)
 
 

@@ -26,7 +26,7 @@ from mixcon_jax.models.accounting import flops_per_token, parameter_count
 from mixcon_jax.models.presets import conba, hybrid
 from mixcon_jax.parallel.mesh import make_mesh
 from mixcon_jax.planning.hardware import peak_flops
-from mixcon_jax.step import BATCH_KEYS, make_steps
+from mixcon_jax.step import BATCH, make_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -112,7 +112,7 @@ def packed_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     index = np.broadcast_to(np.arange(length), shape)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
     values = tokens, np.roll(tokens, -1, 1), np.ones(shape, bool), np.cumsum(starts, 1), positions
-    return {key: np.asarray(x, bool if key == 'loss_mask' else np.int32) for key, x in zip(BATCH_KEYS, values)}
+    return {key: np.asarray(x, dtype) for (key, dtype), x in zip(BATCH.items(), values)}
 
 
 def measure(name: str, tiny: bool, compiled: Callable[[float], None] = lambda seconds: None) -> dict[str, Any]:

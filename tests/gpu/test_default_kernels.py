@@ -82,14 +82,13 @@ def main() -> None:
     import warnings
 
     import jax
-    import numpy as np
 
     from kernels_pallas import dispatch
     from mixcon_jax import config as configs
     from mixcon_jax.parallel.layout import batch_sharding
     from mixcon_jax.parallel.mesh import make_mesh
     from mixcon_jax.planning import compiling
-    from mixcon_jax.step import BATCH_KEYS, make_steps
+    from mixcon_jax.step import BATCH, make_steps
 
     device = compiling.devices('h100')[0]
 
@@ -103,8 +102,7 @@ def main() -> None:
         mesh = make_mesh(config.mesh, [device])
         steps = make_steps(config, mesh)
         rows = batch_sharding(mesh)
-        types = dict.fromkeys(BATCH_KEYS, np.int32) | {'loss_mask': bool}
-        batch = {key: jax.ShapeDtypeStruct((128, 256), kind, sharding=rows) for key, kind in types.items()}
+        batch = {key: jax.ShapeDtypeStruct((128, 256), kind, sharding=rows) for key, kind in BATCH.items()}
         dispatch.warn_once.cache_clear()
         jax.clear_caches()
         with jax.default_device(device), warnings.catch_warnings(record=True) as told:

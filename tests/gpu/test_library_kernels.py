@@ -6,7 +6,6 @@ requirements are many.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -123,7 +122,7 @@ def test_on_a_mesh_attention_says_nothing(library, on_mesh):
 
 def test_a_step_in_bfloat16_has_both(library):
     """Where the library's kernels are trusted, as here, or verified, nobody need name them."""
-    from mixcon_jax.step import BATCH_KEYS, make_steps
+    from mixcon_jax.step import BATCH, make_steps
 
     config = configs.default()
     config.model.update(dim=256, vocab_size=128, pattern=('attention+moe',), dtype='bfloat16')
@@ -134,8 +133,7 @@ def test_a_step_in_bfloat16_has_both(library):
     device = compiling.devices('h100')[0]
     mesh = make_mesh(config.mesh, [device])
     steps = make_steps(config, mesh)
-    types = dict.fromkeys(BATCH_KEYS, np.int32) | {'loss_mask': bool}
-    batch = {key: shape(8, 256, dtype=kind, sharding=batch_sharding(mesh)) for key, kind in types.items()}
+    batch = {key: shape(8, 256, dtype=kind, sharding=batch_sharding(mesh)) for key, kind in BATCH.items()}
     with jax.default_device(device):
         lowered = steps.train_step.trace(steps.abstract_state, batch).lower(lowering_platforms=('cuda',))
         text = lowered.compile().as_text()

@@ -228,12 +228,21 @@ def gated_halves(both: Float[Array, '*b g']) -> Float[Array, '*b f']:
     return swish_product(*jnp.split(both, 2, axis=-1))
 
 
+def over_rms(x: Float[Array, '*b d'], eps: float | Float[Array, '']) -> Float[Array, '*b d']:
+    """Divides by the root mean square over the last axis, in the type of x."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+
+
+def over_deviation(x: Float[Array, '*b d'], eps: float) -> Float[Array, '*b d']:
+    """Takes off the mean over the last axis, then divides by the standard deviation, in the type of x."""
+    return over_rms(x - jnp.mean(x, -1, keepdims=True), eps)
+
+
 @keeping_arguments
 def rms_norm(x: Float[Array, '*b d'], scale: Float[Array, 'd'], eps: float | Float[Array, '']) -> Float[Array, '*b d']:
     """Divides by the root mean square over the last axis and scales, all in at least float32; keeps x's dtype."""
     wide = widened(x)
-    normalized = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return (normalized * scale.astype(wide.dtype)).astype(x.dtype)
+    return (over_rms(wide, eps) * scale.astype(wide.dtype)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -18,6 +18,7 @@ from mixcon_jax.models.layers import (
     normal,
     ones,
     output_std,
+    over_rms,
     project,
     widened,
     zeros,
@@ -129,8 +130,7 @@ class GLA(Layer):
 
         @keeping_arguments
         def gated(y, gate, scale, bias):
-            wide = widened(y)
-            wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps) * scale
+            wide = over_rms(widened(y), eps) * scale
             return (wide.reshape(gate.shape) * jax.nn.silu(widened(gate) + bias)).astype(y.dtype)
 
         return gated(y, gate, self.norm[...], self.r_bias[...])

@@ -19,6 +19,7 @@ from mixcon_jax.models.layers import (
     normal,
     ones,
     output_std,
+    over_rms,
     project,
     project_halves,
     step_sizes,
@@ -176,8 +177,7 @@ class Mamba2(Layer):
         @keeping_arguments
         def gated(y, u, z, D, scale):
             wide = (widened(y) + jnp.repeat(D, width) * widened(u)) * jax.nn.silu(widened(z))
-            parts = wide.reshape(*y.shape[:2], groups, -1)
-            parts = parts * jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + eps)
+            parts = over_rms(wide.reshape(*y.shape[:2], groups, -1), eps)
             return (parts.reshape(y.shape) * scale).astype(y.dtype)
 
         return gated(y, u, z, self.D[...], self.norm[...])

@@ -18,6 +18,7 @@ from mixcon_jax.models.layers import (
     kept,
     normal,
     output_std,
+    over_deviation,
     project,
     widened,
 )
@@ -122,9 +123,7 @@ class RetNet(Layer):
 
         @keeping_arguments
         def gated(y, gate):
-            wide = widened(y)
-            wide = wide - jnp.mean(wide, -1, keepdims=True)
-            wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+            wide = over_deviation(widened(y), eps)
             return (wide * jax.nn.silu(widened(gate))).astype(y.dtype)
 
         return gated(y, gate)

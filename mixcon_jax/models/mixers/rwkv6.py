@@ -17,6 +17,7 @@ from mixcon_jax.models.layers import (
     normal,
     ones,
     output_std,
+    over_deviation,
     project,
     token_shift,
     uniform,
@@ -158,7 +159,7 @@ class RWKV6(Layer):
 
         @keeping_arguments
         def gated(y, gate, scale, bias):
-            wide = head_norm(y, eps).reshape(gate.shape) * scale + bias
+            wide = over_deviation(widened(y), eps).reshape(gate.shape) * scale + bias
             return (wide * jax.nn.silu(widened(gate))).astype(y.dtype)
 
         return gated(y, gate, self.norm[...], self.norm_bias[...])
@@ -187,10 +188,3 @@ def with_bonus(
     """What the state gives, and the token's own value by `r diag(bonus) k^T`, in the type of the first."""
     own = jnp.sum(widened(r) * bonus * widened(k), -1, keepdims=True)
     return (widened(past) + own * widened(v)).astype(past.dtype)
-
-
-def head_norm(y: Float[Array, 'b t h p'], eps: float) -> Float[Array, 'b t h p']:
-    """The layer norm of every head, without weights, in at least float32."""
-    wide = widened(y)
-    wide = wide - jnp.mean(wide, -1, keepdims=True)
-    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)

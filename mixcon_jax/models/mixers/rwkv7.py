@@ -20,12 +20,12 @@ from mixcon_jax.models.layers import (
     normal,
     ones,
     output_std,
+    over_deviation,
     project,
     token_shift,
     widened,
     zeros,
 )
-from mixcon_jax.models.mixers.rwkv6 import head_norm
 from mixcon_jax.options import COUNT, POSITIVE, Option, above
 from mixcon_jax.parallel.kernels import delta_rule
 
@@ -173,7 +173,11 @@ class RWKV7(Layer):
 
         @keeping_arguments
         def gated(y, own, v, gate, scale, bias):
-            wide = head_norm(y, eps).reshape(gate.shape) * scale + bias + (own * widened(v)).reshape(gate.shape)
+            wide = (
+                over_deviation(widened(y), eps).reshape(gate.shape) * scale
+                + bias
+                + (own * widened(v)).reshape(gate.shape)
+            )
             return (wide * widened(gate)).astype(y.dtype)
 
         return gated(y, own, v, gate, self.norm[...], self.norm_bias[...])

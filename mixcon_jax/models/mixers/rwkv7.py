@@ -173,11 +173,8 @@ class RWKV7(Layer):
 
         @keeping_arguments
         def gated(y, own, v, gate, scale, bias):
-            wide = (
-                over_deviation(widened(y), eps).reshape(gate.shape) * scale
-                + bias
-                + (own * widened(v)).reshape(gate.shape)
-            )
+            wide = over_deviation(widened(y), eps).reshape(gate.shape) * scale + bias
+            wide = wide + (own * widened(v)).reshape(gate.shape)
             return (wide * widened(gate)).astype(y.dtype)
 
         return gated(y, own, v, gate, self.norm[...], self.norm_bias[...])

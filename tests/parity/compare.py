@@ -33,7 +33,7 @@ def main(committed: pathlib.Path, new: pathlib.Path) -> int:
             worst = np.inf
             continue
         with np.load(committed / name) as a, np.load(new / name) as b:
-            same_keys = a.files == b.files
+            same_keys = set(a.files) == set(b.files)
             largest = max(difference(a[key], b[key]) for key in a.files) if same_keys else np.inf
         print(f'{name:26} {largest:.1e}')
         worst = max(worst, largest)

@@ -143,7 +143,8 @@ def join(timeout: int, heartbeat: int, **where: Any) -> None:
       where: of ``jax.distributed.initialize``; without, a scheduler's environment says it.
     """
     if where.get('process_id') == 0:
-        _require_free(where['coordinator_address'])
+        port = where['coordinator_address'].rpartition(':')[2]
+        _require_free(where.get('coordinator_bind_address') or f':{port}')
     import jax  # takes seconds
 
     def give_up() -> None:
@@ -168,18 +169,21 @@ def join(timeout: int, heartbeat: int, **where: Any) -> None:
 
 
 def _require_free(address: str) -> None:
-    """Refuses a port on which another program listens: JAX may crash there.
+    """Refuses an address on which another program listens: JAX may crash there.
 
     Raises:
       UserError: names it.
     """
-    port = int(address.rpartition(':')[2])
-    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed just now is free
-        try:
-            probe.bind(('', port))
-        except (OSError, OverflowError) as error:
-            raise UserError(f'port {port} of {address} cannot be taken here ({error}); choose a free one') from error
+    host, _, port = address.rpartition(':')
+    try:
+        family, kind, *_, place = socket.getaddrinfo(
+            host.strip('[]') or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed just now is free
+            probe.bind(place)
+    except (OSError, OverflowError) as error:
+        raise UserError(f'{address} cannot be listened on here ({error}); is its port taken?') from error
 
 
 def watch(patience: float, mark: Path | None = None) -> None:

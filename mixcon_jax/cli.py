@@ -17,10 +17,12 @@ ON_MESH = 'On several devices: --config.mesh.fsdp=2 and the other options of con
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no value of an override, as in ``--config.key value``, for an argument of the command's own."""
+    """Leaves overrides alone: no value of one is an argument of the command's own, as in ``--config.key value``."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args(_joined(sys.argv[1:] if args is None else args), namespace)
+        overrides, others = _apart(sys.argv[1:] if args is None else args)
+        known, rest = super().parse_known_args(others, namespace)
+        return known, [*overrides, *rest]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -240,17 +242,21 @@ def parse_overrides(rest: Sequence[str], command: str, takes: bool = True) -> li
     return overrides
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """The arguments with ``--config.key value`` as ``--config.key=value``; what follows ``--`` stays as it is."""
+def _apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, each as ``--config.key=value`` where it has a value, and all else; after ``--`` there are none."""
     end = arguments.index('--') if '--' in arguments else len(arguments)
-    joined: list[str] = []
+    overrides: list[str] = []
+    others: list[str] = []
     waiting = list(arguments[:end])
     while waiting:
         argument = waiting.pop(0)
-        if argument.startswith('--config.') and '=' not in argument and waiting and not waiting[0].startswith('--'):
-            argument = f'{argument}={waiting.pop(0)}'
-        joined.append(argument)
-    return [*joined, *arguments[end:]]
+        if not argument.startswith('--config.'):
+            others.append(argument)
+        elif '=' not in argument and waiting and not waiting[0].startswith('--'):
+            overrides.append(f'{argument}={waiting.pop(0)}')
+        else:
+            overrides.append(argument)
+    return overrides, [*others, *arguments[end:]]
 
 
 if __name__ == '__main__':

@@ -159,6 +159,22 @@ def rows_to_score(
     return dataset.heldout_batches(rows, share=share)
 
 
+def _with_lengths(config: ml_collections.ConfigDict, lengths: Sequence[int], shards: int) -> ml_collections.ConfigDict:
+    """The configuration with other lengths to score at, on a mesh that splits rows into so many shards."""
+    if is_synthetic(config.data):
+        config.data.synthetic.eval_lengths = tuple(lengths)
+    elif len(lengths) > 1:
+        raise UserError('text is cut into rows of one length; give --lengths one number of tokens')
+    elif lengths[0] < 2:
+        raise UserError(f'--lengths {lengths[0]} must be at least 2')
+    else:
+        config.data.seq_len = lengths[0]
+    for length in lengths:
+        divides('mesh.context', shards, '--lengths', length)
+    config.mesh.update(configs.default().mesh)  # of training, which does not have to divide them
+    return configs.validate(config)
+
+
 def evaluate(
     workdir: str | Path,
     paths: Sequence[str] = (),
@@ -185,15 +201,7 @@ def evaluate(
     trained = load_model(workdir, step, mesh)
     config = trained.config
     if lengths:
-        if is_synthetic(config.data):
-            config.data.synthetic.eval_lengths = tuple(lengths)
-        elif len(lengths) == 1:
-            config.data.seq_len = lengths[0]
-        else:
-            raise UserError('text is cut into rows of one length; give --lengths one number of tokens')
-        config = configs.validate(config)
-        if trained.place:
-            divides('mesh.context', trained.place.mesh.shape['context'], '--lengths', config.data.seq_len)
+        config = _with_lengths(config, lengths, trained.place.mesh.shape['context'] if trained.place else 1)
     batches, place = rows_to_score(trained, config, workdir, paths, batch_size), trained.place
     graphdef, variables = nnx.split(trained.model)
 

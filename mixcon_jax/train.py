@@ -254,7 +254,7 @@ def _train(
             pending = (step, values)
             note(checkpoints.finished())
     except _NotFinite as error:
-        return _abort(error, metrics, checkpoints)
+        return _abort(error, metrics, checkpoints, clock)
 
     # ----- The end ---------------------------------------------------------------------------------------------------
     trace.end()
@@ -298,13 +298,13 @@ def _due(step: int, every: int, at_end: bool) -> bool:
     return every > 0 and step > 0 and (at_end or step % every == 0)
 
 
-def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints) -> Result:
+def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints, clock: Clock) -> Result:
     """Ends a run that makes no more progress; its checkpoints stay as they are."""
     with contextlib.suppress(UserError):
         checkpoints.wait()
     kept, step, bad_steps = checkpoints.steps(), error.step, error.bad_steps
     first = step - max(bad_steps, 1) + 1
-    metrics.record('run', step, event='aborted', first_bad_step=first, last_bad_step=step)
+    metrics.record('run', step, event='aborted', first_bad_step=first, last_bad_step=step, **_spent(clock))
     if bad_steps:
         what = f'loss or gradient was not finite in {bad_steps} steps in a row, {first} to {step}'
     else:

@@ -206,6 +206,8 @@ def test_a_tokenizer_that_is_not_the_stores_is_refused(trained, capsys, tmp_path
         (['eval', '--workdir', 'RUN', '--config.mesh.cpu_devices', '-1'], 'mesh.cpu_devices'),
         (['eval', '--workdir', 'RUN', '--config.mesh.cpu_devices'], 'write --config.mesh.cpu_devices=VALUE'),
         (['eval', '--workdir', 'RUN', '--', '--config.mesh.data', '1'], "no file matches '--config.mesh.data'"),
+        (['eval', '--workdir', 'RUN', '--config.mesh.rules', 'a b', 'no.txt'], "no file matches 'no.txt'"),
+        (['eval', '--workdir', 'RUN', '--lengths', '1'], '--lengths 1 must be at least 2'),
         (['watch', 'RUN', '--interval', '1e30'], 'must be at most 86400 seconds'),
         (['train', '--config', 'missing.py', '--workdir', 'x'], 'missing.py'),
     ],

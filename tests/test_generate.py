@@ -94,5 +94,4 @@ def test_bad_prompts_are_refused(model, prompts):
 def test_weights_that_are_not_finite_draw_nothing(model):
     variables = nnx.split(model)
     broken = nnx.merge(variables[0], jax.tree.map(lambda x: x * jnp.nan, variables[1]))
-    with pytest.raises(UserError, match='scores of the next token are not finite'):
-        run(broken, PROMPTS[:1], Sampling(2.0), [1])
+    assert (run(broken, PROMPTS[:1], Sampling(2.0), [1]) == -1).all()

@@ -36,9 +36,7 @@ def test_rounds_that_only_data_tell_are_those_of_the_device_with_most_to_do():
     one = jax.make_mesh((1, 1, 1, 1, 1), AXES, devices=jax.devices()[:1])
     prefill, decode = (programs.unknown_rounds(config, one, what, 2, 4096) for what in ('prefill', 'decode'))
     blocks = 4096 // tile_size(4096)
-    assert (
-        prefill('jit(attention)/while') == blocks * (blocks + 1) / 2 and 1 <= decode('jit(attention)/while') <= blocks
-    )
+    assert prefill('jit(attention)/while') == blocks * (blocks + 1) / 2 and decode('jit(attention)/while') == 1
     # Two choices a token: blocks of 128 rows, and half of one more an expert.
     assert rounds('jit(grouped_matmul)/while') == 4 * 4096 * 2 / 128 + 4
     assert prefill('jit(grouped_matmul)/while') == 2 * 4096 * 2 / 128 + 4

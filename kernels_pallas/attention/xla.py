@@ -60,8 +60,12 @@ def turns(length: int, keys: int, q_offset: int, block_size: int | None = None) 
 
 def _below(q_block: int, q_steps: int, k_block: int, k_steps: int, q_offset: Any) -> Any:
     """Bool [q_steps, k_steps]: the tiles with a key that is not after all their queries."""
-    last = q_offset + (np.arange(q_steps) + 1) * q_block - 1
-    return np.arange(k_steps) * k_block <= last[:, None]
+    return np.arange(k_steps) * k_block <= _last(q_block, q_steps, q_offset)[:, None]
+
+
+def _last(q_block: int, q_steps: int, q_offset: Any) -> Any:
+    """The last query of each block, by the index of its key."""
+    return q_offset + (np.arange(q_steps) + 1) * q_block - 1
 
 
 class _Static(NamedTuple):
@@ -111,7 +115,7 @@ def _plan(static: _Static, segments: Any, q_offset: Any) -> _Plan:
     traced has a list of its own on every platform.
     """
     offset = 0 if static.from_start else q_offset
-    last = offset + (np.arange(static.q_steps) + 1) * static.q_block - 1
+    last = _last(static.q_block, static.q_steps, offset)
     wanted: Any = _below(*static[:4], offset)
     if static.window is not None and (segments is None or len(segments) == 2):  # or positions tell, not indices
         wanted = wanted & ((np.arange(static.k_steps) + 1) * static.k_block > _first(static, last)[:, None])

@@ -79,8 +79,9 @@ def require_unchanged(case: Case) -> None:
     Raises:
       ConfigError: names what differs, or says why the file cannot be read any more.
     """
-    now = configs.validate(configs.load(case.path, case.overrides))
-    if changed := configs.differences(case.config, now):
+    now, again = (configs.validate(configs.load(case.path, case.overrides)) for _ in range(2))
+    changed = configs.differences(case.config, now)
+    if changed and not configs.differences(now, again):  # else it is another each time it is read
         raise ConfigError(f'{case.path} has changed since this sweep began ({listed(changed)}); begin the sweep again')
 
 
@@ -108,7 +109,9 @@ def _text(value: Any) -> str:
 
 def _literal(value: Any) -> str:
     """As an override has it: of several texts each may hold what would separate them."""
-    return repr(tuple(value)) if isinstance(value, list | tuple) else str(value)
+    if not isinstance(value, list | tuple):
+        return str(value)
+    return f'({"".join(f"{repr(each) if isinstance(each, str) else each}, " for each in value)})'
 
 
 def _slug(name: str) -> str:

@@ -13,7 +13,7 @@ from mixcon_jax.data.files import Skipped
 from mixcon_jax.data.paths import NothingThereError
 from mixcon_jax.data.prepared import PreparedStore, key_of
 from mixcon_jax.data.sources import Source, open_source
-from mixcon_jax.data.store import REMEDY, VERSION, NotWhole, read_array, read_metadata, require_parts
+from mixcon_jax.data.store import VERSION, NotWhole, read_array, read_metadata, require_file, require_parts
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand, expand_folder
@@ -110,8 +110,8 @@ def require_whole(store: PreparedStore) -> None:
       UserError: the system does not let this process see.
     """
     require_parts(store.path, store.metadata)
-    if '://' not in store.path and not os.path.exists(store.tokenizer):
-        raise NotWhole(f'{store.path}: damaged token store: tokenizer.json is missing; {REMEDY}')
+    if '://' not in store.path:
+        require_file(store.path, 'tokenizer.json')
 
 
 def names(
@@ -182,7 +182,9 @@ def prepared_from(spec: str, data: ml_collections.ConfigDict) -> list[PreparedSt
         source = store.metadata['source']
         # Format 1 has the pattern as it was given, which says little if it was relative.
         pattern = source.get('pattern') or expand(source.get('spec', '').removeprefix('files:'))
-        if (pattern, source.get('text_field', data.text_field)) == wanted:
+        # Of the hub it was not noted before.
+        field = source.get('text_field', '' if pattern.startswith('huggingface:') else data.text_field)
+        if (pattern, field) == wanted:
             found.append(store)
     found.sort(key=lambda store: os.path.getmtime(f'{store.path}/metadata.json'), reverse=True)
     source = lambda store: store.metadata['source'].get('fingerprint')
@@ -195,15 +197,33 @@ def prepared_as(data: ml_collections.ConfigDict, identity: Sequence[str]) -> lis
     Args:
       data: ``config.data``.
       identity: ``PreparedStore.fingerprint`` of each.
+
+    Raises:
+      UserError: The only one that there is cannot be read.
     """
     if len(identity) != len(data.sources):
         return None
-    here = list(_stores(data, parts=True))
+    refusals: list[UserError] = []
+
+    def is_it(store: PreparedStore, fingerprint: str) -> bool:
+        try:
+            if store.fingerprint != fingerprint:
+                return False
+        except UserError:  # no store, or another user's
+            return False
+        try:
+            return whole(store)
+        except UserError as error:
+            refusals.append(error)
+            return False
+
+    here = list(_stores(data))
     result = []
     for spec, fingerprint in zip(data.sources, identity, strict=True):
         named = [PreparedStore(expand(spec.removeprefix('store:')), spec)] if spec.startswith('store:') else []
-        there = (store for store in (*filter(whole, named), *here) if store.fingerprint == fingerprint)
-        if (store := next(there, None)) is None:
+        if (store := next((store for store in (*named, *here) if is_it(store, fingerprint)), None)) is None:
+            if refusals:
+                raise refusals[0]
             return None
         result.append(PreparedStore(store.path, spec))
     return result

@@ -11,11 +11,16 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import locks, system
 
 SCRATCH = '.tmp-'  # in the name of a folder that is being written or deleted
+# Names of ``scratch`` for stores and tokenizers, and what they were before they had the host in them.
+LEFT = re.compile(
+    r'.*-[0-9a-f]{16}(\.json)?\.tmp-([\w-]+\.)?\d+-[0-9a-f]{8}|\..*-[0-9a-f]{16}\.json\.\d+-[0-9a-f]{8}\.tmp'
+)
 FORGOTTEN = 24 * 3600  # seconds after which nobody is still writing there
 
 
@@ -29,13 +34,10 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
       Whether there is a lock; where the file system has none, others may be at work on ``path`` at the same time.
     """
     folder = path.parent / '.locks'
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-        _share(folder)
-    existed = os.path.exists(folder / path.name)
-    with open(folder / path.name, 'w', encoding='utf-8') as file:
-        if not existed:
-            _share(folder / path.name)
+    folder.mkdir(exist_ok=True)
+    _share(folder, path.parent)
+    with _opened(folder / path.name) as file:
+        _share(folder / path.name, path.parent)
         held = locks.take(file)
         if held is False:
             say(f'waiting for another process that is preparing {path}')
@@ -45,12 +47,23 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
         yield bool(held)
 
 
-def _share(path: Path) -> None:
-    """Lets all who may write to the folder above write here, too: of a lock, whose file nobody deletes."""
-    top = path.parent if path.is_dir() else path.parent.parent
-    others = stat.S_IMODE(top.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO | stat.S_ISVTX)
-    with contextlib.suppress(OSError):  # a file system may have no modes
-        path.chmod(stat.S_IMODE(path.stat().st_mode) | (others if path.is_dir() else others & 0o066))
+def _opened(path: Path) -> IO[Any]:
+    """Opens a lock's file, which is made if it is not there.
+
+    Not asked to make it, the system lets one open another user's in a folder for all.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return open(path, 'r+', encoding='utf-8')
+    return open(path, 'a', encoding='utf-8')
+
+
+def _share(path: Path, cache: Path) -> None:
+    """Lets all who may write to the cache take a lock there, where it is this user's to do so."""
+    others = stat.S_IMODE(cache.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO | stat.S_ISVTX)
+    status = path.stat()
+    if status.st_uid == os.geteuid():
+        with contextlib.suppress(OSError):  # a file system may have no modes
+            path.chmod(stat.S_IMODE(status.st_mode) | (others if path.is_dir() else others & 0o066))
 
 
 def scratch(path: Path) -> Path:
@@ -64,12 +77,13 @@ def sweep(path: Path) -> None:
     Of scratch names of ``path`` those that were made on this host. Where locks do not reach from host to host, others
     may be at work: of theirs, and of all other paths', those where nothing has been written for a day.
     """
-    for left in path.parent.glob(f'*{SCRATCH}*'):
+    for left in filter(lambda path: LEFT.fullmatch(path.name), path.parent.iterdir()):
         if left.name.startswith(f'{path.name}{_of_host()}') or time.time() - _touched(left) > FORGOTTEN:
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
-                left.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another user's
+                    left.unlink()
 
 
 def _of_host() -> str:

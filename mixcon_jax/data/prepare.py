@@ -1,6 +1,7 @@
 """Text to token stores: once for each source, tokenizer and split, then found again by fingerprint."""
 
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -128,6 +129,8 @@ def _train_tokenizer(mixture: _Mixture, data: ml_collections.ConfigDict, cache: 
     path = cache / f'tokenizer-{key}.json'
 
     def trained_before() -> Tokenizer | None:
+        if path.exists() and not os.access(path, os.R_OK):
+            raise UserError(f'{path} cannot be read: whoever trained it must let you, or take another cache_dir')
         try:
             return tokenizer_lib.load(path) if path.exists() else None
         except UserError as error:

@@ -174,7 +174,8 @@ def read_file(path: str, name: str) -> str:
     try:
         result = ts.KvStore.open(_kvstore(path)).result().read(name).result()
     except Exception as error:  # TensorStore maps every kind of failure of every kind of storage to some exception
-        raise UserError(f'{path}: cannot be read ({_first_line(error)})') from error
+        kind = UserError if system.refusal(error) else NotWhole
+        raise kind(f'{path}: cannot be read ({_first_line(error)})') from error
     if result.state != 'value':
         raise NotWhole(f'{path}: not a token store: it has no {name}')
     try:
@@ -217,12 +218,22 @@ def require_parts(path: str, metadata: Mapping[str, Any]) -> None:
         return
     sizes: Mapping[str, int | None] = metadata['files'] if metadata['version'] > 1 else _parts_of_format_1(path)
     for name, expected in sizes.items():
-        try:
-            size = os.stat(Path(path, name)).st_size
-        except OSError as error:
-            raise _unread(path, name, error, 'is missing') from error
+        size = require_file(path, name)
         if size != (size if expected is None else expected):
             raise NotWhole(f'{path}: damaged token store: {name} has {size} bytes, not {expected}; {REMEDY}')
+
+
+def require_file(path: str, name: str) -> int:
+    """Bytes of a file of a store.
+
+    Raises:
+      NotWhole: it is not there.
+      UserError: the system does not let this process look.
+    """
+    try:
+        return os.stat(Path(path, name)).st_size
+    except OSError as error:
+        raise _unread(path, name, error, 'is missing') from error
 
 
 def _parts_of_format_1(path: str) -> dict[str, int | None]:

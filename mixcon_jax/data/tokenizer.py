@@ -178,7 +178,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int], skip_special: bool) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
         # The last tokens already shown: some decoders leave out the space before the first token of a text.
-        self._context = list(after[-CONTEXT:])
+        self._context = self._recent(list(after))
         self._pending: list[int] = []
         self._shown = 0  # characters of the pending tokens that have been returned
 
@@ -186,12 +186,12 @@ class StreamDecoder:
         """Adds a token and returns the text that became certain, possibly empty."""
         self._pending.append(int(token))
         text = self._new_text()
-        if text.endswith('\ufffd'):  # perhaps the beginning of a longer character
-            certain = text[self._shown : -1]
-            self._shown = len(text) - 1
+        if text.endswith('\ufffd'):  # perhaps the beginning of a longer character, a mark for each byte of it
+            known = len(text.rstrip('\ufffd'))
+            certain, self._shown = text[self._shown : known], max(self._shown, known)
             return certain
         certain = text[self._shown :]
-        self._context = (self._context + self._pending)[-CONTEXT:]
+        self._context = self._recent(self._context + self._pending)
         self._pending, self._shown = [], 0
         return certain
 
@@ -200,6 +200,13 @@ class StreamDecoder:
         rest = self._new_text()[self._shown :]
         self._context, self._pending, self._shown = [], [], 0
         return rest
+
+    def _recent(self, tokens: list[int]) -> list[int]:
+        """The last of them, a few but for those that would begin inside a character."""
+        count = CONTEXT
+        while count < len(tokens) and '\ufffd' in self._tokenizer.decode(tokens[-count:], self._skip_special):
+            count *= 2
+        return tokens[-count:]
 
     def _new_text(self) -> str:
         decode = self._tokenizer.decode

@@ -76,8 +76,8 @@ def distill(
         )
     if not order and (far := sum(fit.error > tolerance for fit in fits)):
         say(
-            f'{far} of {len(fits)} filters are further off than --tolerance {tolerance:g}: waves are told apart by'
-            f' {COLUMNS} tokens, which no more than {COLUMNS - 1} of them can be'
+            f'{far} of {len(fits)} filters are more than {tolerance:g} of their norm off; a smaller --tolerance takes'
+            f' more modes, {COLUMNS - 1} at most'
         )
     modal_net, few = derived.built(modal.model, trees), itertools.islice(batches, -(-rows // batches.batch_size))
     found = compare(trained.model, modal_net, few)
@@ -118,4 +118,5 @@ def compare(before: decoder.Decoder, after: decoder.Decoder, batches: Iterable[M
         total += np.asarray(sums([each for _, each in split], {name: jnp.asarray(batch[name]) for name in BATCH_KEYS}))
     kl, first, second, tokens = total
     count = max(int(tokens), 1)
-    return Divergence(max(0.0, float(kl)) / count, float(first) / count, float(second) / count, int(tokens))
+    kl = np.maximum(kl, 0)  # of two models that are alike rounding may leave less; NaN stays
+    return Divergence(float(kl) / count, float(first) / count, float(second) / count, int(tokens))

@@ -61,7 +61,7 @@ def generate(
     vocab_size: int,
     place: Place | None = None,
 ) -> Iterator[Int[np.ndarray, 'b']]:
-    """Yields one new token of every prompt at a time.
+    """Yields one new token of every prompt at a time, -1 where its scores are not finite.
 
     Prompts may differ in length: shorter ones are padded on the left, and every layer leaves padding out of its
     states, so that each prompt gets the tokens it would get alone.
@@ -76,7 +76,7 @@ def generate(
       place: the mesh that the model's parameters lie on; rows are shared out if it divides them.
 
     Raises:
-      UserError: an empty prompt, an id outside the vocabulary, or scores that are not finite.
+      UserError: an empty prompt or an id outside the vocabulary.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise UserError('a prompt has no tokens; give at least the end-of-text token')
@@ -90,10 +90,7 @@ def generate(
     step = functools.partial(_step, graphdef, sampling, vocab_size, variables, draws, place=place)
     next_token, state = step(tokens, positions, state, np.int32(0))
     for i in range(1, max_new_tokens + 1):
-        found = np.asarray(next_token)
-        if (found < 0).any():
-            raise UserError('the scores of the next token are not finite: nothing can be drawn by these weights')
-        yield found
+        yield np.asarray(next_token)
         if i < max_new_tokens:
             next_token, state = step(next_token[:, None], positions[:, -1:] + np.int32(i), state, np.int32(i))
 
@@ -130,7 +127,7 @@ def generate_text(
 
     Raises:
       UserError: the seed is out of range, a prompt is not UTF-8, there is no such checkpoint, or the mesh does not
-        fit.
+        fit; at the end, if scores of a sample were not finite.
     """
     if not 0 <= seed <= 2**32 - num_samples:
         raise UserError(f'seed={seed} must be between 0 and {2**32 - num_samples}')
@@ -144,6 +141,7 @@ def generate_text(
     ids = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt, _ in rows]
     decoders = [tokenizer.stream(after=row[1:]) for row in ids]
     texts, live = [prompt for prompt, _ in rows], [True] * len(rows)
+    broken: list[int] = []
     streaming = len(rows) == 1
     if streaming:
         print(texts[0], end='', file=out, flush=True)
@@ -156,7 +154,9 @@ def generate_text(
     seeds = [seed + sample for _, sample in rows]
     for tokens in generate(trained.model, ids, max_new_tokens, sampling, seeds, tokenizer.vocab_size, trained.place):
         for row, token in enumerate(tokens.tolist()):
-            live[row] = live[row] and token != tokenizer.eot_id
+            if live[row] and token < 0:
+                broken.append(row + 1)
+            live[row] = live[row] and token not in (tokenizer.eot_id, -1)
             if live[row]:
                 extend(row, decoders[row].push(token))
         if not any(live):
@@ -168,6 +168,9 @@ def generate_text(
     else:
         for row, text in enumerate(texts):
             print(f'--- {row + 1} of {len(texts)}\n{text}', file=out)
+    if broken:
+        which = f' of sample {", ".join(map(str, broken))}' if len(rows) > 1 else ''
+        raise UserError(f'the scores of the next token{which} are not finite: nothing can be drawn by these weights')
     return texts
 
 

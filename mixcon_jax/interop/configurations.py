@@ -94,8 +94,8 @@ def model_options(values: Mapping[str, Any]) -> Options:
 
 def context(values: Mapping[str, Any]) -> int:
     """Tokens of the rows that text is scored in by default: what the model was made for, and ``LONGEST`` at most."""
-    given = Given(values)
-    return min(given.count('max_position_embeddings', given.count('context_length', LONGEST)), LONGEST)
+    stated = (values.get(name) for name in ('max_position_embeddings', 'context_length'))
+    return next((min(max(each, 2), LONGEST) for each in stated if isinstance(each, int)), LONGEST)
 
 
 def _blocks(layers: list[str]) -> Options:
@@ -125,11 +125,16 @@ def _attention(given: Given, rope: bool = True, share: float = 1.0, theta: float
     rules = given.rules('rope_parameters', 'rope_scaling')  # of newer files and of older ones
     if (kind := rules.of('rope_type', rules.of('type', 'default'))) != 'default':
         raise UserError(f'rotary positions of type {kind!r} of {given.architecture} have no counterpart here')
-    width = int(head_dim * rules.number('partial_rotary_factor', given.number('partial_rotary_factor', share)))
+    width = int(head_dim * _first('partial_rotary_factor', share, rules, given))
     if width < 1:
         raise UserError(f'partial_rotary_factor of {given.architecture} leaves no channel of {head_dim} to rotate')
-    theta = rules.number('rope_theta', given.number('rope_theta', theta))
+    theta = _first('rope_theta', theta, rules, given)
     return found | {'rope': True, 'rope_theta': theta, 'rope_dim': width if width < head_dim else 0}
+
+
+def _first(name: str, default: float, *places: Given) -> float:
+    """The number that the first of these says which says one."""
+    return next((place.number(name) for place in places if place.of(name, None) is not None), default)
 
 
 def _llama(given: Given) -> Options:

@@ -54,10 +54,10 @@ def command(
     limit = read_limit(memory_limit, target)
     if picture and (not most or Path(picture).suffix not in PICTURES):
         raise UserError(f'--picture {picture} is of a --search, and its name ends in {" or ".join(PICTURES)}')
-    answer = place('--json', json_file) if json_file else None
-    drawing = place('--picture', picture) if picture else None
     require_extra()
     loaded = configs.load(config, overrides)
+    answer = place('--json', json_file) if json_file else None
+    drawing = place('--picture', picture) if picture else None
     job = {'target': target, 'hosts': hosts, 'per_host': per_host, 'what': what, 'batch': batch, 'context': context}
     if most:
         found = search(loaded, job, products, limit, most, lambda line: print(line, file=sys.stderr, flush=True))

@@ -1,5 +1,6 @@
 """One plan: what it is asked, the process that compiles, and whether the answer fits. Loads no JAX."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -156,6 +157,8 @@ def place(option: str, file: str) -> Path:
         raise UserError(f'{option} {file} is a folder; name a file')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f'{option} {file} cannot be written ({error.strerror})') from error
     return path

@@ -90,7 +90,7 @@ def candidates(
     for mesh, remat in itertools.product(meshes, REMAT if what == 'train' else (config.model.remat,)):
         rows = config.train.batch_size // math.prod(mesh[axis] for axis in BATCH_AXES)
         accums = {rows // part for part in (1, 4, 16, 64) if part <= rows} | {1}
-        for accum in sorted(accums, reverse=True) if what == 'train' else (config.train.accum_steps,):
+        for accum in sorted(accums, reverse=True) if what == 'train' else (1,):
             trial = config.copy_and_resolve_references()
             trial.mesh.update(mesh)
             trial.model.remat, trial.train.accum_steps = remat, accum

@@ -47,7 +47,7 @@ def _run_row(arm: Arm, run: ReportedRun, lengths: Sequence[int]) -> Row:
         'eval_step': number(evaluated, 'step'), 'eval_loss': number(evaluated, 'loss'),
         'eval_bits_per_byte': number(evaluated, 'bits_per_byte'), 'train_loss': number(trained, 'loss'),
         'tokens_per_second': rate,
-        'devices': run.devices, 'seconds': run.seconds, 'started': stamp(run.started),
+        'devices': run.devices, 'seconds': run.seconds or math.nan, 'started': stamp(run.started),
         'last_record': stamp(run.last_time),
     } | _options(arm)  # fmt: skip
 

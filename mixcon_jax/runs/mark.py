@@ -43,9 +43,9 @@ def read(folder: str | Path) -> dict[str, Any] | None:
 def made_of(folder: str | Path) -> str:
     """What a run was made of by other means than training, and was not trained since; '' of any other run."""
     found = (read(folder) or {}).get('init_from')
-    trained = os.path.exists(Path(folder) / METRICS) or not saved.steps(Path(folder) / CHECKPOINTS)
-    # With a fingerprint it says what training began from.
-    return '' if trained or not isinstance(found, dict) or 'fingerprint' in found else str(found.get('source'))
+    if os.path.exists(Path(folder) / METRICS) or not isinstance(found, dict) or 'fingerprint' in found:
+        return ''  # with a fingerprint it says what training began from
+    return str(found.get('source')) if saved.steps(Path(folder) / CHECKPOINTS) == [found.get('step')] else ''
 
 
 def text(values: Mapping[str, Any]) -> str:

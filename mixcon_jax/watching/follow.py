@@ -82,17 +82,14 @@ class WatchedRun(Run):
         try:
             there = super().update()
             self.state  # noqa: B018 (reads the configuration and, of a run that has ended, its checkpoints)
+            self.made_of = '' if there else mark.made_of(self.path)
         except UserError as error:
             self.unreadable = str(error)
             return True
-        if there:
-            self.made_of = ''
+        if there or self.made_of:
             return True
-        self.made_of = mark.made_of(self.path)
-        self.unreadable = '' if self.made_of else f'{METRICS} is not there'
-        return bool(self.made_of) or any(
-            is_run_folder(inner, files) for _, inner, files in islice(walk([self.path]), 1)
-        )
+        self.unreadable = f'{METRICS} is not there'
+        return any(is_run_folder(inner, files) for _, inner, files in islice(walk([self.path]), 1))
 
     @functools.cached_property
     def configuration(self) -> dict[str, Any] | None:

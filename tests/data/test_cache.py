@@ -182,7 +182,7 @@ def test_what_another_host_left_goes_when_nobody_has_written_there_for_long(make
     [expected] = prepare(make_config(corpus[1], cache_dir=str(tmp_path / 'elsewhere')).data, progress=False)
     (tmp_path / 'cache').mkdir()
     place = tmp_path / 'cache' / Path(expected.path).name
-    own, other = disk.scratch(place), place.with_name(f'{place.name}.tmp-otherhost.1-x')
+    own, other = disk.scratch(place), place.with_name(f'{place.name}.tmp-otherhost.1-0123abcd')
     for folder in (own, other, place.with_name('unrelated.tmp-old')):
         folder.mkdir()
         (folder / 'tokens').write_text('')
@@ -190,7 +190,7 @@ def test_what_another_host_left_goes_when_nobody_has_written_there_for_long(make
             os.utime(path, (time.time() - age,) * 2)
     prepare(make_config(corpus[1]).data, progress=False)
     left = [name for name in contents(tmp_path / 'cache') if '.tmp' in name]
-    assert left == ([other.name, 'unrelated.tmp-old'] if stays else [])
+    assert left == [other.name] * stays + ['unrelated.tmp-old']  # which is nobody's of ours
 
 
 def test_a_cache_for_all_has_locks_for_all(make_config, corpus, tmp_path):
@@ -219,20 +219,31 @@ def test_another_users_folder_in_the_cache_is_no_concern(make_config, corpus, tm
         prepare(make_config('files:nowhere/*.txt').data, progress=False)
 
 
+@pytest.mark.parametrize('part', ['tokens/', 'tokenizer.json'])
 @pytest.mark.parametrize('code', [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_store_that_the_system_does_not_let_one_see_is_not_prepared_again(make_config, corpus, monkeypatch, code):
+def test_a_store_that_the_system_does_not_let_one_see_is_not_prepared_again(
+    make_config, corpus, tmp_path, monkeypatch, code, part
+):
     config = make_config(corpus[1])
     [store] = prepare(config.data, progress=False)
     look = os.stat
 
     def refused(path, *args, **kwargs):
-        if str(path).startswith(f'{store.path}/tokens/'):
+        if str(path).startswith(f'{store.path}/{part}'):
             raise OSError(code, os.strerror(code), str(path))
         return look(path, *args, **kwargs)
 
     monkeypatch.setattr(store_lib.os, 'stat', refused)
-    with pytest.raises(UserError, match=rf'cannot be read now \({os.strerror(code)}\); the store may be whole'):
+    words = rf'cannot be read now \({os.strerror(code)}\); the store may be whole'
+    with pytest.raises(UserError, match=words):
         prepare(config.data, progress=False)
+    with pytest.raises(UserError, match=words):  # a run that goes on with it does not look at the text then
+        open_dataset(config, (store.fingerprint,))
+    copy = tmp_path / 'copy'  # but takes what is there as well
+    monkeypatch.undo()
+    shutil.copytree(store.path, copy)
+    monkeypatch.setattr(store_lib.os, 'stat', refused)
+    assert open_dataset(make_config(f'store:{copy}'), (store.fingerprint,)).stores[0].path == str(copy)
     monkeypatch.undo()
     assert prepare(config.data, progress=False) == [store]
 

@@ -194,6 +194,20 @@ def test_streams_of_word_tokenizers_keep_spaces():
     assert [stream.push(token) for token in (0, 2, 1)] == ['a', '', ' b']  # also behind what is not shown
 
 
+def test_streams_of_bytes_show_characters_once_complete():
+    """Of a decoder that gives a mark for each byte of a run that is no text yet; a prompt may end in such a run."""
+    vocabulary = {f'<0x{byte:02X}>': byte for byte in range(256)} | {'</s>': 256, '▁a': 257}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace('▁', ' '), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+    ])  # fmt: skip
+    text = '漢字仮名' * 6
+    for prompt in ('', 'é漢' * 30):
+        stream = Tokenizer(backend).stream(after=list(prompt.encode()))
+        shown = [stream.push(token) for token in (*text.encode(), 257)]
+        assert ''.join(shown) == text + ' a' and shown[2::3] == [*text], shown
+
+
 PARTS = st.sampled_from(
     ['a', 'é', '漢', '_', '!', ' ', '\n', '\t', '\x1c', '\x85', '\u3000', '7', '́', '🙂', "'s", ' \t', 'a\x1c']
 )

@@ -109,7 +109,8 @@ def test_rotary_positions_in_older_and_newer_files():
 
 @pytest.mark.parametrize('values, tokens', [
     ({'max_position_embeddings': 512}, 512), ({'max_position_embeddings': 131072}, 2048),
-    ({'context_length': 1024}, 1024), ({}, 2048),
+    ({'context_length': 1024}, 1024), ({}, 2048), ({'max_position_embeddings': 'x'}, 2048),
+    ({'max_position_embeddings': 1}, 2),
 ])  # fmt: skip
 def test_text_is_scored_in_rows_that_the_model_was_made_for(values, tokens):
     assert context({'model_type': 'llama'} | values) == tokens

@@ -31,7 +31,8 @@ def by_two(command: str, run, *arguments: object, **options) -> str:
     """What two processes of two devices each print."""
     given = (command, '--processes', 2, '--devices-per-process', 2, '--workdir', run, *arguments)
     output = finish(launch('launch.local', *given), **options)
-    return re.sub(r'\[Gloo\] .*\n', '', output)
+    # Threads of one process may say it in each other's words.
+    return re.sub(r'\[Gloo\][^\n]*\n|Expected number of connected peer ranks is : \d+\n', '', output)
 
 
 def described(capsys, *arguments: object) -> str:
@@ -50,7 +51,7 @@ def test_two_processes_score_as_one(run, capsys):
     """Held-out text, its rows shared out over processes."""
     output, wanted = by_two('eval', run), described(capsys, 'eval', '--workdir', run)
     assert output.count('bits per byte') == 1 and output.count('\n') == 1, output
-    assert numbers(output) == pytest.approx(numbers(wanted), rel=1e-3) and numbers(wanted)[-1] > 100
+    assert numbers(output) == pytest.approx(numbers(wanted), rel=1e-3) and numbers(wanted)[-2] > 100
 
 
 @pytest.mark.slow
@@ -59,7 +60,7 @@ def test_two_processes_score_a_file_with_parameters_between_them(run, tmp_path, 
     text.write_text('the state of a loop ' * 90)
     output = by_two('eval', run, text, '--batch-size', 6, *MESH)
     assert numbers(output) == pytest.approx(numbers(described(capsys, 'eval', '--workdir', run, text)), rel=1e-3)
-    assert evaluate(run, [str(text)]).bytes == numbers(output)[-1]
+    assert evaluate(run, [str(text)]).bytes == numbers(output)[-2]
 
 
 @pytest.mark.slow

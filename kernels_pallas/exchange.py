@@ -3,8 +3,9 @@
 All functions run inside `jax.shard_map`, manual over the axis named; shard i holds the i-th slice of the sequence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,12 @@ GATHER_UP_TO = 4  # shards: one collective of six maps' bytes, where permutes ar
 
 Act = Callable[[jax.Array, jax.Array], jax.Array]  # (map, state) -> map applied to state
 Compose = Callable[[jax.Array, jax.Array], jax.Array]  # (first, second) -> second after first
+
+
+def begins_anew(call: Mapping[str, Any]) -> jax.Array | None:
+    """Bool [B]: whether a row's state begins anew in this shard, by a call's `reset` at a token that its `mask` has."""
+    reset, mask = call['reset'], call['mask']
+    return None if reset is None else jnp.any(reset if mask is None else reset & mask, 1)
 
 
 def entering_state(

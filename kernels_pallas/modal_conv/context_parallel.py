@@ -31,8 +31,8 @@ def modal_conv(*args, axis_name: str = exchange.AXIS, **kwargs) -> tuple:
     linear = jnp.moveaxis(
         poles(call['rate'].astype(local.dtype) * real, call['angle'].astype(local.dtype) * real), 0, 1
     )
-    if call['reset'] is not None:
-        linear = jnp.where(jnp.any(call['reset'], 1)[:, None, None, None], 0, linear)
+    if (anew := exchange.begins_anew(call)) is not None:
+        linear = jnp.where(anew[:, None, None, None], 0, linear)
     product = lambda a, b: jnp.moveaxis(times(jnp.moveaxis(a, 1, 0), jnp.moveaxis(b, 1, 0)), 0, 1)
     entering = exchange.entering_state(
         linear,

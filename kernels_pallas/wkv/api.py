@@ -33,7 +33,8 @@ def wkv(
       decay: [D], >= 0, what an exponent loses at each token.
       bonus: [D].
       reset: bool [B, T]; no token sees what is before one where it is True (the start of a document).
-      mask: bool [B, T], the real tokens; the others leave the state as it is, and their y is arbitrary.
+      mask: bool [B, T], the real tokens; the others, also where reset is True, leave the state as it is, and their y is
+        arbitrary.
       initial_state: [B, 3, D]: numerator, denominator, exponent; `EMPTY` is the exponent of nothing, which None is.
         Differentiable in its first two rows: the third only scales them.
       implementation: None or 'chunked' (chunks that the backward pass computes again: memory is linear in T; a chunk is
@@ -57,6 +58,7 @@ def wkv(
     else:
         numerator, denominator, exponent = (initial_state.astype(wide)[:, i] for i in range(3))
         state = numerator, denominator, jax.lax.stop_gradient(exponent)
+    reset = reset if reset is None or mask is None else reset & mask
     given = (k, values, decay, bonus, reset, mask, state)
     candidates = (
         Candidate('chunked', lambda: xla.chunked(*given, chunk)),

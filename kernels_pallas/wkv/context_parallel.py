@@ -29,8 +29,8 @@ def wkv(*args, axis_name: str = exchange.AXIS, **kwargs) -> tuple:
     batch, length, width = call['k'].shape
     real = length if call['mask'] is None else jnp.sum(call['mask'], 1)[:, None]
     log_decay = jnp.broadcast_to(-call['decay'].astype(local.dtype) * real, (batch, width))
-    if call['reset'] is not None:
-        log_decay = jnp.where(jnp.any(call['reset'], 1)[:, None], EMPTY, log_decay)
+    if (anew := exchange.begins_anew(call)) is not None:
+        log_decay = jnp.where(anew[:, None], EMPTY, log_decay)
     decays, states = (lax.all_gather(x, axis_name) for x in (log_decay, local))
     by_part = lambda x: (x[:, 0], x[:, 1], jax.lax.stop_gradient(x[:, 2]))
     if initial is None:

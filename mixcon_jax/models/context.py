@@ -38,6 +38,12 @@ class Context:
         """The first token of each document."""
         return (self.positions == 0) & self.mask
 
+    @property
+    def rows(self) -> 'Context':
+        """Each row as one token, which is real if any of its tokens is."""
+        real = self.mask.any(axis=1, keepdims=True).astype(jnp.int32)
+        return Context(real, jnp.zeros_like(real))
+
     def fold(self, data: int | Int[Array, '']) -> 'Context':
         """Returns a context whose noise is independent of this one's."""
         return self if self.rng is None else dataclasses.replace(self, rng=jax.random.fold_in(self.rng, data))

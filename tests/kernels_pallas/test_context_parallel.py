@@ -11,7 +11,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels_pallas import adaptive_gain, attention, context_parallel, exchange
+from kernels_pallas.modal_conv import context_parallel as modal_conv_cp
 from kernels_pallas.selective_scan import api, selective_scan
+from kernels_pallas.wkv import context_parallel as wkv_cp
 
 B, T, D, N, H, P = 2, 16, 4, 3, 2, 4
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -36,7 +38,7 @@ def on_shards(function, shards, outputs, **arguments):
     return jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=outputs, check_vma=False)(arguments)
 
 
-TOKENS = ('u', 'dt', 'z', 'B', 'C', 'reset', 'e', 'alpha', 'log_decay', 'q', 'k', 'v', 'segment_ids', 'x')
+TOKENS = ('u', 'dt', 'z', 'B', 'C', 'reset', 'e', 'alpha', 'log_decay', 'q', 'k', 'v', 'segment_ids', 'x', 'mask')
 BORDERS = {
     'none': (),
     'on every border': (0, 2, 4, 6, 8, 10, 12, 14),
@@ -256,3 +258,28 @@ def test_an_unknown_exchange_is_refused():
     local = functools.partial(context_parallel.selective_scan, exchange_by='pigeon')
     with pytest.raises(ValueError, match="no exchange 'pigeon'; available: permute, gather"):
         on_shards(local, 2, (SPLIT, WHOLE), **arrays)
+
+
+# ----- recurrences with a mask -----
+def draw_masked(name):
+    """Arguments of `wkv` or `modal_conv`, whose resets fall on padding, too."""
+    rng = np.random.default_rng(3)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    reset, mask = jnp.asarray(rng.random((B, T)) < 0.3), jnp.asarray(rng.random((B, T)) < 0.7)
+    arrays = {'v': normal(B, T, D), 'reset': reset, 'mask': mask}
+    if name == 'wkv':
+        state = jnp.stack([normal(B, D), normal(B, D) ** 2, normal(B, D)], 1)
+        return arrays | {'k': normal(B, T, D), 'decay': normal(D) ** 2, 'bonus': normal(D), 'initial_state': state}
+    poles = {'rate': normal(N, D) ** 2, 'angle': normal(N, D), 'residue': normal(2, N, D), 'skip': normal(D)}
+    return arrays | poles | {'initial_state': normal(B, 2, N, D)}
+
+
+@pytest.mark.parametrize('module', [wkv_cp, modal_conv_cp], ids=['wkv', 'modal_conv'])
+def test_a_reset_that_is_padding_leaves_the_state(module):
+    function = module.CALL.function
+    arrays = draw_masked(function.__name__)
+    assert bool((arrays['reset'] & ~arrays['mask']).any())
+    real = lambda y, state: (jnp.where(arrays['mask'][..., None], y, 0), state)
+    wanted = real(*function(**arrays | {'reset': arrays['reset'] & arrays['mask']}))
+    assert_close(real(*function(**arrays)), wanted)
+    assert_close(real(*on_shards(module.CALL.context_parallel, 4, (SPLIT, WHOLE), **arrays)), wanted)

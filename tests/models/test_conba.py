@@ -169,3 +169,10 @@ def test_bounded_gain_never_makes_the_error_larger(seed):
     correction, _, _ = layer.control.correction(y, law, context, None, 0)
     heads = lambda value: jnp.linalg.norm(value.reshape(2, 40, -1, layer.control.head_dim), axis=-1)
     assert (heads(y - correction) <= heads(y) * (1 + 1e-5)).all()
+
+
+def test_rows_of_padding_have_no_part_in_statistics():
+    layer, x = perturbed(build({'control': 'diag'}), 1), tokens(0)
+    real, both = Context.whole(1, T), Context(jnp.asarray([[1] * T, [0] * T]), jnp.stack([jnp.arange(T)] * 2))
+    stats = [layer(x[: len(each.mask)], each, None)[2]['stats'] for each in (real, both)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *stats)

@@ -387,11 +387,12 @@ class Control(nnx.Module):
         kappa = jax.nn.sigmoid(self.kappa[...]) if self.options.kappa == 'bounded' else self.kappa[...]
         correction = (kappa[:, None] * applied).reshape(y.shape)
         power = masked_mean(y * y, context) + jnp.finfo(jnp.float32).tiny
+        size = jnp.sqrt(jnp.sum(gain * gain, axis=tuple(range(2, gain.ndim))))
         stats = {
             'kappa': jnp.mean(kappa),
             'alpha': masked_mean(law.alpha, context),
             'decay': masked_mean(jnp.exp(law.log_decay), context),
-            'gain_norm': jnp.mean(jnp.sqrt(jnp.sum(gain * gain, axis=tuple(range(2, gain.ndim))))),
+            'gain_norm': masked_mean(size[:, None], context.rows),
             'correction': jnp.sqrt(masked_mean(correction * correction, context) / power),
         }
         return correction, gain, jax.tree.map(jax.lax.stop_gradient, stats)

@@ -79,16 +79,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         if os.path.isfile(path) or os.path.isfile(path.rpartition(':')[0]):
             raise ConfigError(f'experiment file {path}: its path must not hold a colon, after which comes its argument')
         raise ConfigError(f'experiment file {file} does not exist; give the path of a Python file with get_config()')
+    if not os.access(file, os.R_OK):
+        raise ConfigError(f'experiment file {file} cannot be read: permission denied')
     expected = dict(leaves())
-    for override in overrides:
-        key = override.split('=')[0]
+    latest = {override.partition('=')[0]: override for override in overrides}  # of one key the last counts
+    for key, override in latest.items():
         if '=' not in override:
             raise ConfigError(f'override {override!r} has no value; write {key}=VALUE')
         if not key.startswith(NAMED):
             _require(key, expected)
-    if any(override.startswith(NAMED) for override in overrides):
+    if any(key.startswith(NAMED) for key in latest):
         _require_given(load(path), overrides)
-    argv = ['mixcon', f'--config={path}', *(f'--config.{_quoted(override, expected)}' for override in overrides)]
+    argv = ['mixcon', f'--config={path}', *(f'--config.{_quoted(override, expected)}' for override in latest.values())]
     sys.modules.pop('config_config', None)  # ml_collections runs every file in this one module, leftovers included
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
@@ -383,8 +385,7 @@ def _require(key: str, expected: Mapping[str, Option]) -> None:
         return
     if key + '.' == NAMED:
         raise ConfigError(f"{key} holds groups of options by name; write {NAMED}NAME = dict(kind='...', ...)")
-    inside = [name for name in expected if name.startswith(key + '.')]
-    if inside:
+    if inside := [name for name in expected if name.startswith(key + '.')]:
         raise ConfigError(f'{key} is a group of options; set one of them, such as {inside[0]}')
     # A key that is right but for its group is more likely meant than one that merely looks alike.
     last = key.split('.')[-1]

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+import os
 import re
 import textwrap
 
@@ -204,6 +205,18 @@ def test_an_experiment_file_in_the_home_folder(experiment, monkeypatch, tmp_path
     """As in --config=~/experiment.py, where no shell replaces the ~."""
     monkeypatch.setenv('HOME', str(tmp_path))
     assert configs.load('~/experiment.py:hello').name == 'hello'
+
+
+def test_of_an_option_that_is_given_twice_the_last_counts(experiment):
+    overrides = ['model.pattern=mamba', 'train.steps=70', 'train.steps=80', 'model.pattern=conba+mlp,mamba']
+    config = configs.load(experiment, overrides)
+    assert config.model.pattern == ('conba+mlp', 'mamba') and config.train.steps == 80
+
+
+def test_an_experiment_file_that_may_not_be_read(experiment, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    with pytest.raises(ConfigError, match=r'experiment\.py cannot be read: permission denied'):
+        configs.load(experiment)
 
 
 def test_missing_experiment_file():

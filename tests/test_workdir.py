@@ -194,6 +194,16 @@ def test_a_run_whose_last_checkpoint_is_half_gone_is_not_done(folder, tmp_path):
     assert Workdir(workdir).finished(small(folder)) is None
 
 
+@pytest.mark.parametrize('lost', ['_CHECKPOINT_METADATA', 'model/_sharding'])
+def test_a_run_whose_last_checkpoint_lost_nothing_that_it_is_read_by_is_done_again(folder, tmp_path, lost):
+    workdir = copy_of(folder, tmp_path)
+    before = Workdir(workdir).finished(small(folder))
+    (workdir / 'checkpoints' / '4' / lost).unlink()
+    assert Workdir(workdir).finished(small(folder)) is None
+    assert train(small(folder), workdir).fingerprint == before['fingerprint']
+    assert Workdir(workdir).finished(small(folder)) is not None
+
+
 @pytest.mark.parametrize('damage', [
     {'loss': None}, {'loss': '3'}, {'loss': 10**400}, {'step': '4'}, {'step': None}, {'step': True}, {'bytes': ...},
     {'fingerprint': ...}, {'fingerprint': 3}, {'kind': None}, {'baselines': None}, {'tokens': [1]}, {'perplexity': '1'},

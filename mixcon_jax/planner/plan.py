@@ -143,7 +143,9 @@ def read_limit(text: str, target: str) -> int:
 def require_extra() -> None:
     """Raises: UserError: what compiles is not installed."""
     if importlib.util.find_spec('jax_plugins') is None or importlib.util.find_spec('jax_plugins.xla_cuda13') is None:
-        raise UserError('`mixcon plan` needs the extra "plan": pip install -r requirements-plan.lock')
+        raise UserError(
+            '`mixcon plan` needs the extra "plan": make setup EXTRAS=plan, or pip install -r requirements-plan.lock'
+        )
 
 
 def place(option: str, file: str) -> Path:

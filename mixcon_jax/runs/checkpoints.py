@@ -337,6 +337,8 @@ class Checkpoints:
             return meta, arrays, contents['checksums']
 
         meta, arrays = restoring.verified(read)
+        if jax.process_index() == 0 and not saved.is_whole(self.folder, step):
+            saved.note_files(self.folder, step)  # what it has lost is nothing that it is read by
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), meta
 
     def _load(self, step: int, shardings: Shardings) -> tuple[Tree, Meta]:

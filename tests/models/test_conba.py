@@ -44,7 +44,7 @@ def literal_loop(layer, x):
     The gain steps down the gradient of half the squared corrected error along the error's direction, taken by autodiff;
     everything is a loop over tokens, and the loop is closed: the corrected drive makes the next state.
     """
-    inputs = layer.inputs(x[None], Context.whole(1, len(x)), None)
+    inputs = layer.inputs(*layer.halves(x[None]), Context.whole(1, len(x)), None)
     control, options = layer.control, layer.options
     law = control.law(x[None], inputs.u, Context.whole(1, len(x)))
     u_d, dt, B, C = (value[0] for value in (inputs.u, inputs.dt, inputs.B, inputs.C))

@@ -79,9 +79,10 @@ def require_unchanged(case: Case) -> None:
     Raises:
       ConfigError: names what differs, or says why the file cannot be read any more.
     """
-    now, again = (configs.validate(configs.load(case.path, case.overrides)) for _ in range(2))
+    read = lambda: configs.validate(configs.load(case.path, case.overrides))
+    now = read()
     changed = configs.differences(case.config, now)
-    if changed and not configs.differences(now, again):  # else it is another each time it is read
+    if changed and not configs.differences(now, read()):  # else it is another each time it is read
         raise ConfigError(f'{case.path} has changed since this sweep began ({listed(changed)}); begin the sweep again')
 
 

@@ -38,7 +38,6 @@ from mixcon_jax.parallel.split import TOKENS, axes_of, by_parts, shards_of
 TITLE = 'experts: share of tokens'  # of the statistics' table
 METHODS = ('padded', 'ragged')  # those of parallel.expert_parallel
 DENSE_TOKENS = 64  # up to here running every expert is cheaper than sorting
-FEW = 4  # experts a (token, choice) pair from which on pairs go one by one: a GPU takes some launches for each
 DIMS = {
     'x': 'b t d', 'chosen': 'b t k', 'weights': 'b t k', 'mask': 'b t k',
     'w_gate': 'e d f', 'w_up': 'e d f', 'w_down': 'e f o',
@@ -110,7 +109,7 @@ class Routed(Layer):
             'implementation': Option(
                 '',
                 'Expert products: "" picks; dense runs every expert, grouped sorts tokens, single takes one token and'
-                ' expert after another, as few tokens do.',
+                ' expert after another, as few tokens do on a CPU.',
                 one_of('', 'dense', 'grouped', 'single'),
                 free=True,
             ),
@@ -362,7 +361,7 @@ def matrices_of(owner: nnx.Module) -> Matrices:
 def _form(chosen: Int[Array, 'b t k'], count: int, width: int) -> str:
     """How products with so many experts of such a width are made where nobody says it."""
     whole = shards_of('experts', count) == shards_of('mlp', width) == shards_of('batch', len(chosen)) == 1
-    if whole and chosen.size * (1 if platform.platform() == 'cpu' else FEW) <= count:
+    if whole and chosen.size <= count and platform.platform() == 'cpu':  # no GPU has run it
         return 'single'
     return 'dense' if chosen.shape[0] * chosen.shape[1] <= DENSE_TOKENS else 'grouped'
 

@@ -180,14 +180,12 @@ def _walk(computations, name: str, times: float, rounds: Rounds) -> Iterator[Ker
         opcode = instruction.opcode
         if opcode == 'while':
             known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', instruction.attributes)
+            trips = int(known[1]) if known else None
             guess = rounds(instruction.operation) if callable(rounds) else rounds
-            counted = int(known[1]) if known else guess
-            found = Loop(
-                instruction.name, instruction.operation, round(times), int(known[1]) if known else None, counted
-            )
-            yield found
+            counted = guess if trips is None else trips
+            yield Loop(instruction.name, instruction.operation, round(times), trips, counted)
             yield from _walk(computations, instruction.called('body'), times * counted, rounds)
-            if not known and instruction.called('condition'):
+            if trips is None and instruction.called('condition'):
                 yield from _walk(computations, instruction.called('condition'), times * (counted + 1), rounds)
         elif opcode in ('call', 'async-start'):
             called = instruction.called('to_apply') or instruction.called('calls')

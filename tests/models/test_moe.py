@@ -10,6 +10,7 @@ from flax import nnx
 
 from kernels_pallas.grouped_matmul import grouped_matmul
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.expert_products import products
 from mixcon_jax.models.ffns.moe import MoE
 from mixcon_jax.models.layers import Parameters
 from mixcon_jax.models.routed import Choice
@@ -78,7 +79,7 @@ def test_gate_and_up_are_kept_in_one_piece():
     sizes = jnp.full((layer.moe.num_experts,), rows // layer.moe.num_experts)
     matrices = {name: jnp.asarray(getattr(layer, name)[...], jnp.bfloat16) for name in ('w_gate', 'w_up', 'w_down')}
     width = matrices['w_down'].shape[1]
-    pull = lambda x, matrices: jax.vjp(lambda *args: layer._products(args[0], sizes, args[1]), x, matrices)[1]
+    pull = lambda x, matrices: jax.vjp(lambda *args: products(args[0], sizes, args[1]), x, matrices)[1]
     leaves = jax.tree.leaves(jax.eval_shape(pull, jax.ShapeDtypeStruct((rows, DIM), jnp.bfloat16), matrices))
     assert sorted(leaf.shape[1] for leaf in leaves if leaf.shape[:1] == (rows,)) == sorted([DIM, 2 * width, width])
 

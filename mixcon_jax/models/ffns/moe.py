@@ -5,10 +5,11 @@ from jaxtyping import Array, Float
 
 from mixcon_jax.checks import divides
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.expert_products import make_experts, matrices_of
 from mixcon_jax.models.ffns.mlp import swiglu
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
 from mixcon_jax.models.published import Published, experts, linear
-from mixcon_jax.models.routed import Routed, make_experts, matrices_of
+from mixcon_jax.models.routed import Routed
 
 WEIGHTS = {'experts.gate_up_proj': experts('w_gate', 'w_up'), 'experts.down_proj': experts('w_down')}
 

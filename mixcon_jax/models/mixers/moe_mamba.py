@@ -4,9 +4,10 @@ from jaxtyping import Array, Float
 
 from mixcon_jax.checks import ConfigError, divides
 from mixcon_jax.models.context import Context
+from mixcon_jax.models.expert_products import Experts, matrices_of
 from mixcon_jax.models.layers import Aux, Parameters, State, normal, output_std, project
 from mixcon_jax.models.mixers.mamba import Mamba
-from mixcon_jax.models.routed import Experts, Routed, matrices_of
+from mixcon_jax.models.routed import Routed
 from mixcon_jax.options import COUNT, Check, Option
 
 PROJECTIONS = ('conv', 'gate', 'output')

@@ -10,10 +10,11 @@ import numpy as np
 from mixcon_jax.data.disk import SCRATCH
 from mixcon_jax.data.documents import SPLITS, Document
 from mixcon_jax.data.files import Skipped
+from mixcon_jax.data.metadata import VERSION
 from mixcon_jax.data.paths import NothingThereError
 from mixcon_jax.data.prepared import PreparedStore, key_of
 from mixcon_jax.data.sources import Source, open_source
-from mixcon_jax.data.store import VERSION, NotWhole, read_array, read_metadata, require_file, require_parts
+from mixcon_jax.data.store import NotWhole, read_array, read_metadata, require_file, require_parts
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand, expand_folder

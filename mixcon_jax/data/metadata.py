@@ -7,6 +7,7 @@ from typing import Any
 
 from mixcon_jax.data.documents import SPLITS
 
+VERSION = 2  # of the format, as it is written
 READABLE = (1, 2)
 ARRAYS = {'tokens': None, 'offsets': 'int64', 'bytes': 'int64', 'split': 'uint8'}
 

@@ -24,7 +24,7 @@ from mixcon_jax.data.prepared import PreparedStore, baselines, key_of, require_t
 from mixcon_jax.data.remarks import remarks
 from mixcon_jax.data.sources import Source, in_common, open_source
 from mixcon_jax.data.statistics import Progress, RoundTrip, Say, Statistics
-from mixcon_jax.data.store import StoreWriter
+from mixcon_jax.data.store_writer import StoreWriter
 from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
 from mixcon_jax.host.paths import expand, expand_folder

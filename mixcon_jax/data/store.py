@@ -25,117 +25,17 @@ import tensorstore as ts
 from jaxtyping import Int, Integer
 
 from mixcon_jax.data.documents import SPLITS
-from mixcon_jax.data.metadata import ARRAYS, READABLE, checksum, complaint
+from mixcon_jax.data.metadata import READABLE, complaint
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import system
 
-VERSION = 2
-SHARD = 1 << 25  # tokens a file: the writer's buffer, 64 or 128 MiB
-CHUNK = 1 << 15  # tokens a chunk: what reading one token costs
+SHARD = 1 << 25  # tokens a file: what is held to write or to verify them, 64 or 128 MiB
 MEMORY_LIMIT = 256 << 20  # bytes of tokens up to which a store is held in memory, and of cached chunks above it
 REMEDY = 'restore it, or delete the folder and prepare the text again'
 
 
 class NotWhole(UserError):
     """There is no token store, or it is damaged."""
-
-
-def _array_spec(dtype: str) -> dict[str, Any]:
-    """Metadata of a growing zarr3 array; every chunk carries a checksum that reading verifies."""
-    inner = [{'name': 'zstd', 'configuration': {'level': 1}}, {'name': 'crc32c'}]
-    raw = {'name': 'bytes', 'configuration': {'endian': 'little'}} if dtype != 'uint8' else {'name': 'bytes'}
-    shards = {
-        'chunk_shape': [CHUNK],
-        'codecs': [raw, *inner],
-        'index_codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
-    }
-    return {
-        'shape': [0],
-        'data_type': dtype,
-        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [SHARD]}},
-        'codecs': [{'name': 'sharding_indexed', 'configuration': shards}],
-    }
-
-
-class _Appender:
-    """Writes an array whose length is not known, one shard at a time."""
-
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        spec = {
-            'driver': 'zarr3',
-            'kvstore': {'driver': 'file', 'path': f'{path}/'},
-            'metadata': _array_spec(dtype.name),
-            'store_data_equal_to_fill_value': True,  # so that a chunk that is missing is missing, and not all zeros
-        }
-        self._array = ts.open(spec, create=True).result()
-        self._dtype, self._waiting = dtype, 0
-        self._parts: list[np.ndarray] = []
-        self.sha256, self.size = hashlib.sha256(), 0
-
-    def append(self, values: Integer[np.ndarray, 'n']) -> None:
-        self._parts.append(np.asarray(values, self._dtype))
-        self._waiting += len(values)
-        while self._waiting >= SHARD:
-            joined = np.concatenate(self._parts)
-            self._write(joined[:SHARD])
-            self._parts, self._waiting = [joined[SHARD:]], joined.size - SHARD
-
-    def finish(self) -> None:
-        if self._waiting:
-            self._write(np.concatenate(self._parts))
-        self._parts, self._waiting = [], 0
-
-    def _write(self, values: Integer[np.ndarray, 'n']) -> None:
-        start, self.size = self.size, self.size + values.size
-        self._array = self._array.resize(exclusive_max=[self.size], expand_only=True).result()
-        self._array[start : self.size].write(values).result()
-        self.sha256.update(_little(values))
-
-
-def _little(values: np.ndarray) -> bytes:
-    return values.astype(values.dtype.newbyteorder('<'), copy=False).tobytes()
-
-
-class StoreWriter:
-    """Writes a store into a folder, document by document; it is one only after ``finish``."""
-
-    def __init__(self, path: str | os.PathLike[str], dtype: np.dtype) -> None:
-        self.path = Path(path)
-        self.path.mkdir()
-        self._tokens = _Appender(self.path / 'tokens', np.dtype(dtype))
-        self._offsets: list[int] = [0]
-        self._bytes: list[int] = []
-        self._split: list[bool] = []
-
-    @property
-    def num_tokens(self) -> int:
-        return self._offsets[-1]
-
-    def add(self, tokens: Integer[np.ndarray, 'n'], num_bytes: int, heldout: bool) -> None:
-        self._tokens.append(tokens)
-        self._offsets.append(self._offsets[-1] + len(tokens))
-        self._bytes.append(num_bytes)
-        self._split.append(heldout)
-
-    def finish(self, metadata: Mapping[str, Any]) -> None:
-        """Writes what remains, and metadata.json with the counts and checksums; what else is in it is given."""
-        self._tokens.finish()
-        digests = {'tokens': self._tokens.sha256.hexdigest()}
-        columns = {'offsets': self._offsets, 'bytes': self._bytes, 'split': self._split}
-        for name, values in columns.items():
-            appender = _Appender(self.path / name, np.dtype(ARRAYS[name]))
-            appender.append(np.array(values, ARRAYS[name]))
-            appender.finish()
-            digests[name] = appender.sha256.hexdigest()
-        counts = counts_of(*(np.array(values, ARRAYS[name]) for name, values in columns.items()))
-        files = {
-            path.relative_to(self.path).as_posix(): path.stat().st_size
-            for path in sorted(self.path.rglob('*'))
-            if path.is_file()
-        }
-        record = {'version': VERSION, **metadata, 'counts': counts, 'sha256': digests, 'files': files}
-        record['checksum'] = checksum(record)
-        (self.path / 'metadata.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
 def counts_of(
@@ -357,7 +257,7 @@ def read_array(path: str, name: str, metadata: Mapping[str, Any]) -> np.ndarray:
         values = array.read().result()
     except Exception as error:
         raise _unread(path, name, error) from error
-    if hashlib.sha256(_little(values)).hexdigest() != metadata['sha256'][name]:
+    if hashlib.sha256(little_endian(values)).hexdigest() != metadata['sha256'][name]:
         raise NotWhole(f'{path}: damaged token store: {name} differs from its checksum; {REMEDY}')
     return values
 
@@ -374,12 +274,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def little_endian(values: np.ndarray) -> bytes:
+    """The bytes that a checksum is of."""
+    return values.astype(values.dtype.newbyteorder('<'), copy=False).tobytes()
+
+
 def hash_array(path: str, name: str) -> str:
     """sha256 of an array of a store, as its metadata states it; reads ``SHARD`` values at a time."""
     array, digest = _open_array(path, name), hashlib.sha256()
     try:
         for start in range(0, array.shape[0], SHARD):
-            digest.update(_little(array[start : min(start + SHARD, array.shape[0])].read().result()))
+            digest.update(little_endian(array[start : min(start + SHARD, array.shape[0])].read().result()))
     except Exception as error:
         raise _unread(path, name, error) from error
     return digest.hexdigest()

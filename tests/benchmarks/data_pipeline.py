@@ -14,7 +14,7 @@ import numpy as np
 from mixcon_jax import config as config_lib
 from mixcon_jax import step
 from mixcon_jax.data import TokenStore, TrainBatches
-from mixcon_jax.data.store import StoreWriter
+from mixcon_jax.data.store_writer import StoreWriter
 from mixcon_jax.parallel.mesh import make_mesh
 from tests.data.cases import METADATA
 

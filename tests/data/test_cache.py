@@ -15,6 +15,7 @@ import pytest
 
 from mixcon_jax.data import disk, open_dataset, prepare
 from mixcon_jax.data import store as store_lib
+from mixcon_jax.data.store_writer import StoreWriter
 from mixcon_jax.errors import UserError
 from tests.data.cases import lossy_tokenizer, make_texts, write_jsonl
 
@@ -252,13 +253,13 @@ def test_without_locks_the_faster_process_wins(make_config, corpus, monkeypatch)
     config = make_config(corpus[1])
     [store] = prepare(config.data, progress=False)
     shutil.move(store.path, store.path + '.faster')
-    finish = store_lib.StoreWriter.finish
+    finish = StoreWriter.finish
 
     def slow(writer, metadata):
         finish(writer, metadata)
         shutil.move(store.path + '.faster', store.path)
 
-    monkeypatch.setattr(store_lib.StoreWriter, 'finish', slow)
+    monkeypatch.setattr(StoreWriter, 'finish', slow)
     assert prepare(config.data, progress=False) == [store]
     assert not [name for name in contents(Path(store.path).parent) if '.tmp' in name]
 

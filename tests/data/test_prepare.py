@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mixcon_jax.data import TokenStore, baselines, prepare
-from mixcon_jax.data import store as store_lib
+from mixcon_jax.data import TokenStore, baselines, prepare, store_writer
 from mixcon_jax.errors import UserError
 from tests.data.cases import make_texts, write_jsonl
 
@@ -181,7 +180,7 @@ def test_a_full_disk_is_one_line(make_config, corpus, monkeypatch, where, error)
     def full(*_):
         raise error
 
-    monkeypatch.setattr(store_lib._Appender, where, full)
+    monkeypatch.setattr(store_writer._Appender, where, full)
     config = make_config(corpus[1])
     assert 'disk full' in one_line_error(config.data)
     assert [name for name in contents(config.data.cache_dir) if not name.startswith('tokenizer-')] == []

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixcon_jax.data import store as store_lib
-from mixcon_jax.data.store import StoreWriter, TokenStore
+from mixcon_jax.data import store_writer
+from mixcon_jax.data.store import TokenStore
+from mixcon_jax.data.store_writer import StoreWriter
 from mixcon_jax.errors import UserError
 from tests.data.cases import METADATA
 
@@ -29,11 +30,11 @@ def write(
 
 @pytest.mark.parametrize('dtype', [np.uint16, np.uint32])
 @pytest.mark.parametrize('memory_limit', [0, 1 << 20])
-@pytest.mark.parametrize('shard, chunk', [(128, 16), (store_lib.SHARD, store_lib.CHUNK)])
+@pytest.mark.parametrize('shard, chunk', [(128, 16), (store_writer.SHARD, store_writer.CHUNK)])
 @pytest.mark.parametrize('url', [False, True])
 def test_reads_what_was_written(tmp_path, monkeypatch, dtype, memory_limit, shard, chunk, url):
-    monkeypatch.setattr(store_lib, 'SHARD', shard)
-    monkeypatch.setattr(store_lib, 'CHUNK', chunk)
+    monkeypatch.setattr(store_writer, 'SHARD', shard)
+    monkeypatch.setattr(store_writer, 'CHUNK', chunk)
     path = tmp_path / 's'
     documents, heldout, sizes = write(path, dtype=dtype)
     for split, side in (('train', False), ('heldout', True)):
@@ -52,11 +53,11 @@ def test_reads_what_was_written(tmp_path, monkeypatch, dtype, memory_limit, shar
 
 
 def test_shards_are_written_whole_and_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_lib, 'SHARD', 64)
-    monkeypatch.setattr(store_lib, 'CHUNK', 16)
-    writes, original = [], store_lib._Appender._write
+    monkeypatch.setattr(store_writer, 'SHARD', 64)
+    monkeypatch.setattr(store_writer, 'CHUNK', 16)
+    writes, original = [], store_writer._Appender._write
     monkeypatch.setattr(
-        store_lib._Appender, '_write', lambda self, values: (writes.append(values.size), original(self, values))
+        store_writer._Appender, '_write', lambda self, values: (writes.append(values.size), original(self, values))
     )
     writer = StoreWriter(tmp_path / 's', np.dtype(np.uint16))
     for size in (10, 200, 3, 64, 0, 41):
@@ -151,8 +152,8 @@ def refused(path: Path, words: str, memory_limit: int = 0) -> None:
 @pytest.mark.parametrize('version', [1, 2])
 def test_every_part_must_be_there_before_anything_is_read(tmp_path, monkeypatch, version):
     """Tokens that are not held in memory: a missing file would read as zeros, which are tokens."""
-    monkeypatch.setattr(store_lib, 'SHARD', 128)
-    monkeypatch.setattr(store_lib, 'CHUNK', 16)
+    monkeypatch.setattr(store_writer, 'SHARD', 128)
+    monkeypatch.setattr(store_writer, 'CHUNK', 16)
     path = tmp_path / 's'
     write(path)
     record = json.loads((path / 'metadata.json').read_text())
@@ -177,8 +178,8 @@ def test_every_part_must_be_there_before_anything_is_read(tmp_path, monkeypatch,
 
 
 def test_a_part_that_goes_missing_later_is_no_zeros(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_lib, 'SHARD', 128)
-    monkeypatch.setattr(store_lib, 'CHUNK', 16)
+    monkeypatch.setattr(store_writer, 'SHARD', 128)
+    monkeypatch.setattr(store_writer, 'CHUNK', 16)
     write(tmp_path / 's')
     store = TokenStore.open(tmp_path / 's', 'train', 0)
     (tmp_path / 's' / 'tokens' / 'c' / '3').unlink()
@@ -189,8 +190,8 @@ def test_a_part_that_goes_missing_later_is_no_zeros(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('memory_limit', [0, 1 << 20])
 def test_tokens_that_are_zero_are_no_missing_ones(tmp_path, monkeypatch, memory_limit):
-    monkeypatch.setattr(store_lib, 'SHARD', 64)
-    monkeypatch.setattr(store_lib, 'CHUNK', 16)
+    monkeypatch.setattr(store_writer, 'SHARD', 64)
+    monkeypatch.setattr(store_writer, 'CHUNK', 16)
     writer = StoreWriter(tmp_path / 's', np.dtype(np.uint16))
     writer.add(np.zeros(200, np.uint16), 1, False)
     writer.finish(METADATA)

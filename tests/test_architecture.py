@@ -14,8 +14,8 @@ PACKAGES = ('mixcon_jax', 'kernels_pallas', 'launch', 'experiments')
 FOUNDATION = {f'mixcon_jax.{name}' for name in ('errors', 'parsing', 'host', 'options', 'checks', 'units')}
 CONFIGURATION = {
     *FOUNDATION, 'mixcon_jax.config', 'mixcon_jax.parallel.axes', 'mixcon_jax.models.kinds',
-    'mixcon_jax.models.pattern', 'mixcon_jax.models.reported', 'mixcon_jax.models.mixers', 'mixcon_jax.models.ffns',
-    'mixcon_jax.data',
+    'mixcon_jax.models.declared', 'mixcon_jax.models.pattern', 'mixcon_jax.models.reported',
+    'mixcon_jax.models.mixers', 'mixcon_jax.models.ffns', 'mixcon_jax.data',
 }  # fmt: skip
 ARRAYS = {
     'kernels_pallas',

@@ -17,9 +17,9 @@ class Layer(nnx.Module):
     """A mixer or an FFN: one call for training, prefill and decoding, and what must be known to plan with it.
 
     ``OPTIONS``, ``STATISTICS``, ``check`` and ``check_split`` describe the class to whoever reads a configuration,
-    which must not load JAX: they are read from the source of the class (``mixcon_jax.models.kinds``), so they may use
-    literals, the standard library, ``mixcon_jax.options`` and ``mixcon_jax.checks``. A subclass adds to those of its
-    bases, but ``PUBLISHED`` takes the place of theirs.
+    which must not load JAX: they are read from the source of the class (``mixcon_jax.models.declared``), so they may
+    use literals, the standard library, ``mixcon_jax.options`` and ``mixcon_jax.checks``. A subclass adds to those of
+    its bases, but ``PUBLISHED`` takes the place of theirs.
 
     Args:
       config: ``config.model``, resolved; of a part that a pattern calls by a name of ``model.layers``, with the options

@@ -15,7 +15,7 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax.cli import main
-from mixcon_jax.models import kinds, mixers, pattern
+from mixcon_jax.models import declared, mixers, pattern
 from mixcon_jax.models.accounting import flops_per_token, parameter_count, parameters, state_bytes
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import create
@@ -45,7 +45,7 @@ def added(tmp_path, monkeypatch):
     monkeypatch.setitem(mixers.MIXERS, 'mingru', runpy.run_path(str(registry))['MIXERS']['mingru'])
     yield
     sys.modules.pop(MODULE, None)
-    kinds._of_source.cache_clear()
+    declared.of_source.cache_clear()
 
 
 def model_config(**options):

@@ -13,7 +13,7 @@ import pytest
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import ConfigError
-from mixcon_jax.models import kinds
+from mixcon_jax.models import declared, kinds
 from mixcon_jax.models.layer import Layer
 from tests.models import cases
 from tests.tiny import ROOT
@@ -43,7 +43,7 @@ def test_the_description_from_the_source_is_that_of_the_class(name, role, monkey
     monkeypatch.setitem(kinds.REGISTRIES[role], name, kind)
     of_class = kinds.describe(name, role)
     assert from_source is not of_class and plain(of_class) == plain(from_source)
-    assert from_source.declarations[0].owner == kinds.CONTRACT
+    assert from_source.declarations[0].owner == declared.CONTRACT
 
 
 def test_a_mixers_options_are_its_bases_and_its_own():

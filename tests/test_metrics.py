@@ -15,9 +15,10 @@ from mixcon_jax.errors import UserError
 from mixcon_jax.models.reported import RECORDED
 from mixcon_jax.planning.hardware import peak_flops
 from mixcon_jax.runs.goodput import KINDS, Clock
-from mixcon_jax.runs.metrics import Metrics, Progress, TensorBoard, round_down, scalars
+from mixcon_jax.runs.metrics import Metrics, Progress, round_down
 from mixcon_jax.runs.records import RecordLog, keep_until, last, plain, read
 from mixcon_jax.runs.run import Run
+from mixcon_jax.runs.writers import TensorBoard, scalars
 from mixcon_jax.units import duration, short
 from mixcon_jax.watching import follow
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from mixcon_jax.host.output import Output, OutputLost, go_on, guarded
+from mixcon_jax.host.output import LiveLine, Output, OutputLost, go_on, guarded
 from mixcon_jax.runs.records import last, read
 from tests.launch.launching import small_config
 from tests.tiny import ROOT, write_experiment
@@ -54,6 +54,36 @@ def test_errors_that_cannot_be_shown_are_lost(monkeypatch):
     monkeypatch.setattr(sys, 'stderr', Broken(0))
     with guarded():
         print('error: x', file=sys.stderr, flush=True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_line_makes_way_for_lines():
+    """What a terminal shows, for which a carriage return goes back to the beginning of the line."""
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        line = LiveLine(stream)
+        line.live('a 10/100 · b 3/100')
+        line.live('a 11/100')
+        line.say('b done')
+    *_, shown = terminal.getvalue().split('\r')
+    assert shown == 'b done\n'
+    assert 'a 11/100'.ljust(len('a 10/100 · b 3/100')) in terminal.getvalue()
+    assert pipe.getvalue() == 'b done\n'
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    line = LiveLine(Gone())
+    line.say('one')
+    line.live('two')
+    line.say('three')
 
 
 @pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'utf-8'])

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,12 @@ from launch import processes
 from launch.processes import Child, Share, Signals
 from launch.sweep.cases import Case, cases, require_unchanged
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
-from launch.sweep.show import Screen, table
+from launch.sweep.show import table
 from launch.sweep.status import NEW, REFUSED, TimedRun, measure, status_of, tokens_per_step
 from mixcon_jax.cli import OVERRIDES, Parser, parse_overrides, require_numbers
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import exit_with
-from mixcon_jax.host.output import go_on, use_utf8
+from mixcon_jax.host.output import LiveLine, go_on, use_utf8
 from mixcon_jax.host.signals import STOPPING
 from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark
@@ -172,7 +173,7 @@ class Sweep:
     ) -> None:
         self._cases, self._workdir, self._environment = cases, workdir, environment
         self._waiting, self._free, self._jobs = list(cases), list(shares), len(shares)
-        self._signals, self._screen = signals, Screen(stream or sys.stdout)
+        self._signals, self._screen = signals, LiveLine(stream or sys.stdout)
         self._estimate = Estimate(cases, workdir, Sizes())
         self._running: list[Job] = []
         self._ended: dict[str, str] = {}  # how cases have ended, by folder
@@ -196,7 +197,8 @@ class Sweep:
                 if time.monotonic() - looked >= LOOK:
                     looked = time.monotonic()
                     made = (f'{job.case.folder} {job.step()}/{job.case.config.train.steps}' for job in self._running)
-                    self._screen.live(' · '.join(made))
+                    columns = shutil.get_terminal_size().columns
+                    self._screen.live(' · '.join(made)[: columns - 1])  # a wrapped line could not be taken back
                 time.sleep(processes.POLL)
         finally:
             processes.end([job.child for job in self._running])

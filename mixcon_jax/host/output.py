@@ -64,6 +64,39 @@ def lasting(stream: Any) -> Any:
     return stream if isinstance(stream, Output) else Output(stream, goes_on=True)
 
 
+class LiveLine:
+    """Lines that stay and, on a terminal, one below them that is written over.
+
+    Attributes:
+      on_terminal: whether there is one.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.on_terminal = lasting(stream), stream.isatty()
+        self._live = ''
+
+    def say(self, text: str) -> None:
+        """Writes lines that stay."""
+        self._write(f'\r{" " * len(self._live)}\r{text}\n' if self._live else f'{text}\n')
+        self._live = ''
+
+    def live(self, text: str) -> None:
+        """Replaces the live line; elsewhere than on a terminal nothing is written."""
+        if self.on_terminal and text != self._live:
+            self._write(f'\r{text.ljust(len(self._live))}')
+            self._live = text
+
+    def end(self) -> None:
+        """Leaves the live line where it is, so that what others write begins below it."""
+        if self._live:
+            self._write('\n')
+            self._live = ''
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Standard output and error are guarded meanwhile; those that are closed are there, and show nothing."""

@@ -20,7 +20,6 @@ from launch.processes import Share, Signals
 from launch.sweep import sweep
 from launch.sweep.cases import Case, cases
 from launch.sweep.estimate import Estimate, Sizes
-from launch.sweep.show import Screen
 from mixcon_jax import config as configs
 from mixcon_jax.runs import saved
 from mixcon_jax.runs.records import last, read
@@ -201,17 +200,6 @@ def test_a_case_that_a_signal_reached_is_stopped_not_failed(monkeypatch, three, 
     assert len(re.findall(r'stopped after \d+s, before its first checkpoint', output)) == 2
 
 
-def test_a_reader_that_goes_away_ends_no_case(tmp_path):
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-    screen = Screen(Gone())
-    screen.say('one')
-    screen.live('two')
-    screen.say('three')
-
-
 def test_cases_run_side_by_side_and_are_awaited_after_a_signal(monkeypatch, three, tmp_path):
     """Two of three run at once: each waits for the other's file. After the signal the third does not begin."""
     meet = (
@@ -283,25 +271,6 @@ def test_a_case_that_ended_well_in_a_folder_of_another_run_says_so(monkeypatch, 
     program = f"import shutil; shutil.copytree('{tmp_path}/made', '{tmp_path}/sweep', dirs_exist_ok=True)"
     code, output = run_programs(monkeypatch, three[:1], tmp_path / 'sweep', [program])
     assert code == 1 and re.search(r'failed after \d+s: .*holds a run of another configuration \(model.vocab', output)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_the_live_line_makes_way_for_lines():
-    """What a terminal shows, for which a carriage return goes back to the beginning of the line."""
-    terminal, pipe = Terminal(), io.StringIO()
-    for stream in (terminal, pipe):
-        screen = Screen(stream)
-        screen.live('a 10/100 · b 3/100')
-        screen.live('a 11/100')
-        screen.say('b done')
-    *_, shown = terminal.getvalue().split('\r')
-    assert shown == 'b done\n'
-    assert 'a 11/100'.ljust(len('a 10/100 · b 3/100')) in terminal.getvalue()
-    assert pipe.getvalue() == 'b done\n'
 
 
 # ----- --list -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from mixcon_jax.host import processes, stuck
 from mixcon_jax.inference.load import TrainedModel, load_model
 from mixcon_jax.parallel import axes
 from mixcon_jax.parallel.layout import own_rows, place_rows, replicated
+from mixcon_jax.runs.scores import SCORES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Scores:
     def perplexity(self) -> float:
         """exp of the loss; infinite where that overflows."""
         return math.inf if self.loss >= 700 else math.exp(self.loss)
+
+    def as_record(self) -> dict[str, Any]:
+        """The scores as a record holds them; by length where there are several."""
+        by_length = {str(length): dataclasses.asdict(part) for length, part in self.by_length.items()}
+        return {key: getattr(self, key) for key in SCORES} | ({'by_length': by_length} if len(by_length) > 1 else {})
 
 
 def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], batches: Any, step: int) -> Scores:

@@ -19,7 +19,7 @@ from mixcon_jax import config as configs
 from mixcon_jax import startup
 from mixcon_jax.data import Share, open_dataset
 from mixcon_jax.errors import Exit, UserError
-from mixcon_jax.evaluate import Scores, score
+from mixcon_jax.evaluate import score
 from mixcon_jax.host import processes, stuck
 from mixcon_jax.host.signals import StopRequest
 from mixcon_jax.models import accounting
@@ -30,11 +30,10 @@ from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.goodput import Clock
 from mixcon_jax.runs.metrics import Metrics
 from mixcon_jax.runs.records import Record, last
-from mixcon_jax.runs.scores import SCORES, describe, is_finite, summary
+from mixcon_jax.runs.scores import describe, is_finite, scores_of, summary
 from mixcon_jax.runs.trace import Trace
 from mixcon_jax.runs.workdir import Workdir, report_if_finished
 from mixcon_jax.step import make_steps
-from mixcon_jax.units import duration
 
 READING_BACK = 24 * 3600  # seconds that others wait for the first to read a save back, at most
 
@@ -83,7 +82,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     """
     config = configs.validate(config)
     if (record := report_if_finished(config, workdir)) is not None:
-        metrics = _scores_of(record) | {'baselines': record.get('baselines', {})}
+        metrics = scores_of(record) | {'baselines': record.get('baselines', {})}
         return Result(Exit.DONE, record['step'], record['fingerprint'], metrics)
     folder = Workdir(workdir)
     startup.set_up_jax(config)
@@ -181,7 +180,7 @@ def _train(
                 return steps.eval_step(state, steps.put(batch))
 
         with clock.spend('evaluation'):
-            values = _values(score(eval_batch, rows, step))
+            values = score(eval_batch, rows, step).as_record()
         metrics.say(f'{kind} · step {step} · {describe(values)}')
         metrics.record(kind, step, **values)
         return {'step': step} | values
@@ -229,7 +228,7 @@ def _train(
                 if at_end and not stopping and final is None:
                     if scored is not None and _covers(scored, step, heldout):  # the very same rows
                         final = scored
-                        metrics.record('final', step, **_scores_of(final))
+                        metrics.record('final', step, **scores_of(final))
                     else:
                         final = evaluate('final', heldout, step)
             except _Stopped:
@@ -262,7 +261,7 @@ def _train(
         note(checkpoints.wait())
         processes.meet(READING_BACK)
     if stopping:
-        metrics.record('run', step, event='stopped', **_spent(clock))
+        metrics.record('run', step, event='stopped', **clock.spent())
         if step == 0:
             metrics.say('stopped before the first step: nothing is saved, and the same command begins again')
         else:
@@ -270,19 +269,19 @@ def _train(
         return Result(Exit.STOPPED, step)
     assert final is not None  # the loop ends with it
     if not is_finite(final):
-        metrics.record('run', step, event='aborted', **_spent(clock))
+        metrics.record('run', step, event='aborted', **clock.spent())
         metrics.say(
             f'error: the held-out loss after {step} steps is not finite, so this run is not done; its last steps are in'
             f' {folder.metrics_file}; begin another one with a lower optim.learning_rate'
         )
         return Result(Exit.ABORTED, step)
     digest = fingerprint(state.params, folder.checkpoints / str(step))
-    result = _scores_of(final) | {'baselines': dataset.baselines()}
+    result = scores_of(final) | {'baselines': dataset.baselines()}
     record = {'fingerprint': digest, 'tokens_seen': metrics.tokens_seen} | result
-    metrics.record('run', step, event='done', **record, **_spent(clock))
+    metrics.record('run', step, event='done', **record, **clock.spent())
     metrics.sync()
     metrics.say(summary(step, record))
-    metrics.say(_time(clock))
+    metrics.say(clock.describe())
     return Result(Exit.DONE, step, digest, result)
 
 
@@ -304,7 +303,7 @@ def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints, clock:
         checkpoints.wait()
     kept, step, bad_steps = checkpoints.steps(), error.step, error.bad_steps
     first = step - max(bad_steps, 1) + 1
-    metrics.record('run', step, event='aborted', first_bad_step=first, last_bad_step=step, **_spent(clock))
+    metrics.record('run', step, event='aborted', first_bad_step=first, last_bad_step=step, **clock.spent())
     if bad_steps:
         what = f'loss or gradient was not finite in {bad_steps} steps in a row, {first} to {step}'
     else:
@@ -317,24 +316,3 @@ def _abort(error: _NotFinite, metrics: Metrics, checkpoints: Checkpoints, clock:
         f'error: {what}; {newest}; a lower optim.learning_rate or optim.clip_norm may help, in another workdir{begin}'
     )
     return Result(Exit.ABORTED, step)
-
-
-def _values(scores: Scores) -> dict[str, Any]:
-    """Scores as a record holds them; by length where there are several."""
-    by_length = {str(length): dataclasses.asdict(part) for length, part in scores.by_length.items()}
-    return {key: getattr(scores, key) for key in SCORES} | ({'by_length': by_length} if len(by_length) > 1 else {})
-
-
-def _scores_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in (*SCORES, 'by_length') if key in record}
-
-
-def _spent(clock: Clock) -> dict[str, Any]:
-    return {'seconds': round(clock.total(), 1)} | {key: round(share, 4) for key, share in clock.shares().items()}
-
-
-def _time(clock: Clock) -> str:
-    shares = clock.shares()
-    parts = [f'steps {100 * shares.pop("goodput"):.0f} %']
-    parts += [f'{kind} {100 * share:.0f} %' for kind, share in shares.items() if share >= 0.005]
-    return f'time {duration(clock.total())}: {", ".join(parts)}'

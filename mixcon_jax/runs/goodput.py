@@ -3,6 +3,9 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+from mixcon_jax.units import duration
 
 # What time is spent on besides steps. Start-up ends where the loop begins; data is waiting for the next batch.
 KINDS = ('startup', 'compile', 'data', 'checkpoint', 'evaluation')
@@ -43,3 +46,14 @@ class Clock:
         total = max(self.total(), 1e-9)
         spent = {kind: seconds / total for kind, seconds in self.seconds.items()}
         return {'goodput': max(0.0, 1.0 - sum(spent.values()))} | spent
+
+    def spent(self) -> dict[str, Any]:
+        """Seconds and shares as a record holds them."""
+        return {'seconds': round(self.total(), 1)} | {key: round(share, 4) for key, share in self.shares().items()}
+
+    def describe(self) -> str:
+        """The same in a line, without what took next to nothing."""
+        shares = self.shares()
+        parts = [f'steps {100 * shares.pop("goodput"):.0f} %']
+        parts += [f'{kind} {100 * share:.0f} %' for kind, share in shares.items() if share >= 0.005]
+        return f'time {duration(self.total())}: {", ".join(parts)}'

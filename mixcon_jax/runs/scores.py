@@ -10,6 +10,11 @@ SCORES = ('loss', 'perplexity', 'accuracy', 'bits_per_byte', 'tokens', 'bytes')
 BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance', 'context': 'context alone'}
 
 
+def scores_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of scores, and no more."""
+    return {key: record[key] for key in (*SCORES, 'by_length') if key in record}
+
+
 def is_finite(scores: Mapping[str, Any]) -> bool:
     """Whether the loss of held-out scores is a number; a record has null where it was not."""
     return math.isfinite(number(scores.get('loss')))

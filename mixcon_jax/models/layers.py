@@ -205,13 +205,9 @@ _narrow_gradient.defvjp(lambda x, dtype: (x, None), _narrow_gradient_backward)
 
 
 @keeping_arguments
-def scaled(x: Float[Array, '...'], scale: Float[Array, '...']) -> Float[Array, '...']:
-    """x times a scale that broadcasts against it, in x's type; product and the scale's gradient are in float32.
-
-    A parameter's gradient is a sum over all tokens: a scale that is rounded to bfloat16 before the product would have
-    it summed in bfloat16, too.
-    """
-    return (widened(x) * scale).astype(x.dtype)
+def biased(x: Float[Array, '*b c'], bias: Float[Array, ' c']) -> Float[Array, '*b c']:
+    """x plus a bias, in x's type; the bias's gradient, a sum over all tokens, is in float32."""
+    return (widened(x) + bias).astype(x.dtype)
 
 
 def swish_product(gate: Float[Array, '*b f'], up: Float[Array, '*b f']) -> Float[Array, '*b f']:

@@ -4,14 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels_pallas.attention import whole_tiles
 from mixcon_jax.checks import ConfigError, at_most, divides
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.layer import Layer
-from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, kept, normal, output_std, project, widened, zeros
+from mixcon_jax.models.layers import Aux, Parameters, RMSNorm, State, kept, normal, output_std, project, zeros
 from mixcon_jax.models.published import Published, linear
+from mixcon_jax.models.rotary import rotate
 from mixcon_jax.options import COUNT, POSITIVE, Option, above, at_least
 from mixcon_jax.parallel.kernels import attention
 
@@ -170,18 +171,3 @@ class Attention(Layer):
 
     def _heads(self, x: Float[Array, 'b t w'], count: int) -> Float[Array, 'b t h p']:
         return x.reshape(*x.shape[:2], count, self.head_dim)
-
-
-def rotate(
-    x: Float[Array, 'b t h p'], positions: Int[Array, 'b t'], theta: float, width: int = 0
-) -> Float[Array, 'b t h p']:
-    """Rotary position embedding (Su et al., 2021), the two halves of a head's first ``width`` channels rotated
-    against each other; 0 means all. Angles and products are in at least float32, rounded to x's dtype.
-    """
-    half = (width or x.shape[-1]) // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b, rest = widened(x[..., :half]), widened(x[..., half : 2 * half]), x[..., 2 * half :]
-    turned = (a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype)
-    return jnp.concatenate([*turned, rest], axis=-1)

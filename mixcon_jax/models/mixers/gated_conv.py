@@ -13,6 +13,7 @@ from mixcon_jax.models.layers import (
     Parameters,
     ShortConv,
     State,
+    biased,
     keeping_arguments,
     normal,
     output_std,
@@ -87,9 +88,3 @@ class GatedConvolution(Layer):
 def product(x: Float[Array, '*b c'], y: Float[Array, '*b c']) -> Float[Array, '*b c']:
     """x times y in x's type, computed in at least float32."""
     return (widened(x) * widened(y)).astype(x.dtype)
-
-
-@keeping_arguments
-def biased(x: Float[Array, '*b c'], bias: Float[Array, ' c']) -> Float[Array, '*b c']:
-    """x plus a bias, in x's type; the bias's gradient, a sum over all tokens, is in float32."""
-    return (widened(x) + bias).astype(x.dtype)

@@ -16,6 +16,7 @@ from mixcon_jax.models.layers import (
     Aux,
     Parameters,
     State,
+    biased,
     keeping_arguments,
     normal,
     ones,
@@ -166,7 +167,7 @@ class LargeKernel(Layer):
             mask=mask,
             initial_state=None if state is None else state['window'],
         )
-        u = _added(u, self.bias[...])
+        u = biased(u, self.bias[...])
         new = {'window': window}
         if self.options.squeeze:
             rate = jnp.exp(self.log_rate[...])
@@ -211,11 +212,6 @@ def folded(weights: Mapping[str, Float[Array, '...']], options) -> Float[Array, 
 def _log_rates(key, shape):
     """Rates log-uniform from 1/256 to 1/4, by which a mean reaches back over some 4 to 256 tokens."""
     return jax.random.uniform(key, shape, minval=-math.log(256), maxval=-math.log(4))
-
-
-@keeping_arguments
-def _added(u: Float[Array, 'b t d'], bias: Float[Array, ' d']) -> Float[Array, 'b t d']:
-    return (widened(u) + bias).astype(u.dtype)
 
 
 @keeping_arguments

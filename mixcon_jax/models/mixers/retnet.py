@@ -22,7 +22,7 @@ from mixcon_jax.models.layers import (
     project,
     widened,
 )
-from mixcon_jax.models.mixers.attention import rotate
+from mixcon_jax.models.rotary import rotate
 from mixcon_jax.options import COUNT, POSITIVE, Option, above
 from mixcon_jax.parallel.kernels import ssd
 

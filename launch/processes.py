@@ -197,7 +197,7 @@ def last_lines(path: Path, number: int, begin: int = 0) -> list[str]:
 
 
 class Signals(Handler):
-    """While active, the signals of ``stop.STOPPING`` end nothing but are noted here.
+    """While active, the signals of ``host.signals.STOPPING`` end nothing but are noted here.
 
     Attributes:
       stop: one came.

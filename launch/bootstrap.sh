@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from the lock files. Called by every make target; returns at once when there is nothing to do.
 #
-#   launch/bootstrap.sh [EXTRA ...]     extras besides dev: gpu plan wandb huggingface docs
+#   launch/bootstrap.sh [EXTRA ...]     extras besides dev: gpu plan wandb huggingface lm-eval docs
 #
 # .venv counts as done only when its last step has left a stamp that names these lock files, this folder and this Python,
 # so an interrupted set-up is started anew. PYTHON names the interpreter to use. One line says what is wrong; pip's own

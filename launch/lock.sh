@@ -7,6 +7,6 @@ export UV_CUSTOM_COMPILE_COMMAND='make lock'
 compile=(.venv/bin/uv pip compile setup.cfg --universal --python-version 3.12 --generate-hashes --no-emit-index-url --quiet)
 "${compile[@]}" --extra dev "$@" --output-file requirements.lock
 # The others hold the library too, so that each can be installed on its own; uv keeps to the versions already locked.
-for extra in gpu plan wandb huggingface docs; do
+for extra in gpu plan wandb huggingface lm-eval docs; do
     "${compile[@]}" --extra "$extra" --constraints requirements.lock "$@" --output-file "requirements-$extra.lock"
 done

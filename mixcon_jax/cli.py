@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from mixcon_jax import commands
 from mixcon_jax.errors import UserError
@@ -24,6 +24,10 @@ class Parser(argparse.ArgumentParser):
         known, rest = super().parse_known_args(others, namespace)
         return known, [*overrides, *rest]
 
+    def error(self, message: str) -> NoReturn:
+        """Ends in one line, as all bad input does, where argparse prints how to use a command, too."""
+        raise UserError(f'{message}; see `{self.prog} --help`')
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; bad input ends it with one line and exit code 2."""
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> int:
         known, rest = build_parser().parse_known_args(argv)
         command = f'mixcon {" ".join(sys.argv[1:2])}'
-        overrides = parse_overrides(rest, command, takes=hasattr(known, 'config') or hasattr(known, 'step'))
+        overrides = parse_overrides(rest, command, takes=known.takes_overrides)
         require_numbers(known)
         return known.run(known, overrides)
 
@@ -51,12 +55,12 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
 
     def add(name: str, run, text: str, parent=subparsers) -> argparse.ArgumentParser:
         command = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, takes_overrides=False)
         return command
 
     def takes_config(command: argparse.ArgumentParser) -> None:
         command.add_argument('--config', required=True, metavar='FILE[:ARG]', help='experiment file with get_config()')
-        command.epilog = OVERRIDES
+        _takes_overrides(command, OVERRIDES)
 
     command = add(
         'train', commands.train, 'Pretrain a model, or continue: the same command resumes an interrupted run.'
@@ -93,12 +97,23 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
     )
     command.add_argument('--seed', type=int, default=0, help='seed of the draws (default: 0)')
 
+    command = add('lm-eval', commands.lm_eval, "Evaluate a checkpoint on tasks of EleutherAI's lm-evaluation-harness.")
+    _takes_checkpoint(command)
+    command.add_argument('--tasks', nargs='+', required=True, metavar='TASK', help='such as lambada_openai hellaswag')
+    command.add_argument('--num-fewshot', type=int, help="examples before each question (default: the task's)")
+    command.add_argument('--limit', type=int, metavar='N', help='questions of each task at most (default: all)')
+    command.add_argument('--batch-size', type=int, default=8, help='rows at a time (default: 8)')
+    command.add_argument(
+        '--max-length', type=int, default=0, help='tokens that are read at most (default: data.seq_len)'
+    )
+    command.add_argument('--include-path', default='', metavar='DIR', help='folder with tasks of your own')
+    command.add_argument('--json', default='', metavar='FILE', help='write the results there as well')
+
     command = add(
         'merge', commands.merge, 'Fold the branches of large kernels into one kernel, in a new run directory.'
     )
-    command.add_argument('--workdir', required=True, help='folder of the run')
+    _takes_checkpoint(command, mesh=False)
     command.add_argument('--out', required=True, metavar='DIR', help='new folder for the merged model')
-    command.add_argument('--step', help='checkpoint to use: a step, "best" or "last" (default: last)')
 
     command = add(
         'import', commands.import_model, 'Make a run directory of a published model that lies in a folder here.'
@@ -108,6 +123,15 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
     )
     command.add_argument('--out', required=True, metavar='DIR', help='new folder for the imported model')
     command.add_argument('--tokenizer', default='', metavar='FILE', help="another tokenizer.json (default: DIR's)")
+
+    command = add(
+        'export', commands.export_model, 'Write a checkpoint as a folder that Hugging Face transformers loads.'
+    )
+    _takes_checkpoint(command, mesh=False)
+    command.add_argument('--out', required=True, metavar='DIR', help='new folder for the exported model')
+    command.add_argument(
+        '--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the weights (default: float32)'
+    )
 
     command = add('config', commands.config, "Print an experiment's resolved configuration as JSON.")
     takes_config(command)
@@ -163,8 +187,7 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
         commands.distill,
         "Turn a run's Hyena layers into modal ones, of a constant state.",
     )
-    _takes_checkpoint(command)
-    command.epilog = None
+    _takes_checkpoint(command, mesh=False)
     command.add_argument('--out', required=True, metavar='DIR', help='folder of the new run; nothing may be there')
     command.add_argument('--order', type=int, default=0, help='modes a channel; 0: as --tolerance asks for (default)')
     command.add_argument(
@@ -198,13 +221,19 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
     return parser
 
 
-def _takes_checkpoint(command: argparse.ArgumentParser) -> None:
+def _takes_checkpoint(command: argparse.ArgumentParser, mesh: bool = True) -> None:
     command.add_argument('--workdir', required=True, help='folder of the run')
     command.add_argument('--step', help='checkpoint to use: a step, "best" or "last" (default: last)')
-    command.epilog = ON_MESH
+    if mesh:
+        _takes_overrides(command, ON_MESH)
 
 
-# ----- commands -----------------------------------------------------------------------------------------------------
+def _takes_overrides(command: argparse.ArgumentParser, words: str) -> None:
+    command.set_defaults(takes_overrides=True)
+    command.epilog = words
+
+
+# ----- arguments ----------------------------------------------------------------------------------------------------
 
 
 def require_numbers(known: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from mixcon_jax import parsing
@@ -77,11 +78,23 @@ def generate(known: argparse.Namespace, overrides: list[str]) -> int:
     return Exit.DONE
 
 
+def lm_eval(known: argparse.Namespace, overrides: list[str]) -> int:
+    from mixcon_jax.inference.harness import run
+
+    for option, least in (('num_fewshot', 0), ('limit', 1), ('batch_size', 1), ('max_length', 0)):
+        if getattr(known, option) is not None and getattr(known, option) < least:
+            raise UserError(f'--{option.replace("_", "-")} {getattr(known, option)} must be at least {least}')
+    print(run(
+        known.workdir, known.tasks, step=_step(known.step), batch_size=known.batch_size, max_length=known.max_length,
+        num_fewshot=known.num_fewshot, limit=known.limit, include_path=known.include_path, json_file=known.json,
+        mesh=overrides, say=lambda line: print(line, file=sys.stderr, flush=True),
+    ))  # fmt: skip
+    return Exit.DONE
+
+
 def merge(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.distillation.merge import merge
 
-    if overrides:
-        raise UserError(f'unknown argument --config.{overrides[0]}; see `mixcon merge --help`')
     merge(known.workdir, known.out, _step(known.step))
     return Exit.DONE
 
@@ -90,9 +103,15 @@ def import_model(known: argparse.Namespace, overrides: list[str]) -> int:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # weights pass through: the host holds what a GPU may not
     from mixcon_jax.interop.importing import import_model
 
-    if overrides:
-        raise UserError(f'unknown argument --config.{overrides[0]}; see `mixcon import --help`')
     import_model(known.source, known.out, known.tokenizer)
+    return Exit.DONE
+
+
+def export_model(known: argparse.Namespace, overrides: list[str]) -> int:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # as above
+    from mixcon_jax.interop.exporting import export_model
+
+    export_model(known.workdir, known.out, _step(known.step), known.dtype)
     return Exit.DONE
 
 
@@ -123,8 +142,6 @@ def doctor(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def distill(known: argparse.Namespace, overrides: list[str]) -> int:
-    if overrides:
-        raise UserError(f'distill-filters takes no --config.{overrides[0].split("=")[0]}')
     for option, least in (('order', 0), ('rows', 1)):
         if getattr(known, option) < least:
             raise UserError(f'--{option} {getattr(known, option)} must be at least {least}')
@@ -182,11 +199,11 @@ def effective_dimension(known: argparse.Namespace, overrides: list[str]) -> int:
     return Exit.DONE
 
 
-def presets(known, overrides) -> int:
+def presets(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.reports import presets
 
     presets.show(as_json=known.json)
-    return 0
+    return Exit.DONE
 
 
 def plan(known: argparse.Namespace, overrides: list[str]) -> int:

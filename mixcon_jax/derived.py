@@ -6,7 +6,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -60,6 +60,24 @@ def write(
     Raises:
       UserError: the disk is full, or the like.
     """
+    with making(path) as folder:
+        scratch = Workdir(folder)
+        checkpoints = Checkpoints(scratch.checkpoints, say=say)
+        try:
+            checkpoints.save(fresh(config, trees, meta.step), dataclasses.replace(meta, config=config.to_dict()))
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
+        scratch.commit(config, meta.tokenizer, {'source': str(source), 'step': meta.step})
+
+
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """Gives the path of a folder to make, which takes the place of ``path``, of ``new_folder``, once all is written.
+
+    Raises:
+      UserError: the disk is full, or the like.
+    """
     path = path.resolve()  # what is renamed replaces no link
     with contextlib.ExitStack() as stack:
         with explained(path):
@@ -68,16 +86,9 @@ def write(
             folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             locks.take(stack.enter_context(open(folder / LOCK, 'wb')))
-        scratch = Workdir(folder / path.name)
-        checkpoints = Checkpoints(scratch.checkpoints, say=say)
-        try:
-            checkpoints.save(fresh(config, trees, meta.step), dataclasses.replace(meta, config=config.to_dict()))
-            checkpoints.wait()
-        finally:
-            checkpoints.close()
-        scratch.commit(config, meta.tokenizer, {'source': str(source), 'step': meta.step})
+        yield folder / path.name
         with explained(path):
-            os.rename(scratch.path, path)
+            os.rename(folder / path.name, path)
 
 
 def _clear(path: Path) -> None:

@@ -43,6 +43,8 @@ class Option:
     # another mesh, in other tiles or chunks, or with parts computed again, sums are taken in another order, and so they
     # are over devices once a step: the run goes on, but not bit for bit.
     free: bool = False
+    # Whether it is of learning alone: what a model of given weights and buffers computes does not depend on it.
+    learning: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ OPTIONS: dict[str, Any] = {
         'norm_eps': Option(1e-6, 'Epsilon of every norm.', above(0.0)),
         'embedding_norm': Option(False, 'A norm of the same kind between embedding and first block.'),
         'tie_embeddings': Option(False, 'Use the embedding as the output head.'),
-        'init_std': Option(0.02, 'Standard deviation of initial weights; output projections divide it by sqrt(2 layers).', above(0.0)),
+        'init_std': Option(0.02, 'Standard deviation of initial weights; output projections divide it by sqrt(2 layers).', above(0.0), learning=True),
         'dtype': Option('float32', 'Compute type; parameters and recurrent states stay float32.', DTYPE),
         'remat': Option(
             'none', 'What the backward pass computes again: nothing; a layer\'s elementwise parts, "selective", but no product and no GPU kernel;'
@@ -160,7 +162,7 @@ OPTIONS: dict[str, Any] = {
         'embedding_gradient': Option(
             'auto', 'How the gradient of the embedding adds up its tokens: by XLA\'s "scatter"; "sorted", in one order on every device; "auto"'
             ' is sorted on GPUs, where a scatter in one order takes longer, and scatter elsewhere.',
-            one_of('auto', 'scatter', 'sorted'),
+            one_of('auto', 'scatter', 'sorted'), learning=True,
         ),
         'layers': {},  # groups of options by the name that a pattern calls them: models/pattern.py
         # Here follow the groups of the layers, each in its layer's file: models/kinds.py.

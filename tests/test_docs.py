@@ -258,7 +258,7 @@ def check(command: list[str], written: Path, extended: bool) -> None:
             parser, arguments = build_parser(), [asked, *parser.parse_known_args(arguments)[1]]
         known, rest = parser.parse_known_args(arguments)
     config = getattr(known, 'config', None)
-    overrides = parse_overrides(rest, shlex.join(command), takes=config is not None or hasattr(known, 'step'))
+    overrides = parse_overrides(rest, shlex.join(command), takes=getattr(known, 'takes_overrides', True))
     if config is None:
         configs.mesh_of(overrides)
     else:

@@ -17,7 +17,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-EXTRAS = ('gpu', 'plan', 'wandb', 'huggingface', 'docs')
+EXTRAS = ('gpu', 'plan', 'wandb', 'huggingface', 'lm-eval', 'docs')
 
 # What `python` and `.venv/bin/python` do: answer the version check, copy themselves into a .venv, and as pip append
 # their arguments to the file pip-calls, then do what the variable PIP_DOES says.

@@ -60,6 +60,7 @@ def generate(
     seeds: Sequence[int],
     vocab_size: int,
     place: Place | None = None,
+    length: int = 0,
 ) -> Iterator[Int[np.ndarray, 'b']]:
     """Yields one new token of every prompt at a time, -1 where its scores are not finite.
 
@@ -74,6 +75,7 @@ def generate(
       seeds: one a prompt; a prompt's draws depend on its seed and its own tokens alone.
       vocab_size: ids from here on are padding of the embedding and never drawn.
       place: the mesh that the model's parameters lie on; rows are shared out if it divides them.
+      length: tokens to which prompts are padded at least, so that prompts of several lengths are compiled for once.
 
     Raises:
       UserError: an empty prompt or an id outside the vocabulary.
@@ -82,7 +84,7 @@ def generate(
         raise UserError('a prompt has no tokens; give at least the end-of-text token')
     if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
         raise UserError(f'a prompt has token ids outside the vocabulary of {vocab_size}')
-    tokens, positions = left_padded(prompts)
+    tokens, positions = left_padded(prompts, length)
     graphdef, variables = nnx.split(model)
     state = _first_state(graphdef, variables, len(prompts), tokens.shape[1] + max_new_tokens, place)
     # What the step takes from the host is in NumPy, which of several processes means the same on all.
@@ -174,9 +176,15 @@ def generate_text(
     return texts
 
 
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, 'b t'], Int[np.ndarray, 'b t']]:
-    """Aligns prompts at their ends; returns the tokens and their positions, which are negative where padding is."""
-    length = max(map(len, prompts))
+def left_padded(
+    prompts: Sequence[Sequence[int]], length: int = 0
+) -> tuple[Int[np.ndarray, 'b t'], Int[np.ndarray, 'b t']]:
+    """Aligns prompts at their ends, in rows of at least ``length``.
+
+    Returns:
+      The tokens and their positions, which are negative where padding is.
+    """
+    length = max(length, *map(len, prompts))
     starts = np.array([length - len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_collections
+
+from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 
 Options = dict[str, Any]
@@ -70,6 +73,21 @@ class Given:
         for name, value in expected.items():
             if (found := self.of(name, value)) != value:
                 raise UserError(f'{name}={found!r} of {self.architecture} has no counterpart here, only {value!r}')
+
+
+def read(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The configuration, resolved, of a run of a published model, but for ``tie_embeddings``, which its weights say.
+
+    Args:
+      values: its config.json.
+
+    Raises:
+      UserError: as of ``model_options``, or what it says does not go together.
+    """
+    config = configs.default()
+    config.model.update(model_options(values))
+    config.data.seq_len = context(values)
+    return configs.resolve(configs.validate(config))
 
 
 def model_options(values: Mapping[str, Any]) -> Options:

@@ -1,12 +1,13 @@
-"""Weights of Hugging Face transformers under our names and in our layout.
+"""Weights of Hugging Face transformers under our names and in our layout, and ours under theirs.
 
 What a layer's weights are called there stands in the layer's class (``Layer.PUBLISHED``); here stands what belongs to
-no layer: the embedding, the norms and the head. The maps only rename, transpose, split and stack, so the same function
-carries a gradient over.
+no layer: the embedding, the norms and the head. The maps only rename, transpose, split and stack, so the same functions
+carry a gradient over.
 """
 
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,9 @@ import numpy as np
 from mixcon_jax.errors import UserError
 from mixcon_jax.models import kinds, pattern
 from mixcon_jax.models.published import Place, Published, Weights, linear, same
+
+MATRICES = ('gate_proj', 'up_proj', 'down_proj')  # of an expert, in most files
+MIXTRAL_MATRICES = ('w1', 'w3', 'w2')
 
 
 class Architecture(NamedTuple):
@@ -26,6 +30,8 @@ class Architecture(NamedTuple):
       layers: what it calls its decoder layers, below the body.
       embedding_norm: what it calls the norm after the embedding, below the body, if it has one.
       head: the weight of a head that is not the embedding.
+      files: what checkpoints' files call modules otherwise than the modules do.
+      matrices: what files call the three matrices of an expert, in the order of MATRICES.
     """
 
     body: str
@@ -35,9 +41,11 @@ class Architecture(NamedTuple):
     layers: str = 'layers'
     embedding_norm: str = ''
     head: str = 'lm_head.weight'
+    files: Mapping[str, str] = types.MappingProxyType({})
+    matrices: tuple[str, ...] = MATRICES
 
     def top(self, model) -> dict[str, Place]:
-        """``{name: what makes ours of it}`` of the weights outside the decoder layers of ``config.model``."""
+        """The places, by their names, of the weights outside the decoder layers of ``config.model``."""
         norms = {'final_norm': self.final_norm}
         if model.embedding_norm:
             norms['embedding_norm'] = self.embedding_norm
@@ -50,7 +58,6 @@ class Architecture(NamedTuple):
         return {f'{self.body}.{self.embedding}.weight': same('embedding')} | placed | head
 
 
-MATRICES = {'w1': 'gate_proj', 'w3': 'up_proj', 'w2': 'down_proj'}  # of an expert, by Mixtral's names
 NORM_WEIGHTS = {
     'rms': {'weight': 'scale'},
     'layer': {'weight': 'scale', 'bias': 'bias'},
@@ -62,6 +69,7 @@ JAMBA = Architecture(
 LLAMA = Architecture(
     'model', 'embed_tokens', 'norm', {'mixer_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
 )
+MIXTRAL = LLAMA._replace(files={'mlp': 'block_sparse_moe'}, matrices=MIXTRAL_MATRICES)
 RWKV = Architecture(
     'rwkv', 'embeddings', 'ln_out', {'mixer_norm': 'ln1', 'ffn_norm': 'ln2'}, 'blocks', 'blocks.0.pre_ln', 'head.weight'
 )
@@ -73,7 +81,7 @@ ARCHITECTURES = {
     'llama': LLAMA,
     'mamba': MAMBA,
     'mamba2': MAMBA,
-    'mixtral': LLAMA,
+    'mixtral': MIXTRAL,
     'rwkv': RWKV,
 }
 
@@ -182,18 +190,59 @@ def of_modules(theirs: Mapping[str, np.ndarray]) -> Weights:
             continue
         name = name.replace('.block_sparse_moe.', '.mlp.').replace('backbone.embedding.', 'backbone.embeddings.')
         if match := re.fullmatch(r'(.+\.experts)\.(\d+)\.(\w+)\.weight', name):
-            experts.setdefault(match[1], {})[MATRICES.get(match[3], match[3]), int(match[2])] = value
+            matrix = dict(zip(MIXTRAL_MATRICES, MATRICES, strict=True)).get(match[3], match[3])
+            experts.setdefault(match[1], {})[matrix, int(match[2])] = value
         else:
             ours[name] = value
     for name, found in experts.items():
         count = 1 + max(index for _, index in found)
-        if missing := {(each, i) for each in MATRICES.values() for i in range(count)} ^ found.keys():
+        if missing := {(each, i) for each in MATRICES for i in range(count)} ^ found.keys():
             matrix, index = min(missing)
-            wanted = ', '.join(MATRICES.values())
-            raise UserError(f'{name} has {count} experts, each with {wanted}, but for {matrix} of expert {index}')
-        gate, up, down = (np.stack([found[each, i] for i in range(count)]) for each in MATRICES.values())
+            raise UserError(
+                f'{name} has {count} experts, each with {", ".join(MATRICES)}, but for {matrix} of expert {index}'
+            )
+        gate, up, down = (np.stack([found[each, i] for i in range(count)]) for each in MATRICES)
         ours |= {f'{name}.gate_up_proj': np.concatenate([gate, up], axis=1), f'{name}.down_proj': down}
     return ours
+
+
+def published_weights(ours: Mapping[str, np.ndarray], model, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The other way of ``model_weights``: a model's parameters by the names of transformers' modules, one by one.
+
+    Args:
+      ours: arrays by the names of the model's parameters.
+      model: ``config.model``, resolved; ``configurations`` has read it in that architecture's config.json.
+      architecture: ``model_type`` of transformers.
+
+    Raises:
+      UserError: a parameter has no place in that architecture, named.
+    """
+    known, size = ARCHITECTURES[architecture], len(model.pattern)
+    outside = {name: value for name, value in ours.items() if not name.startswith('blocks/')}
+    yield from _theirs(outside, known.top(model), architecture, model)
+    for index in range(model.num_blocks * size):
+        block, j = divmod(index, size)
+        for module, place in _modules(model, model.pattern[j], known.norms, architecture).items():
+            prefix = f'blocks/layers/{j}/{place.part}/'
+            own = {name.removeprefix(prefix): value[block] for name, value in ours.items() if name.startswith(prefix)}
+            what = f'{architecture}, whose {module} is {place.part} of {model.pattern[j]} here,'
+            for name, value in _theirs(own, place.weights, what, place.model):
+                yield f'{known.body}.{known.layers}.{index}.{module}.{name}', value
+
+
+def of_files(theirs: Iterable[tuple[str, np.ndarray]], architecture: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The other way of ``of_modules``: the weights as the files of a checkpoint have them, each expert's by itself."""
+    known = ARCHITECTURES[architecture]
+    for name, value in theirs:
+        for module, otherwise in known.files.items():
+            name = name.replace(f'.{module}.', f'.{otherwise}.')
+        bank, _, joint = name.partition('.experts.')
+        matrices = {'': (), 'gate_up_proj': known.matrices[:2], 'down_proj': known.matrices[2:]}[joint]
+        if not matrices:
+            yield name, value
+        for i, expert in enumerate(value if matrices else ()):
+            for matrix, part in zip(matrices, np.split(expert, len(matrices)), strict=True):
+                yield f'{bank}.experts.{i}.{matrix}.weight', part
 
 
 class _Module(NamedTuple):
@@ -218,7 +267,7 @@ def _modules(model, text: str, norms: Mapping[str, str], architecture: str) -> d
 
 
 def _norm(kind: str, prefix: str = '') -> dict[str, Place]:
-    """What makes ours, below a prefix, of the weights of a norm."""
+    """The places, below a prefix, of the weights of a norm."""
     return {theirs: same(prefix + ours) for theirs, ours in NORM_WEIGHTS[kind].items()}
 
 
@@ -230,10 +279,20 @@ def _whole(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: 
     return ours
 
 
+def _theirs(
+    ours: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str, model
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Theirs of ours, all of which must have a place."""
+    theirs = {name: place.theirs(ours, model) for name, place in places.items()}
+    if left := ours.keys() - _placed(theirs, places, what, model).keys():
+        raise UserError(f'{what} has no place for the parameter {min(left)}')
+    yield from theirs.items()
+
+
 def _placed(theirs: Mapping[str, np.ndarray], places: Mapping[str, Place], what: str, model) -> Weights:
     ours: Weights = {}
     for name, value in theirs.items():
         if name not in places:
             raise UserError(f'{what} has no place for the weight {name}, only for {", ".join(places)}')
-        ours |= places[name](value, model)
+        ours |= places[name].ours(value, model)
     return ours

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from mixcon_jax import config as configs
 from mixcon_jax import derived, parsing
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
@@ -60,12 +59,10 @@ def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:
     values = parsing.json_file(folder / 'config.json')
     if values is None:
         raise UserError(f'{folder} has no config.json that can be read; give the folder of a published model')
-    config, theirs = configs.default(), huggingface.of_modules(weight_files.read_model(folder))
-    config.model.update(configurations.model_options(values))
-    config.data.seq_len = configurations.context(values)
+    theirs = huggingface.of_modules(weight_files.read_model(folder))
+    config = configurations.read(values)
     head = huggingface.ARCHITECTURES[values['model_type']].head
     config.model.tie_embeddings = head not in theirs and values.get('tie_word_embeddings') is not False
-    config = configs.resolve(configs.validate(config))
     weights = huggingface.model_weights(theirs, config.model, values['model_type'])
     wanted = {name: leaf.shape for name, leaf in _shapes(config.model).items()}
     found = {name: weight.shape for name, weight in weights.items()}

@@ -71,15 +71,17 @@ class Routed(Layer):
                 'loss',
                 'How load is balanced: by a loss, by a bias on the routing, or not.',
                 one_of('none', 'loss', 'bias'),
+                learning=True,
             ),
-            'balance_coef': Option(1e-2, 'Weight of the balance loss.', at_least(0.0)),
-            'router_z_coef': Option(0.0, "Weight of the router's z-loss.", at_least(0.0)),
-            'bias_rate': Option(1e-3, 'Step of the routing bias with balance="bias".', at_least(0.0)),
+            'balance_coef': Option(1e-2, 'Weight of the balance loss.', at_least(0.0), learning=True),
+            'router_z_coef': Option(0.0, "Weight of the router's z-loss.", at_least(0.0), learning=True),
+            'bias_rate': Option(1e-3, 'Step of the routing bias with balance="bias".', at_least(0.0), learning=True),
             'expert_capacity': Option(
                 0.0,
                 "Tokens that an expert takes in training, as a multiple of an even share of the microbatch's; the last"
                 ' ones beyond it are dropped, as in Switch, on every mesh the same. 0 takes all.',
                 at_least(0.0),
+                learning=True,
             ),
             'implementation': Option(
                 '',
@@ -100,6 +102,7 @@ class Routed(Layer):
                 'Room for exchanged tokens as a multiple of what an even load takes; beyond it they are dropped. 0 is'
                 ' room for all.',
                 at_least(0.0),
+                learning=True,
             ),
             'group_block': Option(
                 0, 'Rows a block of the portable grouped product; 0 picks for the platform.', COUNT, free=True

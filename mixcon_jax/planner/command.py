@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import Exit, UserError
+from mixcon_jax.host.files import file_to_write, write_whole
 from mixcon_jax.planner import words
-from mixcon_jax.planner.plan import place, plan, read_devices, read_limit, require_extra, write
+from mixcon_jax.planner.plan import plan, read_devices, read_limit, require_extra
 from mixcon_jax.planner.search import search
 
 DOES_NOT_FIT = 3
@@ -56,8 +57,8 @@ def command(
         raise UserError(f'--picture {picture} is of a --search, and its name ends in {" or ".join(PICTURES)}')
     require_extra()
     loaded = configs.load(config, overrides)
-    answer = place('--json', json_file) if json_file else None
-    drawing = place('--picture', picture) if picture else None
+    answer = file_to_write('--json', json_file) if json_file else None
+    drawing = file_to_write('--picture', picture) if picture else None
     job = {'target': target, 'hosts': hosts, 'per_host': per_host, 'what': what, 'batch': batch, 'context': context}
     if most:
         found = search(loaded, job, products, limit, most, lambda line: print(line, file=sys.stderr, flush=True))
@@ -68,9 +69,9 @@ def command(
     for line in lines:
         print(line)
     if answer:
-        write(answer, (json.dumps(found, indent=1) + '\n').encode())
+        write_whole(answer, (json.dumps(found, indent=1) + '\n').encode())
     if drawing:
         from mixcon_jax.planner.picture import draw
 
-        write(drawing, draw(found, Path(picture).suffix[1:]))
+        write_whole(drawing, draw(found, Path(picture).suffix[1:]))
     return Exit.DONE if found['fits'] else DOES_NOT_FIT

@@ -1,6 +1,5 @@
 """One plan: what it is asked, the process that compiles, and whether the answer fits. Loads no JAX."""
 
-import errno
 import importlib.util
 import json
 import os
@@ -17,7 +16,6 @@ import ml_collections
 
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
-from mixcon_jax.host.paths import expand_path
 from mixcon_jax.planning import resources
 from mixcon_jax.planning.hardware import TARGETS
 
@@ -146,31 +144,3 @@ def require_extra() -> None:
         raise UserError(
             '`mixcon plan` needs the extra "plan": make setup EXTRAS=plan, or pip install -r requirements-plan.lock'
         )
-
-
-def place(option: str, file: str) -> Path:
-    """Where to ``write`` a file, whose folder is made.
-
-    Raises:
-      UserError: a folder is there, or none can be made.
-    """
-    path = expand_path(file, option)
-    if path.is_dir():
-        raise UserError(f'{option} {file} is a folder; name a file')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f'{option} {file} cannot be written ({error.strerror})') from error
-    return path
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a whole file or none."""
-    partial = path.with_name(f'{path.name}.tmp')
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ def test_every_parameter_of_a_layer_has_a_published_name_or_is_its_own_addition(
     layer = nnx.eval_shape(lambda: kind(model if extended is None else extended, Parameters(None), 1))
     ours = {'/'.join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
     places = huggingface.published(name, architecture, role).weights.values()
-    named = [mine for place in places for mine in place(np.zeros((2, 2, 2)), model)]
+    named = [mine for place in places for mine in place.ours(np.zeros((2, 2, 2)), model)]
     assert len(named) == len(set(named))
     norms = {f'{part}_norm/scale' for part in ('dt', 'B', 'C')}
     assert set(named) == (ours - norms if architecture in ('mamba', 'falcon_mamba') else ours)

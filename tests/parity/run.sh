@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # `make parity`: recomputes the fixtures with transformers in an environment of its own, compares them with the committed
-# ones, and runs the parity tests on the new ones. PARITY_PYTHON names a Python 3.11 or newer for that environment.
+# ones, loads what `mixcon export` writes there, and runs the parity tests on the new ones. PARITY_PYTHON names a Python
+# 3.11 or newer for that environment.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -31,4 +32,9 @@ else
     echo "error: the fixtures differ; if that is meant, copy $new/*.npz and $new/*/config.json to tests/parity/fixtures/" >&2
     exit 1
 fi
+exports=.cache/parity-exports
+rm -rf "$exports"
+.venv/bin/python -m tests.parity.exports "$exports" >/dev/null
+echo 'What mixcon export writes, as transformers loads it:'
+"$environment/bin/python" tests/parity/load_exports.py "$exports"
 MIXCON_PARITY_FIXTURES="$PWD/$new" exec .venv/bin/python -m pytest -q tests/parity

@@ -71,8 +71,12 @@ class Conba(SelectiveSSM):
             'kappa': Option('free', 'Output mix of the gain: unconstrained, or a sigmoid.', one_of('free', 'bounded')),
             'feedback_iters': Option(0, "Passes of true feedback onto the scan's input.", between(0, 8)),
             'gate': Option('full', "Output gate: full SwiGLU (eq. 12) or Mamba's SiLU.", one_of('full', 'mamba')),
-            'process_noise': Option(0.0, 'Standard deviation of w_k (eq. 13), training only.', at_least(0.0)),
-            'observation_noise': Option(0.0, 'Standard deviation of v_k (eq. 14), training only.', at_least(0.0)),
+            'process_noise': Option(
+                0.0, 'Standard deviation of w_k (eq. 13), training only.', at_least(0.0), learning=True
+            ),
+            'observation_noise': Option(
+                0.0, 'Standard deviation of v_k (eq. 14), training only.', at_least(0.0), learning=True
+            ),
             'gain_chunk': Option(32, 'Tokens a chunk of the matrix gain.', POSITIVE, free=True),
         }
     }

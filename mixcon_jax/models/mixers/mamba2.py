@@ -1,5 +1,6 @@
 """Mamba-2's mixer: one decay a head and step, so that a chunk of tokens is products of matrices (SSD)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from mixcon_jax.models.layers import (
     step_sizes,
     widened,
 )
-from mixcon_jax.models.published import Published, Weights, depthwise, joined, linear, same
+from mixcon_jax.models.published import Place, Published, Weights, depthwise, joined, linear, same
 from mixcon_jax.options import POSITIVE, Option, above
 from mixcon_jax.parallel.kernels import ssd
 
@@ -36,15 +37,20 @@ def _convolved(model) -> dict[str, int]:
     return {'conv': inner, 'conv_B': keys, 'conv_C': keys}
 
 
-def _projected(value: np.ndarray, model) -> Weights:
+def _ours(value: np.ndarray, model) -> Weights:
     """The one projection of the released code, whose gate comes first."""
     inner, keys, _ = _convolved(model).values()
     z, u, B, C, dt = np.split(value.T, np.cumsum([inner, inner, keys, keys]), axis=1)
     return {'in_proj': np.concatenate([u, z], axis=1), 'B_proj': B, 'C_proj': C, 'dt_proj': dt}
 
 
+def _theirs(weights: Mapping[str, np.ndarray], model) -> np.ndarray:
+    u, z = np.split(weights['in_proj'], 2, axis=1)
+    return np.concatenate([z, u, *(weights[f'{name}_proj'] for name in ('B', 'C', 'dt'))], axis=1).T
+
+
 WEIGHTS = {
-    'in_proj.weight': _projected,
+    'in_proj.weight': Place(_ours, _theirs),
     'conv1d.weight': joined(_convolved, lambda name: depthwise(f'{name}/weight')),
     'conv1d.bias': joined(_convolved, lambda name: same(f'{name}/bias')),
     'dt_bias': same('dt_bias'),
@@ -71,11 +77,11 @@ class Mamba2(Layer):
             'groups': Option(1, 'Groups of heads that share B, C and a norm; divides the heads.', POSITIVE),
             'd_conv': Option(4, 'Width of the short causal convolutions.', POSITIVE),
             'chunk': Option(64, 'Tokens a chunk.', POSITIVE, free=True),
-            'A_min': Option(1.0, 'Smallest initial decay rate.', above(0.0)),
-            'A_max': Option(16.0, 'Largest initial decay rate.', above(0.0)),
-            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0)),
-            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
-            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
+            'A_min': Option(1.0, 'Smallest initial decay rate.', above(0.0), learning=True),
+            'A_max': Option(16.0, 'Largest initial decay rate.', above(0.0), learning=True),
+            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0), learning=True),
+            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0), learning=True),
+            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0), learning=True),
         }
     }
     PUBLISHED = {'mamba2': Published('mixer', WEIGHTS), 'bamba': Published('mamba', WEIGHTS)}

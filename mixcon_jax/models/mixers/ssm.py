@@ -77,9 +77,9 @@ class SelectiveSSM(Layer):
                 COUNT,
                 derive=lambda model: -(-model.dim // 16),
             ),
-            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0)),
-            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0)),
-            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0)),
+            'dt_min': Option(1e-3, 'Smallest initial step size.', above(0.0), learning=True),
+            'dt_max': Option(1e-1, 'Largest initial step size.', above(0.0), learning=True),
+            'dt_floor': Option(1e-4, 'Lower clamp of the initial step size.', above(0.0), learning=True),
             'implementation': Option(
                 '',
                 'Selective scan: "" picks the best here.',

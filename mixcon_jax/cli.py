@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> int:
         known, rest = build_parser().parse_known_args(argv)
-        command = f'mixcon {" ".join(sys.argv[1:2])}'
-        overrides = parse_overrides(rest, command, takes=known.takes_overrides)
+        overrides = parse_overrides(rest, known.program, takes=known.takes_overrides)
         require_numbers(known)
         return known.run(known, overrides)
 
@@ -55,7 +54,7 @@ def build_parser(program: str = 'mixcon') -> argparse.ArgumentParser:
 
     def add(name: str, run, text: str, parent=subparsers) -> argparse.ArgumentParser:
         command = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(run=run, takes_overrides=False)
+        command.set_defaults(run=run, program=command.prog, takes_overrides=False)
         return command
 
     def takes_config(command: argparse.ArgumentParser) -> None:

@@ -74,9 +74,11 @@ class Scores:
         return math.inf if self.loss >= 700 else math.exp(self.loss)
 
     def as_record(self) -> dict[str, Any]:
-        """The scores as a record holds them; by length where there are several."""
+        """The scores as a record holds them: of a task with its lengths, and by length where there are several."""
         by_length = {str(length): dataclasses.asdict(part) for length, part in self.by_length.items()}
-        return {key: getattr(self, key) for key in SCORES} | ({'by_length': by_length} if len(by_length) > 1 else {})
+        lengths = {} if self.bytes else {'lengths': sorted(self.by_length)}
+        several = {'by_length': by_length} if len(by_length) > 1 else {}
+        return {key: getattr(self, key) for key in SCORES} | lengths | several
 
 
 def score(eval_batch: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]], batches: Any, step: int) -> Scores:

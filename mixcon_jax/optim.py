@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from mixcon_jax.options import decaying_steps
 from mixcon_jax.trees import Tree, map_named
 
 STACK_AXES = ('layers', 'experts')  # leading, they line up independent arrays
@@ -44,7 +45,7 @@ def schedule(config: ml_collections.ConfigDict, steps: int) -> Callable[[Int[Arr
       steps: length of the run, ``config.train.steps``.
     """
     warmup, final = config.warmup_steps, config.final_fraction
-    decay = config.decay_fraction * steps if config.schedule == 'wsd' else steps - warmup
+    decay = decaying_steps(config.decay_fraction, steps) if config.schedule == 'wsd' else steps - warmup
 
     def fraction(step: Int[Array, '']) -> Float[Array, '']:
         done = jnp.asarray(step, jnp.float32) + 1.0

@@ -98,6 +98,11 @@ def between(low: float, high: float) -> Check:
     return Check(lambda value: low <= value <= high, f'between {low} and {high}')
 
 
+def decaying_steps(fraction: float, steps: int) -> float:
+    """How many of a run's steps decay, by their share: a whole one at least, if any, so that the last has its value."""
+    return max(fraction * steps, 1.0) if fraction else 0.0
+
+
 def swiglu_width(dim: int) -> int:
     """The width of a SwiGLU that nobody chose: 8/3 dim, rounded up to a multiple of 16."""
     return -(-8 * dim // 48) * 16
@@ -119,6 +124,7 @@ def free(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 POSITIVE, COUNT, FRACTION = at_least(1), at_least(0), between(0.0, 1.0)
+BELOW_ONE = Check(lambda value: 0 <= value < 1, 'at least 0 and less than 1')
 PAIR = Check(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), 'two numbers in [0, 1)')
 # A comma ends a source where the next one of a known kind begins; other commas are of a path.
 SOURCES = r',\s*(?=(?:files|huggingface|store|synthetic):|stdlib\s*(?:,|$))'
@@ -209,7 +215,7 @@ OPTIONS: dict[str, Any] = {
         'final_fraction': Option(0.1, 'Last learning rate as a share of the peak.', FRACTION),
         'betas': Option((0.9, 0.95), 'Decay rates of the moments.', PAIR, element=float),
         'eps': Option(1e-8, 'Epsilon of Adam.', above(0.0)),
-        'momentum': Option(0.95, 'Momentum of Muon.', between(0.0, 1.0)),
+        'momentum': Option(0.95, 'Momentum of Muon.', BELOW_ONE),
         'weight_decay': Option(0.1, 'Decoupled weight decay, on weight matrices only.', at_least(0.0)),
         'clip_norm': Option(1.0, 'Global gradient norm to clip to; 0 is off.', at_least(0.0)),
         'muon_learning_rate': Option(0.02, 'Peak learning rate of the matrices under Muon.', above(0.0)),

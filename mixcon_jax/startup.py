@@ -12,7 +12,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from mixcon_jax import config as configs
-from mixcon_jax import parsing
+from mixcon_jax import function, parsing
 from mixcon_jax.data import Tokenizer
 from mixcon_jax.data import tokenizer as tokenizers
 from mixcon_jax.errors import UserError
@@ -30,8 +30,8 @@ from mixcon_jax.runs.fingerprint import fingerprint
 from mixcon_jax.runs.run import CHECKPOINTS
 from mixcon_jax.runs.weights import load_params
 from mixcon_jax.runs.workdir import Workdir, listed, renamed, same_schedule
-from mixcon_jax.step import Steps, TrainState, load_params_into
-from mixcon_jax.trees import map_named, named_leaves
+from mixcon_jax.step import Steps, TrainState, load_params_into, require_same_parameters
+from mixcon_jax.trees import Shapes, map_named, named_leaves
 from mixcon_jax.units import short
 
 # What may be otherwise in every process. Text may lie elsewhere where it has the same tokens, which are compared.
@@ -122,6 +122,7 @@ def _require_same(values: dict[str, Any], remedy: str) -> None:
 def with_weights_of(
     source: str,
     known: Mapping[str, Any] | None,
+    config: ml_collections.ConfigDict,
     state: TrainState,
     steps: Steps,
     tokenizer: Tokenizer,
@@ -133,6 +134,11 @@ def with_weights_of(
       source: ``workdir``, or ``workdir:`` and what ``parsing.step`` reads.
       known: what was returned when this run began with the same source, if it did: then the very same weights are
         taken, though the newest or the best may be others by now.
+      config: the run's, resolved.
+      state: its own, of which all else stays.
+      steps: its steps, which know where its arrays lie.
+      tokenizer: its tokenizer, which must be the one that the weights were trained with.
+      say: takes a line about the weights, and one about options by which they would compute something else.
 
     Returns:
       The state, and ``source``, ``step`` and ``fingerprint`` of the weights.
@@ -140,7 +146,14 @@ def with_weights_of(
     folder, wanted = weights_named(source)
     known = known if known and known.get('source') == source else None
     layout = named_leaves(steps.abstract_state)
-    shardings = {name: leaf.sharding for name, leaf in layout.items()}
+
+    def shardings(meta: Meta, shapes: Shapes) -> dict[str, Any]:
+        """Where the arrays lie that the model has; before anything is read it must have those that are parameters."""
+        ours = {name: leaf.shape for name, leaf in layout.items()}
+        own = lambda every: {n.removeprefix('params/'): s for n, s in every.items() if n.startswith('params/')}
+        require_same_parameters(own(ours), own(shapes))
+        return {name: leaf.sharding for name, leaf in layout.items() if shapes.get(name) == leaf.shape}
+
     again = 'delete the workdir to begin anew from others, or train.init_from=FOLDER:STEP in another one'
     try:
         loaded, meta = load_params(folder, known['step'] if known else wanted, shardings, say)
@@ -163,6 +176,9 @@ def with_weights_of(
     buffers = named_leaves(loaded['buffers'])
     same = lambda name, old: name in buffers and buffers[name].shape == old.shape
     say(f'weights of {folder}, step {meta.step}' + (', as when this run began' if known else ''))
+    if others := function.differences(configs.resolve(configs.from_dict(meta.config)), config):
+        told = ', '.join(f'{key}={before!r} is {after!r} here' for key, (before, after) in others.items())
+        say(f'these weights are of a model that computes something else: {told}')
     state = dataclasses.replace(
         state, buffers=map_named(lambda name, old: buffers[name] if same(name, old) else old, state.buffers)
     )

@@ -26,7 +26,7 @@ from mixcon_jax.models.context import Context
 from mixcon_jax.models.layers import Buffer
 from mixcon_jax.parallel import apart, axes, layout, magnitude
 from mixcon_jax.parallel.rules import on_mesh
-from mixcon_jax.trees import Tree, from_state, logical_axes, map_named, named_leaves, rates, to_state, undecayed
+from mixcon_jax.trees import Shapes, Tree, from_state, logical_axes, map_named, named_leaves, rates, to_state, undecayed
 from mixcon_jax.xla_flags import compiler_options
 
 # What a step takes of a batch, with the types: arrays [B, T].
@@ -323,15 +323,28 @@ def load_params_into(state: TrainState, params: Tree) -> TrainState:
       UserError: a parameter is missing, unexpected or of another shape; the first such is named.
     """
     ours, theirs = named_leaves(state.params), named_leaves(params)
+    require_same_parameters(*({name: leaf.shape for name, leaf in each.items()} for each in (ours, theirs)))
+    place = lambda name, old: jax.device_put(jnp.asarray(theirs[name], old.dtype), old.sharding)
+    return dataclasses.replace(state, params=map_named(place, state.params))
+
+
+def require_same_parameters(ours: Shapes, theirs: Shapes) -> None:
+    """Refuses loaded weights that are not a model's own.
+
+    Args:
+      ours: shapes of the model's parameters, by name.
+      theirs: shapes of the loaded ones.
+
+    Raises:
+      UserError: a parameter is missing, unexpected or of another shape; the first such is named.
+    """
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in theirs:
             raise UserError(f'the model has a parameter {name} that the loaded weights lack; use their model config')
         if name not in ours:
             raise UserError(f'the loaded weights have a parameter {name} that the model lacks; use their model config')
-        if ours[name].shape != theirs[name].shape:
+        if ours[name] != theirs[name]:
             raise UserError(
-                f'parameter {name} has shape {theirs[name].shape} in the loaded weights but {ours[name].shape} in the'
-                ' model; use their model config'
+                f'parameter {name} has shape {theirs[name]} in the loaded weights but {ours[name]} in the model;'
+                ' use their model config'
             )
-    place = lambda name, old: jax.device_put(jnp.asarray(theirs[name], old.dtype), old.sharding)
-    return dataclasses.replace(state, params=map_named(place, state.params))

@@ -143,7 +143,7 @@ def _train(
         else:
             state, meta = steps.init_state(), Meta(0, config.to_dict())
             if source := config.train.init_from:
-                state, origin = startup.with_weights_of(source, origin, state, steps, tokenizer, metrics.say)
+                state, origin = startup.with_weights_of(source, origin, config, state, steps, tokenizer, metrics.say)
         if first_process:
             folder.commit(config, tokenizer_json, origin)  # only now: what is refused above leaves the files alone
         records = metrics.start(meta.step, meta.tokens_seen)
@@ -289,8 +289,10 @@ def _train(
 # In the loop, and after
 # ---------------------------------------------------------------------------------------------------------------------
 def _covers(scores: Record | None, step: int, rows: Any) -> bool:
-    """Whether these scores are of this step and of all these rows."""
-    return scores is not None and scores['step'] == step and scores.get('tokens') == rows.num_tokens
+    """Whether these scores are of this step and of all these rows, which of a task have one of several lengths."""
+    if scores is None or scores['step'] != step:
+        return False
+    return scores.get('tokens') == rows.num_tokens and tuple(scores.get('lengths', ())) == rows.lengths
 
 
 def _due(step: int, every: int, at_end: bool) -> bool:

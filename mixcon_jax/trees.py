@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 Tree = Any  # nested dicts of arrays, or of whatever stands for them
+Shapes = Mapping[str, tuple[int, ...]]  # of arrays by name
 State = Any  # an nnx.State; naming it here would make beartype warn of a deprecated hint inside Flax
 
 

@@ -60,7 +60,8 @@ REACHES = {
         *FOUNDATION,
     },
     'mixcon_jax.loss': ARRAYS - {'mixcon_jax.models'},
-    'mixcon_jax.optim': {'mixcon_jax.trees'},
+    'mixcon_jax.optim': {'mixcon_jax.trees', 'mixcon_jax.options'},
+    'mixcon_jax.function': CONFIGURATION,
     'mixcon_jax.step': {'mixcon_jax.optim', 'mixcon_jax.xla_flags', *ARRAYS},
     'mixcon_jax.runs': {'mixcon_jax.runs', 'mixcon_jax.trees', *CONFIGURATION},
     'mixcon_jax.derived': DERIVED,
@@ -70,7 +71,7 @@ REACHES = {
         'mixcon_jax.inference',
         *DERIVED,
     },
-    'mixcon_jax.interop': {'mixcon_jax.interop', *DERIVED},
+    'mixcon_jax.interop': {'mixcon_jax.interop', 'mixcon_jax.function', *DERIVED},
     'mixcon_jax.inference': {'mixcon_jax.inference', 'mixcon_jax.runs', *ARRAYS},
     'mixcon_jax.analyses': {
         'mixcon_jax.analyses',

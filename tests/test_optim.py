@@ -56,6 +56,13 @@ def test_wsd_is_flat_until_it_decays():
     np.testing.assert_allclose(got[80:100], 1 - 0.9 * np.arange(1, 21) / 20, rtol=1e-5)
 
 
+@pytest.mark.parametrize('steps, decay', [(4, 0.2), (3, 0.1), (1, 0.5)])
+def test_a_decay_of_less_than_a_step_takes_a_whole_one(steps, decay):
+    got = fractions(steps, schedule='wsd', warmup_steps=0, final_fraction=0.1, decay_fraction=decay)
+    np.testing.assert_allclose(got[:steps], [1.0] * (steps - 1) + [0.1], rtol=1e-6)
+    np.testing.assert_array_equal(fractions(steps, schedule='wsd', warmup_steps=0, decay_fraction=0.0)[:steps], 1.0)
+
+
 def test_constant_stays_and_edge_lengths_stay_finite():
     np.testing.assert_array_equal(fractions(20, schedule='constant', warmup_steps=0), 1.0)
     for schedule in ('cosine', 'wsd', 'linear', 'constant'):

@@ -1,5 +1,7 @@
 """A synthetic task through training, evaluation and resuming."""
 
+import shutil
+
 import pytest
 
 from mixcon_jax import cli
@@ -51,6 +53,20 @@ def test_a_checkpoint_is_scored_as_at_the_end_of_its_run(done, capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert f'accuracy {scores.accuracy:.4f} over 60 answers' in printed and '48 tokens: accuracy' in printed
+
+
+def test_scores_of_other_lengths_are_not_the_runs_last(config, done, tmp_path):
+    """Of a run that went on at its last step, with other lengths to score at, which have as many answers."""
+    folder = tmp_path / 'run'
+    shutil.copytree(done[0], folder)
+    lines = (folder / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"final"' not in line and '"done"' not in line]
+    (folder / 'metrics.jsonl').write_text(''.join(kept))
+    other = config.copy_and_resolve_references()
+    other.data.synthetic.eval_lengths = (40, 16)
+    result = train(other, folder)
+    assert result.metrics['lengths'] == [16, 40] and result.metrics['tokens'] == done[1].metrics['tokens']
+    assert result.metrics['loss'] == pytest.approx(evaluate(folder).loss, rel=1e-5) != done[1].metrics['loss']
 
 
 def test_a_checkpoint_is_scored_at_lengths_that_its_run_did_not_score(done, capsys, tmp_path):

@@ -336,32 +336,6 @@ def test_steps_that_stay_not_finite_abort_and_spare_the_checkpoints(folder, tmp_
     assert (aborted['event'], aborted['first_bad_step'], aborted['last_bad_step']) == ('aborted', bad[0], bad[-1])
 
 
-# ----- weights of another run -----
-
-
-@pytest.mark.parametrize('which, step', [pytest.param('', 8, marks=pytest.mark.slow), (':4', 4), (':best', 8)])
-def test_init_from_takes_weights_alone(folder, tmp_path, which, step):
-    """With a learning rate that rounds to nothing, one step leaves the other run's parameters as they are."""
-    config = small_config(
-        folder, train__init_from=f'{folder / "whole"}{which}', train__steps=1, optim__warmup_steps=0,
-        optim__learning_rate=1e-30, seed=3,
-    )  # fmt: skip
-    result = train(config, tmp_path / 'run')
-    assert result.fingerprint == fingerprint(load_params(folder / 'whole', step)[0]['params'])
-    assert last(read(tmp_path / 'run' / 'metrics.jsonl'), kind='run')['step'] == 1
-
-
-def test_init_from_another_shape_names_the_parameter(folder, tmp_path):
-    with pytest.raises(UserError, match='embedding'):
-        train(small_config(folder, train__init_from=str(folder / 'whole'), model__vocab_size=328), tmp_path / 'run')
-
-
-def test_init_from_another_tokenizer_says_which_to_use(folder, tmp_path):
-    config = small_config(folder, train__init_from=str(folder / 'whole'), data__tokenizer_vocab_size=280)
-    with pytest.raises(UserError, match=r'data\.tokenizer.*tokenizer\.json'):
-        train(config, tmp_path / 'run')
-
-
 # ----- profiles -----
 
 

@@ -187,6 +187,7 @@ class HeldoutBatches:
       round_trip: The share of those bytes that decoding the tokens gives back: below 1, or None where it was never
         measured, nobody knows what it costs to predict the text, and there are no bits per byte.
       num_rows: Rows that are scored.
+      lengths: Of a task's sequences; text has none.
 
     Args:
       config: The whole configuration; data.* is used.
@@ -195,6 +196,8 @@ class HeldoutBatches:
       max_rows: Score only so many rows, spread evenly over all; 0 means all.
       share: Which rows of every batch to make.
     """
+
+    lengths = ()
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from mixcon_jax import derived
 from mixcon_jax.data import files
 from mixcon_jax.distillation.filters import Fit, distilled, hyena_layers
-from mixcon_jax.distillation.modes import COLUMNS
+from mixcon_jax.distillation.modes import most_waves
 from mixcon_jax.evaluate import rows_to_score
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.inference.load import load_model
@@ -66,7 +66,9 @@ def distill(
     paths, target = files.given(paths), derived.new_folder(out)
     trained = load_model(workdir, step)
     config = trained.config
-    hyena_layers(config.model)
+    length = max(part.model.hyena.max_len for part in hyena_layers(config.model).values())
+    if order > (most := most_waves(length)):
+        say(f'--order {order} is more than filters of {length} tokens have: {most} at most')
     batches = rows_to_score(trained, config, workdir, paths, min(rows, config.eval.batch_size))
     modal, trees, fits = distilled(trained.model, config, order, tolerance)
     for fit in fits:
@@ -77,7 +79,7 @@ def distill(
     if not order and (far := sum(fit.error > tolerance for fit in fits)):
         say(
             f'{far} of {len(fits)} filters are more than {tolerance:g} of their norm off; a smaller --tolerance takes'
-            f' more modes, {COLUMNS - 1} at most'
+            f' more modes, of filters of {length} tokens {most} at most'
         )
     modal_net, few = derived.built(modal.model, trees), itertools.islice(batches, -(-rows // batches.batch_size))
     found = compare(trained.model, modal_net, few)

@@ -36,6 +36,11 @@ class Modes(NamedTuple):
         return total
 
 
+def most_waves(length: int) -> int:
+    """How many waves a filter of so many lags can be told apart into; two that are conjugate count as two."""
+    return min((length + 1) // 2, COLUMNS) - 1
+
+
 def fit(filters: Float[np.ndarray, 'l c'], order: int = 0, tolerance: float = 1e-2) -> Modes:
     """Fits every channel by itself.
 
@@ -67,7 +72,7 @@ def error(filters: Float[np.ndarray, '*b'], fitted: Float[np.ndarray, '*b']) -> 
 
 def _channel(h: np.ndarray, order: int, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     """Poles, one of each conjugate pair, and residues."""
-    columns = min((len(h) + 1) // 2, COLUMNS)
+    columns = most_waves(len(h)) + 1
     hankel = np.lib.stride_tricks.sliding_window_view(h, columns)
     energies, vectors = np.linalg.eigh(hankel.T @ hankel)  # singular values squared, ascending
     energies, vectors = np.maximum(energies[::-1], 0), vectors[:, ::-1]

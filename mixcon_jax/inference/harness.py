@@ -171,7 +171,7 @@ def run(
     mesh: Sequence[str] = (),
     say: Say = print,
 ) -> str:
-    """Evaluates a checkpoint on tasks of lm_eval; returns their table, as lm_eval writes it.
+    """Evaluates a checkpoint on tasks of lm_eval; returns the results as a table.
 
     Args:
       workdir: a run directory.
@@ -191,9 +191,15 @@ def run(
     """
     os.environ.setdefault('DISABLE_MULTIPROC', '1')  # else it forks for standard errors, which JAX's threads forbid
     library = _library()
-    logging.getLogger('lm_eval').setLevel(logging.WARNING)
+    import datasets
+    import lm_eval.evaluator
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
+
+    for name in ('lm_eval', 'datasets', 'huggingface_hub'):  # which set their own when they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.evaluator.add_env_info = lambda storage: None  # of the machine, for which it forks
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # of the folder that one is in, whatever it has to do with it
 
     file = file_to_write('--json', json_file) if json_file else None
     if include_path and not os.path.isdir(include_path):
@@ -214,7 +220,27 @@ def run(
     if file:
         kept = {'workdir': str(workdir), 'step': trained.step} | {name: found[name] for name in KEPT if name in found}
         write_whole(file, (json.dumps(kept, indent=2, default=str) + '\n').encode())
-    return '\n'.join([make_table(found), *([make_table(found, 'groups')] if found.get('groups') else [])])
+    return _table(found)
+
+
+def _table(found: Mapping[str, Any]) -> str:
+    """Tasks, and groups of them, in aligned columns with a line a metric."""
+    lines = [('task', 'questions', 'shots', 'metric', 'value', 'standard error')]
+    for task, values in found['results'].items():
+        counts = found['n-samples'].get(task, {}).get('effective', ''), found['n-shot'].get(task, '')
+        for name, value in values.items():
+            metric, of, kind = name.partition(',')
+            if of and not metric.endswith('_stderr'):
+                error = values.get(f'{metric}_stderr,{kind}')
+                shown = metric if kind == 'none' else f'{metric} ({kind})'
+                lines.append((values.get('alias', task), *map(str, counts), shown, _number(value), _number(error)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ('  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return '\n'.join(row.rstrip() for row in rows)
+
+
+def _number(value: Any) -> str:
+    return f'{value:.4f}' if isinstance(value, float) else ''
 
 
 def _library() -> Any:

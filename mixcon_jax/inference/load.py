@@ -57,7 +57,7 @@ def load_model(workdir: str | Path, step: int | str | None = None, mesh: Sequenc
     make_cpu_devices(options.cpu_devices)
     shared = bool(mesh) or jax.process_count() > 1
     place = Place(make_mesh(options), tuple(axes.rules(options).items())) if shared else None
-    trees, meta = load_params(workdir, step, (lambda meta: _shardings(meta, place)) if place else None)
+    trees, meta = load_params(workdir, step, (lambda meta, shapes: _shardings(meta, place)) if place else None)
     config = _config_of(meta, place)
     keep_compiled(config)
     graphdef, params, buffers = nnx.split(decoder.abstract(config.model), nnx.Param, Buffer)  # type: ignore[misc]

@@ -140,7 +140,7 @@ def _attention(given: Given, rope: bool = True, share: float = 1.0, theta: float
     found = {'num_heads': heads, 'num_kv_heads': given.count('num_key_value_heads', heads), 'head_dim': head_dim}
     if not rope:
         return found
-    rules = given.rules('rope_parameters', 'rope_scaling')  # of newer files and of older ones
+    rules = given.rules('rope_scaling', 'rope_parameters')  # of older files and of newer ones; the first counts there
     if (kind := rules.of('rope_type', rules.of('type', 'default'))) != 'default':
         raise UserError(f'rotary positions of type {kind!r} of {given.architecture} have no counterpart here')
     width = int(head_dim * _first('partial_rotary_factor', share, rules, given))

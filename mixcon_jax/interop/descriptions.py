@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from mixcon_jax import config as configs
+from mixcon_jax import function
 from mixcon_jax.errors import UserError
 from mixcon_jax.interop import configurations
 from mixcon_jax.interop.configurations import Options
-from mixcon_jax.models import pattern
 
-# Not compared: what the layers are is, one by one; a file may be in another type; and the weights say the last.
-ASIDE = ('model.pattern', 'model.num_blocks', 'model.dtype', 'model.tie_embeddings')
+# Not compared: the layers are, one by one, and the weights say the last.
+ASIDE = ('model.pattern', 'model.num_blocks', 'model.tie_embeddings')
 
 
 class Writer(NamedTuple):
@@ -82,15 +81,8 @@ def _differences(config: ml_collections.ConfigDict, values: Options) -> Iterator
         if theirs != ours:
             yield f'{theirs} for layer {i}, not {ours}'
             break
-    parts = [part for text in model.pattern for part in pattern.parts(model, text).values()]
-    groups = {group for part in parts for group in part.describe().options}
-    for key, option in configs.leaves():
-        section, *inner = key.split('.')
-        if section != 'model' or key in ASIDE or option.free or option.learning:
-            continue
-        if len(inner) > 1 and inner[0] not in (*groups, 'shortcut'):
-            continue
-        if (theirs := configs.get(read, key)) != (ours := configs.get(config, key)):
+    for key, (theirs, ours) in function.differences(read, config).items():
+        if key not in ASIDE:
             yield f'{key}={theirs!r}, not {ours!r}'
 
 

@@ -85,6 +85,8 @@ def _pangu_pi(dim: int, layers: int, heads: int, hidden: int) -> Size:
     return Size(options | {'shortcut': {'reduction': 32}}, 'Wang et al., 2023; words and FFN to about its size')
 
 
+# Released code says half of these, the shares that it balances summing to top_k and not to 1: docs/models.md.
+_JAMBAS_BALANCE, _MIXTRALS_BALANCE = 2e-3, 0.04
 _MIXCON = {
     'dim': 4096,
     'num_blocks': 4,
@@ -92,7 +94,7 @@ _MIXCON = {
     'vocab_size': 262144,
     'attention': {'num_heads': 32, 'num_kv_heads': 2},
     'mlp': {'hidden_dim': 14336},
-    'moe': {'num_experts': 16, 'top_k': 2, 'hidden_dim': 14336, 'balance_coef': 1e-3},
+    'moe': {'num_experts': 16, 'top_k': 2, 'hidden_dim': 14336, 'balance_coef': _JAMBAS_BALANCE},
     'conba': conba(),
 }
 _JAMBA = ('mamba+mlp', 'mamba+moe', 'mamba+mlp', 'mamba+moe', 'attention+mlp', 'mamba+moe', 'mamba+mlp', 'mamba+moe')
@@ -126,7 +128,13 @@ SIZES: dict[str, Size] = {
         _llama(4096, 32, 32, 8, 14336, pattern=('attention+moe',))
         | {
             'attention': {'num_heads': 32, 'num_kv_heads': 8, 'rope': True, 'rope_theta': 1e6},
-            'moe': {'num_experts': 8, 'top_k': 2, 'hidden_dim': 14336, 'renormalize': True},
+            'moe': {
+                'num_experts': 8,
+                'top_k': 2,
+                'hidden_dim': 14336,
+                'renormalize': True,
+                'balance_coef': _MIXTRALS_BALANCE,
+            },
         },
         'Jiang et al., 2024',
         46_702_792_704,

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from mixcon_jax.errors import UserError
@@ -28,10 +29,11 @@ from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.records import read
 from mixcon_jax.runs.run import METRICS
 from mixcon_jax.runs.saved import ARRAYS, Damaged, item_of
-from mixcon_jax.trees import Tree, named_leaves
+from mixcon_jax.trees import Shapes, Tree, named_leaves
 
 Say = Callable[[str], None]
-Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]  # of arrays by name, or what finds them for a Meta
+# Of arrays by name, or what finds them for a Meta and the shapes of what lies there.
+Shardings = Mapping[str, Any] | Callable[[Any, Shapes], Mapping[str, Any]]
 FULL = ('No space left', 'Disk quota exceeded', 'File too large', 'RESOURCE_EXHAUSTED')
 
 
@@ -344,23 +346,18 @@ class Checkpoints:
     def _load(self, step: int, shardings: Shardings) -> tuple[Tree, Meta]:
         def read() -> tuple[Meta, dict[str, jax.Array], dict[str, str]]:
             contents, meta = self._meta(step)
-            where = shardings(meta) if callable(shardings) else shardings
+            model = _part(contents['arrays'], 'model')
+            shapes = {name: tuple(shape) for name, (_, shape) in model.items()}
+            where = shardings(meta, shapes) if callable(shardings) else shardings
             whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             wanted = {
-                name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where.get(name, whole))
-                for name, (dtype, shape) in _part(contents['arrays'], 'model').items()
+                name: jax.ShapeDtypeStruct(shapes[name], np.dtype(dtype), sharding=where.get(name, whole))
+                for name, (dtype, _) in model.items()
             }
             return meta, self._arrays(step, 'model', wanted), contents['checksums']
 
         meta, arrays = restoring.verified(read)
-        tree: dict[str, Any] = {'params': {}, 'buffers': {}}
-        for name, array in arrays.items():
-            *parents, last = name.split('/')
-            node = tree
-            for key in parents:
-                node = node.setdefault(key, {})
-            node[last] = array
-        return tree, meta
+        return {'params': {}, 'buffers': {}} | unflatten_dict(arrays, sep='/'), meta
 
     def _arrays(self, step: int, item: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         self._plain.mend()

@@ -12,7 +12,7 @@ BASELINES = {'gzip': 'gzip -9', 'unigram': 'byte unigrams', 'chance': 'chance', 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record says of scores, and no more."""
-    return {key: record[key] for key in (*SCORES, 'by_length') if key in record}
+    return {key: record[key] for key in (*SCORES, 'lengths', 'by_length') if key in record}
 
 
 def is_finite(scores: Mapping[str, Any]) -> bool:

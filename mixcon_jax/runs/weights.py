@@ -22,7 +22,7 @@ def load_params(
       workdir: a run directory.
       step: a step; ``'best'`` by held-out loss; None for the newest intact one.
       shardings: of leaves by name (``params/embedding``); those without lie whole on the first device. Or what
-        returns them for the ``Meta`` of the checkpoint that is taken.
+        returns them for the ``Meta`` and the shapes of the checkpoint that is taken.
       say: takes a line about each damaged checkpoint that was passed over.
 
     Returns:

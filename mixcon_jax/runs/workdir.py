@@ -16,7 +16,7 @@ from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import locks
 from mixcon_jax.host.paths import expand_folder
-from mixcon_jax.options import THROUGH_TOKENS
+from mixcon_jax.options import THROUGH_TOKENS, decaying_steps
 from mixcon_jax.runs import mark, saved
 from mixcon_jax.runs.records import Record
 from mixcon_jax.runs.run import DONE, Run
@@ -181,7 +181,8 @@ def same_schedule(was: ml_collections.ConfigDict, now: ml_collections.ConfigDict
     if was.optim.schedule != now.optim.schedule:
         return False
     if now.optim.schedule == 'wsd':  # whose decay may begin before the end of the warm-up
-        return all(made <= each.train.steps - each.optim.decay_fraction * each.train.steps for each in (was, now))
+        stable = lambda config: config.train.steps - decaying_steps(config.optim.decay_fraction, config.train.steps)
+        return all(made <= stable(each) for each in (was, now))
     return now.optim.schedule == 'constant' or made <= min(was.optim.warmup_steps, now.optim.warmup_steps)
 
 

@@ -108,7 +108,7 @@ def test_the_models_come_together_with_their_filters():
         (['--order', '-1'], '--order -1 must be at least 0'),
         (['--tolerance', '1'], '--tolerance 1.0 must be between 0 and 1, exclusive'),
         (['--rows', '0'], '--rows 0 must be at least 1'),
-        (['--config.model.dim=3'], 'distill-filters takes no --config'),
+        (['--config.model.dim=3'], 'unknown argument --config.model.dim=3; see `mixcon distill-filters --help`'),
         (['--step', '1'], 'there is no checkpoint 1'),
         (['--out', '{run}'], 'is there already; name a new folder'),
         (['--out', ''], '--out is empty; name a folder'),

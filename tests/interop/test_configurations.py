@@ -127,6 +127,10 @@ def test_norms_of_falcon_mamba_have_no_scales_and_an_epsilon_of_their_own():
     [
         (LLAMA | {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, r"of type 'llama3' of llama have no c"),
         (LLAMA | {'rope_scaling': {'type': 'linear', 'factor': 2.0}}, r"of type 'linear' of llama have no counterpart"),
+        (
+            LLAMA | {'rope_parameters': {'rope_type': 'default'}, 'rope_scaling': {'rope_type': 'dynamic'}},
+            r"of type 'dynamic' of llama have no c",
+        ),
         (LLAMA | {'attention_bias': True}, r'attention_bias=True of llama has no counterpart here, only False'),
         (LLAMA | {'mlp_bias': True}, r'mlp_bias=True of llama'),
         (MIXTRAL | {'sliding_window': 4096}, r'sliding_window of mixtral has not been compared; only null'),

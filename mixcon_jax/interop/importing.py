@@ -46,6 +46,11 @@ def import_model(
             f'the tokenizer has {words.vocab_size} tokens, but the model of {folder} an embedding of'
             f' {model.vocab_size} rows: name its own with --tokenizer'
         )
+    if (ends := _ends(folder)) and words.eot_id not in ends:
+        say(
+            f'{folder} ends texts with token {", ".join(map(str, ends))}; here {words.eot!r}, {words.eot_id}, begins'
+            ' and ends documents, so that what it generates may go on after its end'
+        )
     config.data.tokenizer = str(Workdir(target).tokenizer_file)
     count = sum(weight.size for weight in weights.values())
     params = unflatten_dict({name: jnp.asarray(weights.pop(name)) for name in list(weights)}, sep='/')  # not held twice
@@ -73,6 +78,15 @@ def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:
             f' {wanted.get(name, "none")}'
         )
     return config, {name: np.ascontiguousarray(weight, np.float32) for name, weight in weights.items()}
+
+
+def _ends(folder: Path) -> list[int]:
+    """The tokens that end what the published model generates, by its files; none where they do not say."""
+    for name in ('generation_config.json', 'config.json'):
+        said = (parsing.json_file(folder / name) or {}).get('eos_token_id')
+        if ends := [token for token in (said if isinstance(said, list) else [said]) if isinstance(token, int)]:
+            return ends
+    return []
 
 
 def _shapes(model: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -94,6 +94,17 @@ def test_what_cannot_be_imported_is_refused_in_one_line(change, message, tmp_pat
     assert message in capsys.readouterr().err and not (tmp_path / 'run').exists()
 
 
+def test_a_token_that_ends_texts_there_and_not_here_is_said(tmp_path):
+    folder, lines = saved('mixtral', tmp_path / 'published'), []
+    for name, ends, said in (('config.json', [5, 7], True), ('generation_config.json', [9, 0], False)):
+        values = json.loads((folder / 'config.json').read_text())
+        (folder / name).write_text(json.dumps(values | {'eos_token_id': ends}))
+        import_model(folder, tmp_path / name, say=lines.append)
+        told = f"{folder} ends texts with token 5, 7; here '<|endoftext|>', 0, begins and ends documents, so that"
+        assert any(line.startswith(told) for line in lines) == said
+        lines.clear()
+
+
 def test_a_tokenizer_that_is_another_models_is_refused(tmp_path):
     folder, other = saved('bamba', tmp_path / 'published'), tmp_path / 'tokenizer.json'
     words = {'</s>': 0} | {f'w{i}': i for i in range(1, 62)}

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from mixcon_jax import options
 from mixcon_jax.checks import check_leaf, divides
-from mixcon_jax.errors import ConfigError, UserError
+from mixcon_jax.errors import ConfigError, UserError, first_line
 from mixcon_jax.host.paths import expand
 from mixcon_jax.models import kinds, pattern
 from mixcon_jax.options import UINT32, Option, beyond
@@ -100,14 +100,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     except UserError:
         raise
     except flags.Error as error:
-        line = _first_line(error)  # of an override, or of what the file raised when absl takes that for a bad flag
+        line = first_line(error)  # of an override, or of what the file raised when absl takes that for a bad flag
         raise ConfigError(line if '--config.' in line else f'{_place(file, error)}: {line}{_hint(line)}') from error
     except AttributeError as error:
         if error.name == 'get_config' and error.obj is sys.modules.get('config_config'):
             raise ConfigError(f'experiment file {file} has no get_config(arg=None)') from error
-        raise ConfigError(f'{_place(file, error)}: AttributeError: {_first_line(error)}') from error
+        raise ConfigError(f'{_place(file, error)}: AttributeError: {first_line(error)}') from error
     except Exception as error:  # whatever the experiment file itself raises
-        raise ConfigError(f'{_place(file, error)}: {type(error).__name__}: {_first_line(error)}') from error
+        raise ConfigError(f'{_place(file, error)}: {type(error).__name__}: {first_line(error)}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f'experiment file {path}: get_config() must return a ConfigDict, not {type(config).__name__}')
     return canonical(config)
@@ -281,7 +281,7 @@ def read(path: str | Path) -> ml_collections.ConfigDict:
     try:
         return from_dict(json_object(Path(path).read_bytes()))
     except (OSError, ValueError) as error:
-        raise ConfigError(f'{path} is not a readable configuration: {_first_line(error)}') from error
+        raise ConfigError(f'{path} is not a readable configuration: {first_line(error)}') from error
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -392,9 +392,3 @@ def _require(key: str, expected: Mapping[str, Option]) -> None:
     same = [name for name in expected if name.split('.')[-1] == last]
     close = same or difflib.get_close_matches(key, expected, n=1, cutoff=0.0)
     raise ConfigError(f'unknown option {key}; did you mean {close[0]}?')
-
-
-def _first_line(error: BaseException) -> str:
-    """The message in one line; where the first only announces what follows, the last."""
-    lines = (str(error) or type(error).__name__).strip().splitlines()
-    return lines[-1].strip() if lines[0].endswith(':') else lines[0]

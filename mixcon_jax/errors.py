@@ -27,3 +27,9 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A configuration that cannot run; the message is one line and names the key."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line; where its first only announces what follows, the last."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1].strip() if lines[0].endswith(':') else lines[0]

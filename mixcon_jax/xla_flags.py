@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from mixcon_jax.errors import ConfigError
+from mixcon_jax.errors import ConfigError, first_line
 
 DETERMINISTIC = 'xla_gpu_exclude_nondeterministic_ops'
 Value = bool | int | float | str
@@ -133,7 +133,7 @@ def compiler_options(deterministic: bool, texts: Sequence[str], device: Any) -> 
         try:
             jax.jit(lambda: 0, compiler_options=flags).lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f'train.xla_flags: {reason}; mixcon_jax/xla_flags.py lists some') from error
     if deterministic and _ordered(device):
         flags[DETERMINISTIC] = True

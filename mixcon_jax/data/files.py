@@ -11,7 +11,7 @@ from typing import Any
 
 from mixcon_jax.data import paths
 from mixcon_jax.data.documents import Document
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import UserError, first_line
 
 FORMATS = ('.txt', '.jsonl', '.parquet')
 COMPRESSED = ('.gz', '.zst')
@@ -104,7 +104,7 @@ def read(path: str, text_field: str = 'text', skipped: Skipped | None = None) ->
             if document is not None:
                 yield document
     except OSError as error:
-        raise UserError(f'{path}: {error.strerror or str(error).splitlines()[0]}') from error
+        raise UserError(f'{path}: {error.strerror or first_line(error)}') from error
 
 
 # Each reader yields functions, which make a document of a record or raise BadRecordError: reading goes on after that.
@@ -177,7 +177,7 @@ def _read_parquet(path: str, text_field: str) -> Iterator[Make]:
     except UnicodeDecodeError as error:
         raise UserError(f'{path}: the names of its columns are not UTF-8') from error
     except pyarrow.ArrowException as error:
-        raise UserError(f'{path}: not a readable Parquet file ({str(error).splitlines()[0]})') from error
+        raise UserError(f'{path}: not a readable Parquet file ({first_line(error)})') from error
 
 
 def _parse_value(value: Any, where: str, text_field: str) -> Document:

@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 
 from mixcon_jax.data import files, paths
 from mixcon_jax.data.documents import Document
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import UserError, first_line
 
 KINDS = ('stdlib', 'files:GLOB', 'huggingface:NAME[/SUBSET]', 'store:PATH')
 
@@ -185,7 +185,7 @@ class HuggingFaceSource:
             try:
                 record = next(records, None)
             except Exception as error:
-                raise UserError(f'{self.spec}: reading record {index} failed: {_first_line(error)}') from error
+                raise UserError(f'{self.spec}: reading record {index} failed: {first_line(error)}') from error
             if record is None:
                 return
             where = f'{self.spec}: record {index}'
@@ -224,10 +224,6 @@ def in_common(sources: Sequence[Source]) -> Iterator[str]:
             else:
                 yield f'{source.spec} and {other} have {count:,} files in common: they count in both'
         seen = dict.fromkeys(parts, source.spec) | seen
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _slug(name: str) -> str:

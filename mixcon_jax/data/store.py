@@ -26,7 +26,7 @@ from jaxtyping import Int, Integer
 
 from mixcon_jax.data.documents import SPLITS
 from mixcon_jax.data.metadata import READABLE, complaint
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import UserError, first_line
 from mixcon_jax.host import system
 
 SHARD = 1 << 25  # tokens a file: what is held to write or to verify them, 64 or 128 MiB
@@ -75,7 +75,7 @@ def read_file(path: str, name: str) -> str:
         result = ts.KvStore.open(_kvstore(path)).result().read(name).result()
     except Exception as error:  # TensorStore maps every kind of failure of every kind of storage to some exception
         kind = UserError if system.refusal(error) else NotWhole
-        raise kind(f'{path}: cannot be read ({_first_line(error)})') from error
+        raise kind(f'{path}: cannot be read ({first_line(error)})') from error
     if result.state != 'value':
         raise NotWhole(f'{path}: not a token store: it has no {name}')
     try:
@@ -266,12 +266,8 @@ def _unread(path: str, name: str, error: Exception, how: str = '') -> UserError:
     """The error of a part that could not be read: it is damaged, unless the system did not let this process read it."""
     if reason := system.refusal(error):
         return UserError(f'{path}: {name} cannot be read now ({reason}); the store may be whole: see to the disk')
-    how = how or f'cannot be read ({_first_line(error)})'
+    how = how or f'cannot be read ({first_line(error)})'
     return NotWhole(f'{path}: damaged token store: {name} {how}; {REMEDY}')
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def little_endian(values: np.ndarray) -> bytes:

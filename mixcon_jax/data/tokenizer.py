@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mixcon_jax.data.background import Background, until
 from mixcon_jax.data.disk import scratch
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import UserError, first_line
 from mixcon_jax.host.paths import expand
 
 END_OF_TEXT = '<|endoftext|>'
@@ -328,6 +328,5 @@ def from_json(data: str, name: str = 'tokenizer.json') -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(data)
     except Exception as error:  # the Rust library raises bare Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'data.tokenizer: {name}: not a tokenizer.json ({reason})') from error
+        raise UserError(f'data.tokenizer: {name}: not a tokenizer.json ({first_line(error)})') from error
     return Tokenizer(backend, f'data.tokenizer: {name}')

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import UserError, first_line
 from mixcon_jax.host.files import file_to_write, write_whole
 from mixcon_jax.inference.generate import Sampling, generate
 from mixcon_jax.inference.likelihood import Ending, likelihoods, rounded_up
@@ -215,8 +215,7 @@ def run(
             limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=RESAMPLES,
         )  # fmt: skip
     except OSError as error:  # of a set of questions that is not there, or a hub that cannot be reached
-        words = (str(error).splitlines() or [''])[0]
-        raise UserError(f'the questions of {" ".join(tasks)} cannot be loaded: {words}') from error
+        raise UserError(f'the questions of {" ".join(tasks)} cannot be loaded: {first_line(error)}') from error
     if file:
         kept = {'workdir': str(workdir), 'step': trained.step} | {name: found[name] for name in KEPT if name in found}
         write_whole(file, (json.dumps(kept, indent=2, default=str) + '\n').encode())

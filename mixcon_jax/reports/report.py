@@ -5,12 +5,12 @@ works while runs are going on and changes nothing in them.
 """
 
 import difflib
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.files import write_whole
 from mixcon_jax.reports import comparison, figures, tables
 from mixcon_jax.reports.arms import Arm, group
 from mixcon_jax.reports.page import FIGURES, Report, markdown, terminal
@@ -133,10 +133,5 @@ def _list(values: Iterable[int]) -> str:
 
 def _write(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole."""
-    scratch = path.with_name(f'.{path.name}.tmp')
     with explained(path):
-        try:
-            scratch.write_bytes(content if isinstance(content, bytes) else content.encode(errors='backslashreplace'))
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_whole(path, content if isinstance(content, bytes) else content.encode(errors='backslashreplace'))

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import UserError, first_line
 from mixcon_jax.host.ambient import processors
 from mixcon_jax.runs import saved, stored
 from mixcon_jax.runs.checksums import checksum
@@ -139,7 +139,7 @@ def _require_intact(item: Path, name: str, kind: list, expected: str, hurry: thr
     except Exception as error:  # whatever TensorStore finds
         if refused := saved.refusal(item.parent, error):
             raise refused from error
-        raise Damaged(f'{name}: {type(error).__name__}: {first_line(error)}') from error
+        raise Damaged(f'{name}: {type(error).__name__}: {first_line(error)[:160]}') from error
     if not intact:
         raise Damaged(f'{name} does not match its checksum')
 
@@ -169,11 +169,6 @@ def _require_loadable(item: Path, arrays: Mapping[str, list]) -> None:
     except Exception as error:  # whatever Orbax finds
         if refused := saved.refusal(item.parent, error):
             raise refused from error
-        raise Damaged(f'{item.name}: {type(error).__name__}: {first_line(error)}') from error
+        raise Damaged(f'{item.name}: {type(error).__name__}: {first_line(error)[:160]}') from error
     if found != arrays:
         raise Damaged(f'the metadata of {item.name} are of other arrays')
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of what an exception says."""
-    return next(iter(str(error).strip().splitlines()), '')[:160]

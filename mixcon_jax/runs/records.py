@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mixcon_jax.errors import UserError
+from mixcon_jax.host.files import write_whole
 from mixcon_jax.parsing import Record, record
 
 
@@ -48,12 +49,7 @@ def keep_until(path: str | Path, step: int) -> list[Record]:
     """
     path, kept = Path(path), [found for found in read(path) if found['step'] <= step]
     if path.exists():
-        scratch = path.with_suffix('.rewritten')
-        with open(scratch, 'w', encoding='utf-8') as file:
-            file.writelines(_line(found) for found in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        write_whole(path, ''.join(_line(found) for found in kept).encode())
     return kept
 
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mixcon_jax.errors import UserError
+from mixcon_jax.errors import UserError, first_line
 from mixcon_jax.host import processes
-from mixcon_jax.runs import readback, saved, stored
+from mixcon_jax.runs import saved, stored
 from mixcon_jax.runs.checksums import checksums
 from mixcon_jax.runs.saved import Damaged, Missing
 
@@ -41,7 +41,7 @@ def restore(item: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     except Exception as error:
         if refused := saved.refusal(item.parent, error):
             raise refused from error
-        raise Damaged(f'{item.name}: {type(error).__name__}: {readback.first_line(error)}') from error
+        raise Damaged(f'{item.name}: {type(error).__name__}: {first_line(error)[:160]}') from error
 
 
 def _most(item: Path, name: str, wanted: jax.ShapeDtypeStruct) -> int:

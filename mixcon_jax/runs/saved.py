@@ -11,6 +11,7 @@ from typing import Any
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import system
+from mixcon_jax.host.files import write_whole
 from mixcon_jax.parsing import json_file, json_object
 
 ARRAYS = ('model', 'optimizer')  # the items that hold arrays
@@ -111,9 +112,7 @@ def newest(folder: str | Path) -> dict[str, Any] | None:
 def note_files(folder: str | Path, step: int) -> None:
     """Notes names and sizes of a checkpoint's files beside its checksums, for ``is_whole``."""
     path = Path(folder) / str(step) / FILES
-    scratch = path.with_name('.files.tmp')
-    scratch.write_text(json.dumps(_files(path.parents[1])), encoding='utf-8')
-    os.replace(scratch, path)
+    write_whole(path, json.dumps(_files(path.parents[1])).encode())
 
 
 def is_whole(folder: str | Path, step: int) -> bool:

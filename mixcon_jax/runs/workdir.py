@@ -4,7 +4,6 @@ What lies in it, ``run`` says and reads.
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import ml_collections
 from mixcon_jax import config as configs
 from mixcon_jax.errors import UserError
 from mixcon_jax.host import locks
+from mixcon_jax.host.files import write_whole
 from mixcon_jax.host.paths import expand_folder
 from mixcon_jax.options import THROUGH_TOKENS, decaying_steps
 from mixcon_jax.runs import mark, saved
@@ -136,13 +136,8 @@ class Workdir(Run):
             self.tokenizer_file: tokenizer_json,
         }
         for path, text in texts.items():
-            scratch = path.with_name(f'.{path.name}.tmp')
             with explained(path):
-                with scratch.open('w', encoding='utf-8') as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(scratch, path)
+                write_whole(path, text.encode())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

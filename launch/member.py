@@ -20,7 +20,7 @@ from mixcon_jax.config import load, mesh_of
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host import stuck
 from mixcon_jax.host.ending import failed, prepare
-from mixcon_jax.host.output import OutputLost, go_on, guarded
+from mixcon_jax.host.output import OutputLost, go_on, guarded, keep_libraries_out
 from mixcon_jax.runs.workdir import report_if_finished
 
 COMMANDS = ('train', 'eval', 'generate')
@@ -124,6 +124,7 @@ def prepared(command: str, known: argparse.Namespace, overrides: list[str]) -> C
 
 def be(run: Callable[[], int]) -> NoReturn:
     """Calls ``run`` as one of the processes, and exits with the code that it returns or what its error means."""
+    keep_libraries_out()
     with guarded():
         prepare()
         go_on()

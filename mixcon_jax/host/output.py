@@ -97,6 +97,18 @@ class LiveLine:
         self._stream.flush()
 
 
+def keep_libraries_out() -> None:
+    """From now on standard output is Python's alone; what libraries print past it goes to standard error.
+
+    Gloo, by which processes on CPUs exchange, tells there how many it has met, in the midst of what a command prints.
+    """
+    with contextlib.suppress(OSError):  # one that is closed
+        sys.stdout.flush()
+        own = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = open(own, 'w', encoding=sys.stdout.encoding, buffering=1)  # noqa: SIM115 (as long as the program)
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Standard output and error are guarded meanwhile; those that are closed are there, and show nothing."""

@@ -24,13 +24,15 @@ def write_sweep(path: Path, config, sweep: str) -> Path:
     return path
 
 
-def launch(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-    """Starts ``python -m module`` with one CPU device a process; both streams come as one text pipe."""
+def launch(
+    module: str, *arguments: object, environment: Mapping[str, str] | None = None, stderr: int = subprocess.STDOUT
+) -> subprocess.Popen:
+    """Starts ``python -m module`` with one CPU device a process; both streams come as one text pipe, unless told."""
     flags = [flag for flag in os.environ.get('XLA_FLAGS', '').split() if 'device_count' not in flag]
     settings = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ' '.join(flags), 'PYTHONUNBUFFERED': ''}
     settings |= environment or {}
     command = [sys.executable, '-m', module, *map(str, arguments)]
-    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def finish(launcher: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:

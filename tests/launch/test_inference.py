@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -27,12 +28,10 @@ def run(tmp_path_factory):
     return folder / 'run'
 
 
-def by_two(command: str, run, *arguments: object, **options) -> str:
-    """What two processes of two devices each print."""
+def by_two(command: str, run, *arguments: object, code: int = 0) -> str:
+    """What two processes of two devices each print; where they are to fail, their errors too."""
     given = (command, '--processes', 2, '--devices-per-process', 2, '--workdir', run, *arguments)
-    output = finish(launch('launch.local', *given), **options)
-    # Threads of one process may say it in each other's words.
-    return re.sub(r'\[Gloo\][^\n]*\n|Expected number of connected peer ranks is : \d+\n', '', output)
+    return finish(launch('launch.local', *given, stderr=subprocess.STDOUT if code else subprocess.DEVNULL), code=code)
 
 
 def described(capsys, *arguments: object) -> str:

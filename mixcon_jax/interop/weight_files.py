@@ -74,7 +74,10 @@ def write_model(folder: Path, arrays: Iterable[tuple[str, np.ndarray]], dtype: s
     def flush() -> None:
         path = folder / f'{len(files)}.part'
         try:
+            path.touch()
+            mode = path.stat().st_mode  # as others have it here; the library's file is its maker's alone
             save_file(held, path, {'format': 'pt'})  # without which transformers refuses a file
+            path.chmod(mode)
         except (OSError, SafetensorError) as error:
             raise UserError(f'{path} cannot be written: {error}') from error
         files.append(list(held))

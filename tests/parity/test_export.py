@@ -47,6 +47,7 @@ def test_of_several_files_each_holds_its_part_and_bfloat16_rounds_to_nearest(tmp
     ]  # fmt: skip
     index = json.loads((tmp_path / weight_files.INDEX).read_text())
     assert index['metadata']['total_size'] == 5 * 600 and list(index['weight_map']) == list(arrays)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     found = weight_files.read_model(tmp_path)
     for name, value in arrays.items():
         np.testing.assert_allclose(found[name].astype(np.float32), value, rtol=2**-8)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch import member
-from mixcon_jax.cli import OVERRIDES, require_numbers
+from mixcon_jax.cli import OVERRIDES, LineParser, require_numbers
 from mixcon_jax.errors import Exit, UserError
 from mixcon_jax.host.ending import of_jax
 from mixcon_jax.host.output import use_utf8
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    parser = LineParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument('--coordinator', metavar='HOST:PORT', help='a free port of the machine of process 0')
     parser.add_argument('--processes', type=int, metavar='N', help='number of all processes')
     parser.add_argument('--rank', type=int, metavar='R', help='number of this one, from 0')

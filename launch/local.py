@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launch import member, processes
 from launch.processes import Child, Signals
-from mixcon_jax.cli import OVERRIDES, require_numbers
+from mixcon_jax.cli import OVERRIDES, LineParser, require_numbers
 from mixcon_jax.config import load, mesh_of
 from mixcon_jax.errors import Exit
 from mixcon_jax.host import stuck
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    parser = LineParser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument('--processes', type=int, required=True, metavar='N', help='how many processes')
     parser.add_argument(
         '--devices-per-process', type=int, metavar='D',

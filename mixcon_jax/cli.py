@@ -16,17 +16,20 @@ OVERRIDES = 'Any option can be overridden: --config.train.steps=100 (see `mixcon
 ON_MESH = 'On several devices: --config.mesh.fsdp=2 and the other options of config.mesh.'
 
 
-class Parser(argparse.ArgumentParser):
+class LineParser(argparse.ArgumentParser):
+    """Ends in one line, as all bad input does, where argparse prints how to use a command, too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message}; see `{self.prog} --help`')
+
+
+class Parser(LineParser):
     """Leaves overrides alone: no value of one is an argument of the command's own, as in ``--config.key value``."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         overrides, others = _apart(sys.argv[1:] if args is None else args)
         known, rest = super().parse_known_args(others, namespace)
         return known, [*overrides, *rest]
-
-    def error(self, message: str) -> NoReturn:
-        """Ends in one line, as all bad input does, where argparse prints how to use a command, too."""
-        raise UserError(f'{message}; see `{self.prog} --help`')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -79,7 +79,7 @@ def generate(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def lm_eval(known: argparse.Namespace, overrides: list[str]) -> int:
-    from mixcon_jax.inference.harness import run
+    from mixcon_jax.inference.tasks import run
 
     for option, least in (('num_fewshot', 0), ('limit', 1), ('batch_size', 1), ('max_length', 0)):
         if getattr(known, option) is not None and getattr(known, option) < least:

@@ -45,6 +45,7 @@ class Option:
     free: bool = False
     # Whether it is of learning alone: what a model of given weights and buffers computes does not depend on it.
     learning: bool = False
+    needs: str = ''  # the option of its group without which it is not read
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from mixcon_jax import config as configs
@@ -174,6 +175,9 @@ def with_weights_of(
         )
     state = load_params_into(state, loaded['params'])
     buffers = named_leaves(loaded['buffers'])
+    own = named_leaves(state.buffers)
+    if left := [name for name, value in buffers.items() if name not in own and np.any(np.asarray(value))]:
+        say(f'left out, as this model has no such buffers: {", ".join(left)} of {folder}')
     same = lambda name, old: name in buffers and buffers[name].shape == old.shape
     say(f'weights of {folder}, step {meta.step}' + (', as when this run began' if known else ''))
     if others := function.differences(configs.resolve(configs.from_dict(meta.config)), config):

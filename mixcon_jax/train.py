@@ -292,7 +292,7 @@ def _covers(scores: Record | None, step: int, rows: Any) -> bool:
     """Whether these scores are of this step and of all these rows, which of a task have one of several lengths."""
     if scores is None or scores['step'] != step:
         return False
-    return scores.get('tokens') == rows.num_tokens and tuple(scores.get('lengths', ())) == rows.lengths
+    return scores.get('tokens') == rows.num_tokens and tuple(scores.get('lengths') or ()) == rows.lengths
 
 
 def _due(step: int, every: int, at_end: bool) -> bool:

@@ -8,14 +8,21 @@ import pytest
 
 from mixcon_jax import cli
 from mixcon_jax.errors import UserError
-from mixcon_jax.inference.generate import Sampling, generate_text
+from mixcon_jax.inference import harness
+from mixcon_jax.inference.generate import Sampling, generate, generate_text
 from mixcon_jax.inference.harness import Answers, windows
 from mixcon_jax.inference.likelihood import Ending, likelihoods
 from mixcon_jax.inference.load import load_model
 from mixcon_jax.train import train
 from tests.tiny import tiny_config
 
-OPTIONS = {'train__steps': 4, 'eval__every': 0, 'optim__learning_rate': 0.02, 'model__init_std': 0.3}
+OPTIONS = {
+    'model__attention__num_kv_heads': 2,
+    'train__steps': 4,
+    'eval__every': 0,
+    'optim__learning_rate': 0.02,
+    'model__init_std': 0.3,
+}
 
 
 @pytest.fixture(scope='module')
@@ -78,10 +85,39 @@ def test_continuations_are_greedy_and_end_before_the_first_stop(run, trained, ca
     assert len({answers.generate_until(asked((prompts[0], each)))[0] for each in (sampled, free)}) == 2
 
 
+def test_only_what_is_asked_for_keeps_a_batch_going(trained, monkeypatch):
+    """One text that ends at once, in a batch of eight."""
+    steps = []
+
+    def counted(*arguments):
+        for tokens in generate(*arguments):
+            steps.append(tokens)
+            yield tokens
+
+    monkeypatch.setattr(harness, 'generate', counted)
+    answers = Answers(trained, 8, 64)
+    whole = answers.generate_until(asked(('the state', {'max_new_tokens': 9, 'top_k': -1, 'temperature': None})))[0]
+    assert len(steps) <= 9 and whole
+    steps.clear()
+    assert answers.generate_until(asked(('the state', {'until': [whole[0]], 'max_tokens': 9}))) == ['']
+    assert len(steps) <= 3
+
+
+def test_half_a_character_is_no_fault(trained):
+    assert Answers(trained, 1, 32).loglikelihood(asked(('a \ud800', ' b')))[0][0] < 0
+
+
+def test_likelihoods_on_a_mesh_are_those_of_one_device_also_in_batches_that_it_does_not_divide(run, trained):
+    pairs = asked(('the state of', ' a loop'), ('', 'gains'), ('and noise', ' while the gains route'))
+    found = Answers(load_model(run, mesh=('mesh.fsdp=2', 'mesh.tensor=2')), 3, 32).loglikelihood(pairs)
+    for (log, greedy), (wanted, is_greedy) in zip(found, Answers(trained, 1, 32).loglikelihood(pairs), strict=True):
+        assert log == pytest.approx(wanted, rel=1e-4) and greedy == is_greedy
+
+
 def test_what_does_not_fit_is_refused_by_the_option(trained):
     with pytest.raises(UserError, match=r'^a continuation has \d+ tokens, more than --max-length 4$'):
         Answers(trained, 1, 4).loglikelihood(asked(('a', 'the state of a loop while gains')))
-    with pytest.raises(UserError, match=r'^the task generates 256 tokens, which leave no room in --max-length 32$'):
+    with pytest.raises(UserError, match=r'^the task generates 256 tokens, .* in the 32 that are read; give'):
         Answers(trained, 1, 32).generate_until(asked(('a', {'until': '.'})))
 
 
@@ -164,5 +200,21 @@ def test_tasks_of_ones_own_by_the_command(run, tasks, tmp_path, capsys):
         assert name in shown.out
     assert 'texts scored' in shown.err
     with pytest.raises(SystemExit, match='2'):
-        cli.main(['lm-eval', '--workdir', str(run), '--tasks', 'choices', 'choises', *arguments])
+        cli.main(['lm-eval', '--workdir', str(run), '--tasks', 'choices,choises', *arguments])
     assert "lm_eval has no task 'choises'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'change, arguments, message',
+    [
+        (('{{text}}', '{{nofield}}'), [], r"UndefinedError: 'nofield' is undefined"),
+        (('', ''), ['--num-fewshot', '9'], 'lm_eval cannot run choices: '),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_no_fault_of_ours(run, tasks, change, arguments, message, capsys):
+    file = tasks[0] / 'choices.yaml'
+    file.write_text(file.read_text().replace(*change))
+    with pytest.raises(SystemExit, match='2'):
+        cli.main(['lm-eval', '--workdir', str(run), '--tasks', 'choices', '--include-path', str(tasks[0]), *arguments])
+    error = capsys.readouterr().err
+    assert 'lm_eval cannot run choices: ' in error and message in error

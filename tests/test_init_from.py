@@ -73,3 +73,23 @@ def test_options_by_which_the_weights_compute_something_else_are_said(folder, tm
     train(one_step(folder, folder / 'whole', **others), tmp_path / 'other')
     told = 'model.norm_eps=1e-06 is 1e-05 here, model.attention.rope=False is True here\n'
     assert f'these weights are of a model that computes something else: {told}' in capsys.readouterr().out
+
+
+def test_a_layer_with_a_name_of_its_own_and_biases_that_are_left_out(folder, tmp_path, capsys):
+    options = {
+        'model__pattern': ('attention+moe',),
+        'model__moe__balance': 'bias',
+        'model__moe__bias_rate': 0.1,
+        'model__moe__hidden_dim': 32,
+    }
+    train(
+        small_config(folder, **options, train__steps=3), tmp_path / 'source'
+    )  # an odd number: ups and downs do not cancel
+    config = one_step(folder, tmp_path / 'source', **options, model__moe__top_k=2)
+    config.model.moe.balance = 'loss'
+    config.model.layers.local = {'kind': 'attention', 'window': 8}
+    config.model.pattern = ('local+moe',)
+    train(config, tmp_path / 'run')
+    said = capsys.readouterr().out
+    assert "model.pattern=('attention+moe',) is ('local+moe',) here, model.moe.top_k=1 is 2 here\n" in said
+    assert 'left out, as this model has no such buffers: ' in said

@@ -147,6 +147,10 @@ class Tokenizer:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, special ones included; None of what is none."""
+        return self._backend.token_to_id(token)
+
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
         return self._json

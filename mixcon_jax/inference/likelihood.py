@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixcon_jax.models.context import Context
 from mixcon_jax.models.decoder import Decoder
-from mixcon_jax.parallel import layout
+from mixcon_jax.parallel import axes, layout
 from mixcon_jax.parallel.rules import Place
 
 LOGITS = 2**26  # at most at a time: 256 MiB in float32
@@ -48,13 +48,16 @@ def likelihoods(
     Args:
       model: the decoder.
       endings: each of two tokens or more, of which one is not scored.
-      batch_size: rows at a time; on a mesh it divides them.
+      batch_size: rows at a time; on a mesh as many more as its devices share out evenly.
       place: the mesh that the model's parameters lie on.
       done: takes how many have been scored, after each batch.
     """
     order = sorted(range(len(endings)), key=lambda i: -len(endings[i].tokens))
     found: list[Likelihood | None] = [None] * len(endings)
     graphdef, variables = nnx.split(model)
+    if place:
+        shards = axes.rows(place.mesh.shape)
+        batch_size = -(-batch_size // shards) * shards
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         length = rounded_up(len(endings[rows[0]].tokens) - 1)
@@ -103,13 +106,6 @@ def _score(
         hidden = model(tokens, context)[0]
         vocab = jax.eval_shape(model.logits, hidden[:, :1]).shape[-1]
         chunk = max(1, min(length, LOGITS // (rows * vocab)))
-        chunks = -(-length // chunk)
-        split = lambda x: jnp.moveaxis(
-            jnp.pad(x, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2)).reshape(
-                rows, chunks, chunk, *x.shape[2:]
-            ),
-            1, 0,
-        )  # fmt: skip
 
         def add(sums: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
             hidden, targets, scored = xs
@@ -124,7 +120,15 @@ def _score(
             ), None
 
         start = (jnp.zeros(rows, jnp.float32), jnp.ones(rows, bool))
-        sums, _ = jax.lax.scan(add, start, tuple(split(x) for x in (hidden, targets, scored)))
+        sums, _ = jax.lax.scan(add, start, tuple(_in_chunks(x, chunk) for x in (hidden, targets, scored)))
     if place:
         sums = jax.lax.with_sharding_constraint(sums, layout.replicated(place.mesh))
     return sums
+
+
+def _in_chunks(x: Array, chunk: int) -> Array:
+    """`[B, T, ...]` as `[chunks, B, chunk, ...]`, the last filled up with zeros."""
+    rows, length, *rest = x.shape
+    chunks = -(-length // chunk)
+    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * len(rest))
+    return jnp.moveaxis(x.reshape(rows, chunks, chunk, *rest), 1, 0)

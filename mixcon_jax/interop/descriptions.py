@@ -25,11 +25,13 @@ class Writer(NamedTuple):
       loaded_by: the class of transformers.
       layers: those that a pattern may have.
       values: of ``config.model``, resolved, and its layers, the values that are the architecture's own.
+      lacks: what the class cannot be made of though config.json can say it, in words; empty for nothing.
     """
 
     loaded_by: str
     layers: tuple[str, ...]
     values: Callable[[Any, list[str]], Options]
+    lacks: Callable[[Any, list[str]], str] = lambda model, layers: ''
 
 
 def describe(config: ml_collections.ConfigDict) -> Options:
@@ -46,8 +48,9 @@ def describe(config: ml_collections.ConfigDict) -> Options:
     lacking = {}
     for architecture, writer in WRITERS.items():
         if set(layers) <= set(writer.layers):
-            values = _common(config, architecture, writer) | writer.values(model, layers)
-            if not (differences := list(_differences(config, values))):
+            values = _common(config, architecture, writer.loaded_by) | writer.values(model, layers)
+            lacks = writer.lacks(model, layers)
+            if not (differences := [lacks] if lacks else list(_differences(config, values))):
                 return values
             lacking[architecture] = differences
     if not lacking:
@@ -60,10 +63,10 @@ def describe(config: ml_collections.ConfigDict) -> Options:
     )
 
 
-def _common(config: ml_collections.ConfigDict, architecture: str, writer: Writer) -> Options:
+def _common(config: ml_collections.ConfigDict, architecture: str, loaded_by: str) -> Options:
     return {
         'model_type': architecture,
-        'architectures': [writer.loaded_by],
+        'architectures': [loaded_by],
         'vocab_size': config.model.vocab_size,
         'hidden_size': config.model.dim,
         'num_hidden_layers': len(config.model.pattern) * config.model.num_blocks,
@@ -119,7 +122,7 @@ def _mixtral(model, layers: list[str]) -> Options:
 
 
 def _period(kind: str, layers: list[str]) -> tuple[int, int]:
-    """Every how many layers there is one of this kind, and the first; of none, more than there are layers."""
+    """Every how many layers there is one of this kind, and the first; of none, numbers that no layer has."""
     places = [i for i, text in enumerate(layers) if kind in text.split('+')]
     if not places:
         return len(layers) + 1, len(layers)
@@ -183,7 +186,10 @@ def _mamba2(model, layers: list[str]) -> Options:
 
 def _bamba(model, layers: list[str]) -> Options:
     options, attention = model.mamba2, model.attention
-    share = (attention.rope_dim or attention.head_dim) / attention.head_dim
+    width = attention.rope_dim or attention.head_dim
+    share = width / attention.head_dim
+    if int(share * attention.head_dim) < width:  # as it is read
+        share = (width + 0.5) / attention.head_dim
     return {
         'rms_norm_eps': model.norm_eps,
         'attn_layer_indices': [i for i, text in enumerate(layers) if text.startswith('attention')],
@@ -201,6 +207,12 @@ def _bamba(model, layers: list[str]) -> Options:
     } | _attention(model) | _rotary(model, share)  # fmt: skip
 
 
+def _heads(model, layers: list[str]) -> str:
+    dim, heads = model.dim, model.attention.num_heads
+    fits = dim % heads == 0 or not any('attention' in text for text in layers)
+    return '' if fits else f'a model.dim that model.attention.num_heads divides, not {dim} by {heads}'
+
+
 def _rwkv(model, layers: list[str]) -> Options:
     return {
         'layer_norm_epsilon': model.norm_eps,
@@ -210,14 +222,18 @@ def _rwkv(model, layers: list[str]) -> Options:
     }
 
 
+def _several(model, layers: list[str]) -> str:
+    return 'several layers, not 1' if len(layers) == 1 else ''
+
+
 # By model_type, in the order in which they are tried.
 WRITERS = {
-    'llama': Writer('LlamaForCausalLM', ('attention+mlp',), _llama),
-    'mixtral': Writer('MixtralForCausalLM', ('attention+moe',), _mixtral),
+    'llama': Writer('LlamaForCausalLM', ('attention+mlp',), _llama, _heads),
+    'mixtral': Writer('MixtralForCausalLM', ('attention+moe',), _mixtral, _heads),
     'mamba': Writer('MambaForCausalLM', ('mamba',), _mamba),
     'falcon_mamba': Writer('FalconMambaForCausalLM', ('mamba',), _falcon_mamba),
     'mamba2': Writer('Mamba2ForCausalLM', ('mamba2',), _mamba2),
-    'jamba': Writer('JambaForCausalLM', ('mamba+mlp', 'mamba+moe', 'attention+mlp', 'attention+moe'), _jamba),
-    'bamba': Writer('BambaForCausalLM', ('mamba2+mlp', 'attention+mlp'), _bamba),
-    'rwkv': Writer('RwkvForCausalLM', ('rwkv4+rwkv_channel_mix',), _rwkv),
+    'jamba': Writer('JambaForCausalLM', ('mamba+mlp', 'mamba+moe', 'attention+mlp', 'attention+moe'), _jamba, _heads),
+    'bamba': Writer('BambaForCausalLM', ('mamba2+mlp', 'attention+mlp'), _bamba, _heads),
+    'rwkv': Writer('RwkvForCausalLM', ('rwkv4+rwkv_channel_mix',), _rwkv, _several),
 }

@@ -45,7 +45,8 @@ def export_model(
     if any(np.any(leaf) for leaf in jax.tree.leaves(trees['buffers'])):
         raise UserError(f"{values['model_type']} has no biases of routing, which {workdir} learned by balance='bias'")
     words = tokenizers.from_json(meta.tokenizer, f'the tokenizer of checkpoint {meta.step}')
-    ends = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'), words.eot_id)
+    tokenizer_json, begins = _beginning_documents(words)
+    ends = dict.fromkeys(('eos_token_id', 'pad_token_id'), words.eot_id) | {'bos_token_id': words.id_of(begins)}
     ours = {name: np.asarray(leaf) for name, leaf in named_leaves(trees['params']).items()}
     weights = huggingface.published_weights(ours, config.model, values['model_type'])
     with derived.making(target) as folder, explained(target):
@@ -55,24 +56,29 @@ def export_model(
             'generation_config.json': ends,
             'tokenizer_config.json': {
                 'tokenizer_class': 'PreTrainedTokenizerFast',
-                **dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), words.eot),
+                **dict.fromkeys(('eos_token', 'pad_token'), words.eot),
+                'bos_token': begins,
                 'clean_up_tokenization_spaces': False,
                 'model_max_length': config.data.seq_len,
             },
         }.items():
             (folder / name).write_text(json.dumps(described, indent=2) + '\n', encoding='utf-8')
-        (folder / 'tokenizer.json').write_text(_beginning_documents(words), encoding='utf-8')
+        (folder / 'tokenizer.json').write_text(tokenizer_json, encoding='utf-8')
         weight_files.write_model(folder, huggingface.of_files(weights, values['model_type']), dtype)
+    if begins != words.eot:
+        say(f'its tokenizer begins texts with {begins!r}, which training and sampling here begin with {words.eot!r}')
     count = sum(leaf.size for leaf in ours.values())
     say(f'step {meta.step} of {workdir} in {target}: {values["architectures"][0]}, {count:,} parameters in {dtype}')
 
 
-def _beginning_documents(words: tokenizers.Tokenizer) -> str:
-    """A tokenizer.json that begins a text as training begins a document, unless the tokenizer begins it otherwise."""
+def _beginning_documents(words: tokenizers.Tokenizer) -> tuple[str, str]:
+    """A tokenizer.json that begins texts with a token, and that token: training's, unless it has its own."""
     backend = Tokenizer.from_str(words.to_json())
-    if backend.post_processor is None:
-        eot = words.eot
-        backend.post_processor = processors.TemplateProcessing(
-            single=f'{eot} $A', pair=f'{eot} $A {eot} $B:1', special_tokens=[(eot, words.eot_id)]
-        )
-    return backend.to_str()
+    if begun := backend.encode('').tokens:
+        return backend.to_str(), begun[0]
+    eot, before = words.eot, backend.post_processor
+    beginning = processors.TemplateProcessing(
+        single=f'{eot} $A', pair=f'{eot} $A {eot} $B:1', special_tokens=[(eot, words.eot_id)]
+    )
+    backend.post_processor = beginning if before is None else processors.Sequence([before, beginning])
+    return backend.to_str(), eot

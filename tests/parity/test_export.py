@@ -7,12 +7,15 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
+from tokenizers import processors
 
 from mixcon_jax import cli
 from mixcon_jax import config as configs
+from mixcon_jax.data.tokenizer import Tokenizer
 from mixcon_jax.errors import UserError
-from mixcon_jax.interop import configurations, descriptions, huggingface, weight_files
+from mixcon_jax.interop import configurations, descriptions, exporting, huggingface, weight_files
 from mixcon_jax.interop.exporting import export_model
 from mixcon_jax.interop.importing import import_model, read
 from tests.parity.test_import import MODELS, saved
@@ -54,6 +57,9 @@ def test_of_several_files_each_holds_its_part_and_bfloat16_rounds_to_nearest(tmp
         assert found[name].dtype.name == 'bfloat16'
 
 
+RWKV = {'norm': 'layer', 'norm_eps': 1e-5, 'embedding_norm': True}
+
+
 def config_of(**changes):
     config = configs.default()
     config.model.update(pattern=('attention+mlp',), num_blocks=2)
@@ -89,6 +95,17 @@ def test_the_architecture_is_the_one_that_computes_the_same(changes, architectur
         ({'attention__qk_norm': True}, r'llama, has model\.attention\.qk_norm=False, not True'),
         ({'norm': 'layer'}, r"llama, has model\.norm='rms', not 'layer'"),
         ({'shortcut__reduction': 4}, r'llama, has model\.shortcut\.reduction=0, not 4'),
+        ({'dim': 40, 'attention__num_heads': 6, 'attention__head_dim': 8}, r'a model\.dim that .*num_heads divides'),
+        (
+            {
+                'pattern': ('rwkv4+rwkv_channel_mix',),
+                'norm': 'layer',
+                'norm_eps': 1e-5,
+                'embedding_norm': True,
+                'num_blocks': 1,
+            },
+            r'rwkv, has several layers, not 1$',
+        ),
         ({'pattern': ('conba+mlp',)}, r'^no published architecture has the layers conba\+mlp; there are llama: atten'),
         ({'pattern': ('attention|mlp',)}, r'^no published architecture has the layers attention\|mlp; '),
         (
@@ -104,6 +121,29 @@ def test_the_architecture_is_the_one_that_computes_the_same(changes, architectur
 def test_what_no_published_architecture_computes_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
         descriptions.describe(config_of(**changes))
+
+
+def test_every_share_of_a_head_that_rotates_is_read_as_it_was():
+    for head_dim in range(4, 130, 2):
+        for rope_dim in range(2, head_dim + 1, 2):
+            config = config_of(attention__num_heads=2, attention__head_dim=head_dim, attention__rope_dim=rope_dim)
+            share = descriptions.WRITERS['bamba'].values(config.model, ['attention+mlp'])['partial_rotary_factor']
+            assert int(head_dim * share) == rope_dim and (share == 0.5 or rope_dim != head_dim / 2)
+
+
+BOS = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+
+
+@pytest.mark.parametrize('processor, begins', [(None, 2), (processors.ByteLevel(trim_offsets=False), 2), (BOS, 1)])
+def test_an_exported_tokenizer_begins_texts_as_training_does_unless_it_has_its_own_way(processor, begins):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0, '<s>': 1, '</s>': 2}, 'a'))
+    made.add_special_tokens(['<s>', '</s>'])
+    if processor is not None:
+        made.post_processor = processor
+    text, token = exporting._beginning_documents(Tokenizer(made))
+    backend = tokenizers.Tokenizer.from_str(text)
+    assert backend.encode('a').ids == [begins, 0] and token == backend.id_to_token(begins)
+    assert processor is BOS or backend.encode('a', 'a').ids == [begins, 0, begins, 0]
 
 
 def test_every_architecture_that_can_be_imported_can_be_exported():

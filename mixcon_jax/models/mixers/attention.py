@@ -31,8 +31,8 @@ class Attention(Layer):
                 derive=lambda model: model.dim // model.attention.num_heads,
             ),
             'rope': Option(False, 'Rotary position embedding; off means no positional encoding.'),
-            'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0)),
-            'rope_dim': Option(0, 'Channels of a head that rotate, its first; 0 means all.', COUNT),
+            'rope_theta': Option(10000.0, 'Base of the rotary frequencies.', above(0.0), needs='rope'),
+            'rope_dim': Option(0, 'Channels of a head that rotate, its first; 0 means all.', COUNT, needs='rope'),
             'window': Option(
                 0, 'Tokens that a query sees, itself included; 0 means all of its document. The cache holds all.', COUNT
             ),

@@ -40,7 +40,7 @@ class Hyena(GatedConvolution):
             ),
             'filter_width': Option(64, 'Width of the network that makes filters.', POSITIVE),
             'filter_depth': Option(4, 'Its matrices, the first and the last included.', at_least(2)),
-            'frequency': Option(14.0, 'Initial frequency w of its sines; 10 for recall.', above(0.0)),
+            'frequency': Option(14.0, 'Initial frequency w of its sines; 10 for recall.', above(0.0), learning=True),
             'fast_decay': Option(0.3, 'Share of L in which the fastest window falls to 0.01.', above(0.0)),
             'slow_decay': Option(1.5, 'The same of the slowest.', above(0.0)),
             'shift': Option(0.0, 'Added to the windows, below which they then do not fall.', at_least(0.0)),
@@ -48,6 +48,7 @@ class Hyena(GatedConvolution):
                 1.0,
                 'Learning rate of the network that makes filters, as a multiple of that of all else.',
                 at_least(0.0),
+                learning=True,
             ),
             'implementation': Option(
                 '',

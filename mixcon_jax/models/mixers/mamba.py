@@ -15,9 +15,15 @@ class Mamba(SelectiveSSM):
     OPTIONS = {
         'mamba': {
             'norms': Option(False, 'RMSNorms on dt, B and C, as Jamba has them.'),
-            'norm_scales': Option(True, 'Whether these norms have learned scales, as in Jamba; FalconMamba has none.'),
+            'norm_scales': Option(
+                True, 'Whether these norms have learned scales, as in Jamba; FalconMamba has none.', needs='norms'
+            ),
             'norm_eps': Option(
-                0.0, 'Their epsilon; 0 means model.norm_eps.', at_least(0.0), derive=lambda model: model.norm_eps
+                0.0,
+                'Their epsilon; 0 means model.norm_eps.',
+                at_least(0.0),
+                derive=lambda model: model.norm_eps,
+                needs='norms',
             ),
         }
     }

@@ -62,9 +62,7 @@ def _described(scores: 'Scores') -> str:
 def generate(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.inference.generate import Sampling, generate_text
 
-    for option in ('max_new_tokens', 'num_samples'):
-        if getattr(known, option) < 1:
-            raise UserError(f'--{option.replace("_", "-")} {getattr(known, option)} must be at least 1')
+    _require_at_least(known, max_new_tokens=1, num_samples=1)
     generate_text(
         known.workdir,
         known.prompt or [''],
@@ -81,9 +79,7 @@ def generate(known: argparse.Namespace, overrides: list[str]) -> int:
 def lm_eval(known: argparse.Namespace, overrides: list[str]) -> int:
     from mixcon_jax.inference.tasks import run
 
-    for option, least in (('num_fewshot', 0), ('limit', 1), ('batch_size', 1), ('max_length', 0)):
-        if getattr(known, option) is not None and getattr(known, option) < least:
-            raise UserError(f'--{option.replace("_", "-")} {getattr(known, option)} must be at least {least}')
+    _require_at_least(known, num_fewshot=0, limit=1, batch_size=1, max_length=0)
     print(run(
         known.workdir, known.tasks, step=_step(known.step), batch_size=known.batch_size, max_length=known.max_length,
         num_fewshot=known.num_fewshot, limit=known.limit, include_path=known.include_path, json_file=known.json,
@@ -142,9 +138,7 @@ def doctor(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def distill(known: argparse.Namespace, overrides: list[str]) -> int:
-    for option, least in (('order', 0), ('rows', 1)):
-        if getattr(known, option) < least:
-            raise UserError(f'--{option} {getattr(known, option)} must be at least {least}')
+    _require_at_least(known, order=0, rows=1)
     if not 0 < known.tolerance < 1:
         raise UserError(f'--tolerance {known.tolerance} must be between 0 and 1, exclusive')
     from mixcon_jax.distillation.distill import distill
@@ -210,9 +204,7 @@ def plan(known: argparse.Namespace, overrides: list[str]) -> int:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing runs: GPUs that may be here are left alone
     from mixcon_jax.planner.command import command
 
-    for option, least in (('batch', 1), ('context', 0), ('search', 0)):
-        if getattr(known, option) < least:
-            raise UserError(f'--{option} {getattr(known, option)} must be at least {least}')
+    _require_at_least(known, batch=1, context=0, search=0)
     return command(
         known.config, overrides, known.devices, memory_limit=known.memory_limit, what=known.what, batch=known.batch,
         context=known.context, products=known.products,
@@ -232,8 +224,15 @@ def report(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _require_rows(known: argparse.Namespace) -> None:
-    if known.batch_size < 0:
-        raise UserError(f'--batch-size {known.batch_size} must be at least 1')
+    if known.batch_size:  # 0 is the run's own
+        _require_at_least(known, batch_size=1)
+
+
+def _require_at_least(known: argparse.Namespace, **least: int) -> None:
+    """Refuses numbers of arguments that are less; one that is not given is None."""
+    for name, low in least.items():
+        if (value := getattr(known, name)) is not None and value < low:
+            raise UserError(f'--{name.replace("_", "-")} {value} must be at least {low}')
 
 
 def _step(text: str | None) -> int | str | None:

@@ -103,6 +103,15 @@ def test_only_what_is_asked_for_keeps_a_batch_going(trained, monkeypatch):
     assert len(steps) <= 3
 
 
+def test_one_question_asked_again_is_answered_by_draws_of_its_own(trained):
+    """Also in another batch, as the best of several answers is asked for."""
+    options = {'do_sample': True, 'temperature': 3.0, 'max_gen_toks': 9}
+    found = Answers(trained, 2, 64).generate_until(asked(*[('the state', options)] * 6))
+    assert len(set(found)) == 6 and found == Answers(trained, 4, 64).generate_until(
+        asked(*[('the state', options)] * 6)
+    )
+
+
 def test_half_a_character_is_no_fault(trained):
     assert Answers(trained, 1, 32).loglikelihood(asked(('a \ud800', ' b')))[0][0] < 0
 

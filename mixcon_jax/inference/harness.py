@@ -92,20 +92,19 @@ class Answers:
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
             filled = [prompts[i] for i in rows] + [[eot]] * (self._batch_size - len(rows))
-            yield rows, self._texts(filled, len(rows), most, _sampling(options), stops)
+            yield rows, self._texts(filled, rows, most, _sampling(options), stops)
             self._say(f'{start + len(rows):,} of {len(order):,} texts continued')
 
     def _texts(
-        self, prompts: list[list[int]], count: int, most: int, sampling: Sampling, stops: Sequence[str]
+        self, prompts: list[list[int]], seeds: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]
     ) -> list[str]:
-        """What follows each of the first ``count`` prompts; the others fill the batch."""
-        words, trained = self._words, self._trained
+        """What follows each of the first prompts, drawn by their seeds; those without one fill the batch."""
+        words, trained, count = self._words, self._trained, len(seeds)
+        seeds = [*seeds, *[0] * (len(prompts) - count)]
         texts, streams = [''] * len(prompts), [words.stream(after=prompt[1:]) for prompt in prompts]
         live = [row < count for row in range(len(prompts))]
         length = rounded_up(max(map(len, prompts)))
-        steps = generate(
-            trained.model, prompts, most, sampling, range(len(prompts)), words.vocab_size, trained.place, length
-        )
+        steps = generate(trained.model, prompts, most, sampling, seeds, words.vocab_size, trained.place, length)
         for tokens in steps:
             for row, token in enumerate(tokens.tolist()):
                 if live[row] and token < 0:

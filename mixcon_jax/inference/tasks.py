@@ -131,7 +131,7 @@ def _table(found: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return f'{value:.4f}' if isinstance(value, float) else ''
+    return f'{value:.4f}' if isinstance(value, int | float) else ''
 
 
 def _library() -> Any:

@@ -32,7 +32,10 @@ API = {
     ),
     'devices': ('Devices', ['mixcon_jax.parallel.*']),
     'runs': ('Run directories', ['mixcon_jax.runs.*']),
-    'inference': ('Inference', ['mixcon_jax.inference.*', 'mixcon_jax.evaluate', 'mixcon_jax.analyses.*']),
+    'inference': (
+        'Inference',
+        ['mixcon_jax.inference.*', 'mixcon_jax.evaluate', 'mixcon_jax.analyses.*', 'mixcon_jax.interop.*'],
+    ),
     'reports': ('Reports', ['mixcon_jax.reports.*', 'mixcon_jax.watching.watch']),
     'models': (
         'Models',

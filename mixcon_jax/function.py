@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+from mixcon_jax import config as configs
 from mixcon_jax.models import pattern
 from mixcon_jax.options import OPTIONS, Option, leaves
 
@@ -19,7 +20,7 @@ def deciding(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """
     model = config.model
     found = {
-        f'model.{key}': _value(model, key)
+        f'model.{key}': configs.get(config, f'model.{key}')
         for key, option in leaves(OPTIONS['model'])
         if not option.free and not option.learning and key != 'dtype'
     }
@@ -43,9 +44,3 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 
 def _decides(option: Option, group: Any) -> bool:
     return not option.free and not option.learning and (not option.needs or bool(group[option.needs]))
-
-
-def _value(model: Any, key: str) -> Any:
-    for name in key.split('.'):
-        model = model[name]
-    return model

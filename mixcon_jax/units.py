@@ -1,6 +1,7 @@
-"""Numbers and times in a few characters, for people."""
+"""Numbers and times in a few characters, and tables of them, for people."""
 
 import math
+from collections.abc import Sequence
 
 
 def short(number: float) -> str:
@@ -32,3 +33,13 @@ def duration(seconds: float) -> str:
     if seconds < 86400:
         return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
     return f'{seconds // 86400}d {seconds % 86400 // 3600:02d}h'
+
+
+def columns(lines: Sequence[Sequence[str]], left: int | None = None) -> str:
+    """Lines of cells in columns, of which the first ``left``, or all, begin at one place and the others end at one."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = (
+        [cell.ljust(w) if left is None or i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        for line in lines
+    )
+    return '\n'.join('  '.join(row).rstrip() for row in cells)

@@ -22,7 +22,6 @@ from launch import processes
 from launch.processes import Child, Share, Signals
 from launch.sweep.cases import Case, cases, require_unchanged
 from launch.sweep.estimate import Estimate, Sizes, makespan, product_flops
-from launch.sweep.show import table
 from launch.sweep.status import NEW, REFUSED, TimedRun, measure, status_of, tokens_per_step
 from mixcon_jax.cli import OVERRIDES, Parser, parse_overrides, require_numbers
 from mixcon_jax.errors import Exit, UserError
@@ -33,7 +32,7 @@ from mixcon_jax.parsing import number
 from mixcon_jax.runs import mark
 from mixcon_jax.runs.run import DONE, Run
 from mixcon_jax.runs.workdir import explained, take_lock
-from mixcon_jax.units import duration, short
+from mixcon_jax.units import columns, duration, short
 
 PROGRAM = 'python -m launch.sweep'
 DESCRIPTION = (
@@ -111,7 +110,7 @@ def listing(wanted: Sequence[Case], workdir: Path, shares: Sequence[Share], envi
     if all(count.active == count.total for count in counts):
         for row in (header, *rows):
             del row[3]
-    lines = [table(header, rows)]
+    lines = [columns([header, *rows], left=2)]
     if estimate.basis and any(left):
         jobs = f'{len(shares)} cases at a time' if len(shares) > 1 else 'one case at a time'
         lines.append(f'Time left is rough, without start-up and compilation: from {estimate.basis}; {jobs}.')
@@ -320,7 +319,9 @@ class Sweep:
                 speed = run.steps_speed()
                 row[4] = short(speed) if speed else ''
             rows.append(row)
-        self._screen.say('\n' + table(['case', 'state', 'loss', ' or '.join(sorted(measures)), 'tokens/s'], rows))
+        self._screen.say(
+            '\n' + columns([['case', 'state', 'loss', ' or '.join(sorted(measures)), 'tokens/s'], *rows], left=2)
+        )
         for case in self._cases:
             if case.folder in self._errors:
                 self._screen.say('\n'.join([f'\n{case.folder} failed:', *self._errors[case.folder]]))

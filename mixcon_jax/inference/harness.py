@@ -10,7 +10,7 @@ from typing import Any
 
 from mixcon_jax.errors import UserError
 from mixcon_jax.inference.generate import Sampling, generate
-from mixcon_jax.inference.likelihood import Ending, likelihoods, rounded_up
+from mixcon_jax.inference.likelihood import Ending, Likelihood, likelihoods, longest_first, rounded_up
 from mixcon_jax.inference.load import TrainedModel
 
 NEW_TOKENS = 256  # that are generated at most where a task says no number
@@ -35,17 +35,16 @@ class Answers:
         self._trained, self._words = trained, trained.tokenizer
         self._batch_size, self._max_length, self._say = batch_size, max_length, say
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Likelihood]:
         """Of each ``(context, continuation)``, the continuation's log-probability and whether it is the greedy one."""
-        endings = [self._ending(*request.args) for request in requests]
-        return [(log, greedy) for log, greedy in self._likelihoods(endings)]
+        return self._likelihoods([self._ending(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each ``(text,)``, its log-probability: each token's from as many before it as fit, in few windows."""
         texts = [self._encode(request.args[0]) for request in requests]
         parts = [list(windows([self._words.eot_id, *tokens], self._max_length)) for tokens in texts]
         found = iter(self._likelihoods([window for part in parts for window in part]))
-        return [sum(next(found)[0] for _ in part) for part in parts]
+        return [sum(next(found).log for _ in part) for part in parts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Of each ``(context, options)``, what follows up to the first of the texts ``until``, without it."""
@@ -71,9 +70,9 @@ class Answers:
     def _encode(self, text: str) -> list[int]:
         return self._words.encode(text.encode(errors='replace').decode())  # of JSON, which may hold half a character
 
-    def _likelihoods(self, endings: Sequence[Ending]) -> list[tuple[float, bool]]:
+    def _likelihoods(self, endings: Sequence[Ending]) -> list[Likelihood]:
         tell = lambda count: self._say(f'{count:,} of {len(endings):,} texts scored')
-        return list(likelihoods(self._trained.model, endings, self._batch_size, self._trained.place, tell))
+        return likelihoods(self._trained.model, endings, self._batch_size, self._trained.place, tell)
 
     def _continued(self, contexts: Sequence[str], options: Mapping[str, Any]) -> Iterator[tuple[list[int], list[str]]]:
         """Batches of contexts, by their places, and what follows each."""
@@ -88,12 +87,12 @@ class Answers:
             )
         eot = self._words.eot_id
         prompts = [[eot, *self._encode(context)[-(room - 1) :]] if room > 1 else [eot] for context in contexts]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
+        done = 0
+        for rows in longest_first(prompts, self._batch_size):
             filled = [prompts[i] for i in rows] + [[eot]] * (self._batch_size - len(rows))
             yield rows, self._texts(filled, rows, most, _sampling(options), stops)
-            self._say(f'{start + len(rows):,} of {len(order):,} texts continued')
+            done += len(rows)
+            self._say(f'{done:,} of {len(prompts):,} texts continued')
 
     def _texts(
         self, prompts: list[list[int]], seeds: Sequence[int], most: int, sampling: Sampling, stops: Sequence[str]

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,14 +52,12 @@ def likelihoods(
       place: the mesh that the model's parameters lie on.
       done: takes how many have been scored, after each batch.
     """
-    order = sorted(range(len(endings)), key=lambda i: -len(endings[i].tokens))
-    found: list[Likelihood | None] = [None] * len(endings)
+    found: dict[int, Likelihood] = {}
     graphdef, variables = nnx.split(model)
     if place:
         shards = axes.rows(place.mesh.shape)
         batch_size = -(-batch_size // shards) * shards
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in longest_first([ending.tokens for ending in endings], batch_size):
         length = rounded_up(len(endings[rows[0]].tokens) - 1)
         batch = _filled([endings[i] for i in rows], batch_size, length)
         if place:
@@ -67,8 +65,15 @@ def likelihoods(
         logs, greedy = (np.asarray(each) for each in _score(graphdef, variables, *batch, place=place))
         for row, i in enumerate(rows):
             found[i] = Likelihood(float(logs[row]), bool(greedy[row]))
-        done(start + len(rows))
-    return [each for each in found if each is not None]
+        done(len(found))
+    return [found[i] for i in range(len(endings))]
+
+
+def longest_first(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """The places of texts in batches of about one length, the longest first."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def rounded_up(length: int, least: int = 32) -> int:

@@ -14,6 +14,7 @@ from mixcon_jax.host.files import file_to_write, write_whole
 from mixcon_jax.inference import harness
 from mixcon_jax.inference.harness import Answers
 from mixcon_jax.inference.load import TrainedModel, load_model
+from mixcon_jax.units import columns
 
 BATCH = 8  # rows at a time
 RESAMPLES = 1000  # for the standard errors that have no formula
@@ -125,9 +126,7 @@ def _table(found: Mapping[str, Any]) -> str:
                 error = values.get(f'{metric}_stderr,{kind}')
                 shown = metric if kind == 'none' else f'{metric} ({kind})'
                 lines.append((values.get('alias', task), *map(str, counts), shown, _number(value), _number(error)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ('  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return '\n'.join(row.rstrip() for row in rows)
+    return columns(lines)
 
 
 def _number(value: Any) -> str:

@@ -164,7 +164,7 @@ def _mamba(model, layers: list[str]) -> Options:
 
 
 def _falcon_mamba(model, layers: list[str]) -> Options:
-    return _mamba(model, layers) | {'mixer_rms_eps': model.mamba.norm_eps or model.norm_eps}
+    return _mamba(model, layers) | {'mixer_rms_eps': model.mamba.norm_eps}
 
 
 def _mamba2(model, layers: list[str]) -> Options:

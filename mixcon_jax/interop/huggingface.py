@@ -17,7 +17,6 @@ from mixcon_jax.models import kinds, pattern
 from mixcon_jax.models.published import Place, Published, Weights, linear, same
 
 MATRICES = ('gate_proj', 'up_proj', 'down_proj')  # of an expert, in most files
-MIXTRAL_MATRICES = ('w1', 'w3', 'w2')
 
 
 class Architecture(NamedTuple):
@@ -69,7 +68,7 @@ JAMBA = Architecture(
 LLAMA = Architecture(
     'model', 'embed_tokens', 'norm', {'mixer_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
 )
-MIXTRAL = LLAMA._replace(files={'mlp': 'block_sparse_moe'}, matrices=MIXTRAL_MATRICES)
+MIXTRAL = LLAMA._replace(files={'mlp': 'block_sparse_moe'}, matrices=('w1', 'w3', 'w2'))
 RWKV = Architecture(
     'rwkv', 'embeddings', 'ln_out', {'mixer_norm': 'ln1', 'ffn_norm': 'ln2'}, 'blocks', 'blocks.0.pre_ln', 'head.weight'
 )
@@ -185,13 +184,15 @@ def of_modules(theirs: Mapping[str, np.ndarray]) -> Weights:
     """
     ours: Weights = {}
     experts: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+    named = dict(zip(MIXTRAL.matrices, MATRICES, strict=True))
     for name, value in theirs.items():
         if name.endswith('.rotary_emb.inv_freq'):  # of older Llamas: no weights, as the configuration says them
             continue
-        name = name.replace('.block_sparse_moe.', '.mlp.').replace('backbone.embedding.', 'backbone.embeddings.')
+        for module, otherwise in MIXTRAL.files.items():
+            name = name.replace(f'.{otherwise}.', f'.{module}.')
+        name = name.replace('backbone.embedding.', 'backbone.embeddings.')
         if match := re.fullmatch(r'(.+\.experts)\.(\d+)\.(\w+)\.weight', name):
-            matrix = dict(zip(MIXTRAL_MATRICES, MATRICES, strict=True)).get(match[3], match[3])
-            experts.setdefault(match[1], {})[matrix, int(match[2])] = value
+            experts.setdefault(match[1], {})[named.get(match[3], match[3]), int(match[2])] = value
         else:
             ours[name] = value
     for name, found in experts.items():

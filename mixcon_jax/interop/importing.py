@@ -64,8 +64,8 @@ def read(folder: Path) -> tuple[ml_collections.ConfigDict, Weights]:
     values = parsing.json_file(folder / 'config.json')
     if values is None:
         raise UserError(f'{folder} has no config.json that can be read; give the folder of a published model')
-    theirs = huggingface.of_modules(weight_files.read_model(folder))
     config = configurations.read(values)
+    theirs = huggingface.of_modules(weight_files.read_model(folder))
     head = huggingface.ARCHITECTURES[values['model_type']].head
     config.model.tie_embeddings = head not in theirs and values.get('tie_word_embeddings') is not False
     weights = huggingface.model_weights(theirs, config.model, values['model_type'])

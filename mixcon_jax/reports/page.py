@@ -9,7 +9,7 @@ from mixcon_jax.reports import comparison, tables
 from mixcon_jax.reports.arms import Arm, numeric_axis
 from mixcon_jax.reports.comparison import Difference, Score, summary
 from mixcon_jax.runs.run import DONE
-from mixcon_jax.units import short
+from mixcon_jax.units import columns, short
 
 FIGURES = {  # name: caption
     'final': 'Final held-out scores of the finished runs, a dot a seed; bars are the mean ± standard deviation.',
@@ -149,6 +149,4 @@ def terminal(found: Report) -> str:
             tables.mean(summary(arm.finals(found.score.key).values())),
             tables.signed(difference.mean) if difference else tables.NONE, difference.verdict if difference else '',
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-    return text + ''.join(f'\nnote: {note}' for note in found.notes)
+    return columns(lines) + ''.join(f'\nnote: {note}' for note in found.notes)
